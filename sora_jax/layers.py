@@ -1,0 +1,81 @@
+"""Layers that more than one network uses: linear maps, norms and attention.
+
+Invariant: the dtype of the activations decides the compute dtype; parameters are cast to it at use, matrix products
+accumulate in float32 and norms take their statistics in float32.  Nothing here knows which network calls it.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from sora_jax.config import DTypePolicy
+
+
+class Linear(nnx.Module):
+    """Affine map of the last axis; the kernel is stored (in, out)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        policy: DTypePolicy,
+        rngs: nnx.Rngs,
+        init: jax.nn.initializers.Initializer | None = None,
+    ):
+        init = init or jax.nn.initializers.xavier_uniform()
+        self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), policy.param))
+        self.bias = nnx.Param(jnp.zeros(out_features, policy.param)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm of the last axis with a learned scale and no mean."""
+
+    def __init__(self, size: int, *, epsilon: float, policy: DTypePolicy):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(size, policy.param))
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "*batch D"], *, epsilon: float) -> Float[Array, "*batch D"]:
+    """Layer norm of the last axis without learned parameters."""
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
+    return normed.astype(x.dtype)
+
+
+def attention(
+    q_BNSK: Float[Array, "B N S K"],
+    k_BNLK: Float[Array, "B N L K"],
+    v_BNLK: Float[Array, "B N L K"],
+    *,
+    scale: float,
+    bias: Float[Array, "#B #N #S L"] | None = None,
+    mask: Bool[Array, "#B #N #S L"] | None = None,
+) -> Float[Array, "B N S K"]:
+    """Softmax attention; ``mask`` is True where a key may be seen, ``bias`` is added to the float32 logits.
+
+    The weights are normalised after the product with the values, which is cheaper by L/K and equal in exact arithmetic.
+    """
+    logits = jnp.einsum("bnsk,bnlk->bnsl", q_BNSK * jnp.asarray(scale, q_BNSK.dtype), k_BNLK, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + bias
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum("bnsl,bnlk->bnsk", weights.astype(v_BNLK.dtype), v_BNLK, preferred_element_type=jnp.float32)
+    return (out / total).astype(q_BNSK.dtype)
