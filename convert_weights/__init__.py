@@ -1,0 +1,72 @@
+"""PyTorch checkpoints to the flat parameters of sora_jax, strictly.
+
+``convert(network, state_dict, config)`` is the whole in-memory interface; ``python -m convert_weights`` converts files.
+This is the only package that knows PyTorch's names and layouts.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from convert_weights.rules import ConversionError, Header, Plan, Rule, convert_arrays, make_plan
+
+__all__ = ["ConversionError", "convert", "parameter_shapes", "plan", "table"]
+
+_NETWORKS = {"t5": ("sora_jax.t5", "T5Encoder"), "stdit3": ("sora_jax.stdit3", "STDiT3"), "vae": ("sora_jax.vae.codec", "VAE")}
+
+
+def convert(
+    network: str, state_dict: Mapping[str, Any], config: Any, *, dtype: str = "float32", allow_mixed_dtypes: bool = False
+) -> dict[str, np.ndarray]:
+    """Returns the flat parameters of a network from a PyTorch state dict (NumPy arrays or tensors by name).
+
+    Args:
+      network: ``t5``, ``stdit3`` or ``vae``.
+      state_dict: PyTorch names to arrays of float32, bfloat16 or float16.
+      config: the network's configuration; it decides which parameters exist and their shapes.
+      dtype: dtype of the result, ``float32`` or ``bfloat16``.
+      allow_mixed_dtypes: accept a state dict whose arrays differ in dtype.
+
+    Raises:
+      ConversionError: unknown, missing, twice-set, mis-shaped or mistyped arrays, NaN or infinite values; all in one report.
+    """
+    headers = {}
+    for name, array in state_dict.items():
+        dtype_name = str(array.dtype).removeprefix("torch.")
+        headers[name] = Header(tuple(array.shape), dtype_name)
+    made = plan(network, headers, config, allow_mixed_dtypes=allow_mixed_dtypes)
+    return convert_arrays(made, state_dict, subject=f"{network} state dict", dtype=dtype)
+
+
+def plan(network: str, headers: Mapping[str, Header], config: Any, *, allow_mixed_dtypes: bool = False) -> Plan:
+    """Returns what becomes of every array of a checkpoint, from names, shapes and dtypes alone."""
+    rules, ignored = table(network, config)
+    return make_plan(rules, ignored, headers, parameter_shapes(network, config), allow_mixed_dtypes=allow_mixed_dtypes)
+
+
+def table(network: str, config: Any) -> tuple[list[Rule], dict[str, str]]:
+    """Returns a network's rules, and its ignored source patterns with reasons."""
+    _module(network)
+    module = importlib.import_module(f"convert_weights.{network}")
+    return module.rules(config), module.IGNORED
+
+
+def parameter_shapes(network: str, config: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all parameters of a network by flat name; allocates none of them."""
+    import jax
+    from flax import nnx
+
+    from sora_jax.checkpoint import flatten
+
+    module_name, class_name = _module(network)
+    build = getattr(importlib.import_module(module_name), class_name)
+    abstract = jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+    return {name: tuple(leaf.shape) for name, leaf in flatten(abstract).items()}
+
+
+def _module(network: str) -> tuple[str, str]:
+    if network not in _NETWORKS:
+        raise ValueError(f"unknown network {network!r}; expected one of {', '.join(_NETWORKS)}.")
+    return _NETWORKS[network]
