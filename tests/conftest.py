@@ -1,0 +1,23 @@
+"""What every test starts from: the CPU, no silent rank promotion, and shapes checked at every annotated boundary.
+
+Matmul precision is left as the library sets it, so that a tolerance measures the product and not a test setting.
+JAX_PLATFORMS in the environment overrides the CPU, for the tests marked gpu.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jaxtyping.install_import_hook("sora_jax", "beartype.beartype")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("torch"):
+        pytest.importorskip("torch", reason="the reference extra (torch, transformers, diffusers) is not installed")
+    if item.get_closest_marker("gpu") and jax.default_backend() == "cpu":
+        pytest.skip("no accelerator: JAX sees only the CPU")
