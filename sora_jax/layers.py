@@ -30,10 +30,22 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_features, policy.param)) if use_bias else None
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
-        return y.astype(x.dtype)
+        return linear(x, self.kernel[...], None if self.bias is None else self.bias[...])
+
+
+def linear(
+    x: Float[Array, "*batch I"], kernel_IO: Float[Array, "I O"], bias_O: Float[Array, "O"] | None
+) -> Float[Array, "*batch O"]:
+    """Returns ``x @ kernel + bias`` in the dtype of ``x``, accumulated in float32."""
+    y = jnp.matmul(x, kernel_IO.astype(x.dtype), preferred_element_type=jnp.float32)
+    if bias_O is not None:
+        y = y + lifted(bias_O, y.ndim).astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def lifted(x: Float[Array, "*axes"], ndim: int) -> Float[Array, "*lifted"]:
+    """Returns ``x`` with leading axes of length 1 until it has ``ndim`` axes, so that broadcasting is explicit."""
+    return jnp.reshape(x, (1,) * (ndim - x.ndim) + x.shape)
 
 
 class RMSNorm(nnx.Module):
@@ -46,7 +58,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return normed.astype(x.dtype) * lifted(self.scale[...], x.ndim).astype(x.dtype)
 
 
 def layer_norm(x: Float[Array, "*batch D"], *, epsilon: float) -> Float[Array, "*batch D"]:

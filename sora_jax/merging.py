@@ -1,0 +1,110 @@
+"""Temporal dimension token merging (TDTM): attention over pairs of frames instead of frames.
+
+Invariant: ``unmerge(merge(x)) == x`` where the two frames of every token are equal; the residual stream, the modulation
+and the MLP always see every frame.  When merging is switched on, and for how many steps, is the sampler's business.
+
+Source: arXiv 2502.04363 section 3.3; On-device-Sora opensora/models/stdit/merge.py and stdit3.py.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Odd = Literal["alone", "released"]
+RopePositions = Literal["merged", "mean"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Merge:
+    """What is merged, and how; hashable, so that it is a static argument.
+
+    ``odd`` says what becomes of the last frame of an odd number of frames: ``"alone"`` makes it a token of its own,
+    ``"released"`` is the published code: the frame is dropped, and gets the attention output of the pair before it.
+    ``rope_positions`` are the temporal attention's: the index of the token (as published), or the mean frame index.
+    ``keys_values_only`` keeps a query for every frame; the cross attention's keys are captions, so nothing of it is merged.
+    """
+
+    odd: Odd = "alone"
+    spatial: bool = True
+    temporal: bool = True
+    cross: bool = True
+    keys_values_only: bool = False
+    rope_positions: RopePositions = "merged"
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("odd", get_args(Odd)), ("rope_positions", get_args(RopePositions))):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"Merge.{field} is {getattr(self, field)!r}; expected one of {', '.join(map(repr, allowed))}.")
+        if not (self.spatial or self.temporal or self.cross):
+            raise ValueError("Merge selects no attention: got spatial, temporal and cross all False; set one, or pass merge=None.")
+        if self.keys_values_only and not (self.spatial or self.temporal):
+            raise ValueError("Merge(keys_values_only=True) merges self attentions only; set spatial or temporal.")
+
+
+def check_frames(num_frames: int, odd: Odd) -> None:
+    """Refuses a number of latent frames that cannot be merged.
+
+    The published code restores the number of frames only where ``num_frames % 4`` is 0 or 3 (31 excepted); its exported
+    variant repairs every even number, and that is what both rules do here.
+
+    Raises:
+      ValueError: one frame, or an odd number for which the published rule returns the wrong number of frames.
+    """
+    if num_frames < 2:
+        raise ValueError(f"merging needs at least 2 latent frames, got {num_frames}; use merge_steps=0.")
+    if odd == "released" and (num_frames % 4 == 1 or num_frames == 31):
+        raise ValueError(
+            f'odd="released" does not restore {num_frames} latent frames (of odd numbers only 3, 7, 11, ... except 31); use odd="alone".'
+        )
+
+
+def merge(x_BTSD: Float[Array, "B T S D"], *, odd: Odd) -> Float[Array, "B M S D"]:
+    """Returns the mean of frames 2k and 2k+1 as token k.
+
+    Raises:
+      ValueError: see `check_frames`.
+    """
+    num_frames = x_BTSD.shape[1]
+    check_frames(num_frames, odd)
+    even = num_frames - num_frames % 2
+    pairs = (x_BTSD[:, 0:even:2] + x_BTSD[:, 1:even:2]) * jnp.asarray(0.5, x_BTSD.dtype)
+    if even == num_frames or odd == "released":
+        return pairs
+    return jnp.concatenate([pairs, x_BTSD[:, even:]], axis=1)
+
+
+def unmerge(x_BMSD: Float[Array, "B M S D"], num_frames: int) -> Float[Array, "B T S D"]:
+    """Returns every token once for each frame it stands for (see `frame_tokens`)."""
+    num_tokens = x_BMSD.shape[1]
+    if num_frames not in (2 * num_tokens - 1, 2 * num_tokens, 2 * num_tokens + 1):
+        raise ValueError(f"{num_tokens} merged tokens cannot stand for {num_frames} frames.")
+    repeated = jnp.repeat(x_BMSD, 2, axis=1)
+    if num_frames > 2 * num_tokens:
+        return jnp.concatenate([repeated, x_BMSD[:, -1:]], axis=1)
+    return repeated[:, :num_frames]
+
+
+def frame_tokens(num_frames: int, *, odd: Odd) -> np.ndarray:
+    """Returns for every frame the index of its token, int64 [T]."""
+    check_frames(num_frames, odd)
+    num_tokens = num_frames // 2 if odd == "released" else (num_frames + 1) // 2
+    return np.minimum(np.arange(num_frames) // 2, num_tokens - 1)
+
+
+def token_positions(num_frames: int, merge_rule: Merge) -> np.ndarray:
+    """Returns the RoPE position of every merged token, float64 [M]."""
+    tokens = frame_tokens(num_frames, odd=merge_rule.odd)
+    index = np.arange(tokens[-1] + 1, dtype=np.float64)
+    if merge_rule.rope_positions == "merged":
+        return index
+    return np.minimum(2 * index + 0.5, num_frames - 1)
+
+
+def query_positions(num_frames: int, merge_rule: Merge) -> np.ndarray:
+    """Returns the RoPE position of every unmerged query, on the scale of `token_positions`, float64 [T]."""
+    if merge_rule.rope_positions == "merged":
+        return frame_tokens(num_frames, odd=merge_rule.odd).astype(np.float64)
+    return np.arange(num_frames, dtype=np.float64)
