@@ -1,0 +1,161 @@
+"""Video to latents and back: both autoencoders, the micro-frame chunks, and the statistics that normalise latents.
+
+Invariant: chunks are independent, so a host loop over ``encode_chunk`` or ``decode_chunk`` gives what ``encode`` and
+``decode`` give.  Nothing here reads files, clips pixels or converts them to bytes.
+
+Source: Open-Sora v1.2 vae.py VideoAutoencoderPipeline.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from sora_jax.config import FLOAT32, DTypePolicy, VAEConfig
+from sora_jax.vae.spatial import SpatialDecoder, SpatialEncoder
+from sora_jax.vae.temporal import TemporalDecoder, TemporalEncoder
+
+
+def latent_size(config: VAEConfig, num_frames: int | None, height: int, width: int) -> tuple[int | None, int, int]:
+    """Returns latent frames, rows and columns of a video; frames ``None`` stay ``None``.
+
+    Source: Open-Sora v1.2 vae.py VideoAutoencoderPipeline.get_latent_size.
+    """
+    side = config.spatial.downsampling
+    if num_frames is None:
+        return None, height // side, width // side
+    return _num_latents(config, num_frames), height // side, width // side
+
+
+def split_moments(moments: Float[Array, "*batch 2*C"]) -> tuple[Float[Array, "*batch C"], Float[Array, "*batch C"]]:
+    """Returns mean and log variance (clipped to [-30, 20]) of a posterior, in float32."""
+    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.clip(logvar, -30.0, 20.0)
+
+
+def sample_posterior(moments: Float[Array, "*batch 2*C"], key: PRNGKeyArray | None) -> Float[Array, "*batch C"]:
+    """Returns a draw from the posterior, or its mean where ``key`` is None."""
+    mean, logvar = split_moments(moments)
+    if key is None:
+        return mean
+    return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)
+
+
+class LatentStats(nnx.Module):
+    """Shift and scale of each latent channel: normalised = (latent - shift) / scale."""
+
+    def __init__(self, channels: int, *, policy: DTypePolicy):
+        self.shift = nnx.Param(jnp.zeros(channels, policy.param))
+        self.scale = nnx.Param(jnp.ones(channels, policy.param))
+
+    def normalise(self, z: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+        return (z - self.shift[...].astype(z.dtype)) / self.scale[...].astype(z.dtype)
+
+    def restore(self, z: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+        return z * self.scale[...].astype(z.dtype) + self.shift[...].astype(z.dtype)
+
+
+class VAE(nnx.Module):
+    """The video autoencoder: float32 in and out, policy dtypes inside.
+
+    ``frame_batch`` bounds how many frames the spatial networks hold at a time (None: a whole chunk); it changes memory,
+    not results.
+    """
+
+    def __init__(self, config: VAEConfig, *, policy: DTypePolicy = FLOAT32, rngs: nnx.Rngs):
+        self.config = config
+        self.temporal_encoder = TemporalEncoder(config.temporal, policy=policy, rngs=rngs)
+        self.temporal_decoder = TemporalDecoder(config.temporal, policy=policy, rngs=rngs)
+        self.spatial_encoder = SpatialEncoder(config.spatial, policy=policy, rngs=rngs)
+        self.spatial_decoder = SpatialDecoder(config.spatial, policy=policy, rngs=rngs)
+        self.stats = LatentStats(config.temporal.embed_dim, policy=policy)
+
+    def encode(
+        self, video_Bthw3: Float[Array, "B t h w 3"], *, key: PRNGKeyArray | None = None, frame_batch: int | None = None
+    ) -> Float[Array, "B T H W C"]:
+        """Returns normalised latents of a video in [-1, 1]: the posterior means, or draws where a key is given.
+
+        Chunk j draws with ``fold_in(key, j)``.
+        """
+        size = self.config.micro_frame_size
+        starts = range(0, video_Bthw3.shape[1], size)
+        keys = [None if key is None else jax.random.fold_in(key, j) for j in range(len(starts))]
+        chunks = [
+            self.encode_chunk(video_Bthw3[:, start : start + size], key=chunk_key, frame_batch=frame_batch)
+            for start, chunk_key in zip(starts, keys, strict=True)
+        ]
+        return jnp.concatenate(chunks, axis=1)
+
+    def decode(
+        self, z_BTHWC: Float[Array, "B T H W C"], num_frames: int, *, frame_batch: int | None = None
+    ) -> Float[Array, "B t h w 3"]:
+        """Returns the ``num_frames`` frames of normalised latents, nominally in [-1, 1] and not clipped.
+
+        Raises:
+          ValueError: ``num_frames`` frames do not have T latents.
+        """
+        expected = _num_latents(self.config, num_frames)
+        if expected != z_BTHWC.shape[1]:
+            raise ValueError(
+                f"num_frames {num_frames} has {expected} latent frames, got {z_BTHWC.shape[1]}; "
+                f"expected num_frames {_frames_of(self.config, z_BTHWC.shape[1])}."
+            )
+        size, latents = self.config.micro_frame_size, _num_latents(self.config, self.config.micro_frame_size)
+        chunks = [
+            self.decode_chunk(z_BTHWC[:, j * latents : (j + 1) * latents], min(size, num_frames - j * size), frame_batch=frame_batch)
+            for j in range(-(-num_frames // size))
+        ]
+        return jnp.concatenate(chunks, axis=1)
+
+    def encode_chunk(
+        self, video_Bthw3: Float[Array, "B t h w 3"], *, key: PRNGKeyArray | None = None, frame_batch: int | None = None
+    ) -> Float[Array, "B T H W C"]:
+        """Returns normalised latents of at most ``micro_frame_size`` frames."""
+        spatial_key, temporal_key = (None, None) if key is None else jax.random.split(key)
+        x_BtHWC = self.scale_spatial(sample_posterior(self.spatial_moments(video_Bthw3, frame_batch=frame_batch), spatial_key))
+        return self.stats.normalise(sample_posterior(self.temporal_encoder(x_BtHWC), temporal_key))
+
+    def decode_chunk(
+        self, z_BTHWC: Float[Array, "B T H W C"], num_frames: int, *, frame_batch: int | None = None
+    ) -> Float[Array, "B t h w 3"]:
+        """Returns the frames of one chunk of normalised latents, ``num_frames`` <= ``micro_frame_size``."""
+        x_BtHWC = self.temporal_decoder(self.stats.restore(z_BTHWC), num_frames).astype(jnp.float32)
+        return self.decode_frames(x_BtHWC, frame_batch=frame_batch)
+
+    def spatial_moments(
+        self, video_Bthw3: Float[Array, "B t h w 3"], *, frame_batch: int | None = None
+    ) -> Float[Array, "B t H W 2*C"]:
+        """Returns mean and log variance of each frame's unscaled spatial latents, in float32."""
+        return _by_frame(self.spatial_encoder, video_Bthw3, frame_batch)
+
+    def scale_spatial(self, z: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+        """Returns spatial latents in the scale the temporal autoencoder works in."""
+        return z * self.config.spatial.scaling_factor
+
+    def decode_frames(
+        self, x_BtHWC: Float[Array, "B t H W C"], *, frame_batch: int | None = None
+    ) -> Float[Array, "B t h w 3"]:
+        """Returns the pixels of scaled spatial latents, frame by frame, in float32."""
+        return _by_frame(self.spatial_decoder, x_BtHWC / self.config.spatial.scaling_factor, frame_batch)
+
+
+def _by_frame(network: Callable[[jax.Array], jax.Array], clip: jax.Array, frame_batch: int | None) -> jax.Array:
+    frames = clip.reshape(-1, *clip.shape[2:])
+    if frame_batch is None or frame_batch >= len(frames):
+        out = network(frames)
+    else:
+        out = jax.lax.map(lambda frame: network(frame[None])[0], frames, batch_size=frame_batch)
+    return out.astype(jnp.float32).reshape(*clip.shape[:2], *out.shape[1:])
+
+
+def _num_latents(config: VAEConfig, num_frames: int) -> int:
+    whole, rest = divmod(num_frames, config.micro_frame_size)
+    step = config.temporal.downsampling
+    return whole * -(-config.micro_frame_size // step) + -(-rest // step)
+
+
+def _frames_of(config: VAEConfig, num_latents: int) -> str:
+    valid = [n for n in range(1, num_latents * config.temporal.downsampling + 1) if _num_latents(config, n) == num_latents]
+    return f"{valid[0]} to {valid[-1]}" if len(valid) > 1 else str(valid[0])

@@ -1,0 +1,125 @@
+"""Layers that both autoencoders use: convolutions over channels-last images and clips, and group norm.
+
+Invariant: the dtype of the activations decides the compute dtype; sums over taps and all statistics are float32.
+Clips are convolved causally (an output frame sees no later input frame) and always as two-dimensional convolutions of
+their frames, which CPUs run faster than a three-dimensional one and every export target knows.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sora_jax.config import DTypePolicy
+
+Padding = Literal["same", "end"]
+
+# PyTorch's default for convolutions: uniform with bound 1 / sqrt(fan in).
+_INIT = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class Conv2D(nnx.Module):
+    """Convolution of images; ``same`` keeps the size at stride 1, ``end`` pads one zero row below and column right."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int,
+        stride: int = 1,
+        padding: Padding = "same",
+        policy: DTypePolicy,
+        rngs: nnx.Rngs,
+    ):
+        self.stride = stride
+        self.padding = (0, 1) if padding == "end" else (kernel_size // 2, kernel_size // 2)
+        self.kernel = nnx.Param(_INIT(rngs.params(), (kernel_size, kernel_size, in_channels, out_channels), policy.param))
+        self.bias = nnx.Param(jnp.zeros(out_channels, policy.param))
+
+    def __call__(self, x: Float[Array, "N h w I"]) -> Float[Array, "N H W O"]:
+        y = _conv2d(x, self.kernel[...], stride=self.stride, padding=self.padding)
+        return y + self.bias[...].astype(x.dtype)
+
+
+class CausalConv3D(nnx.Module):
+    """Convolution of clips: zero padding around each frame, and in time only in front.
+
+    Differs from source: a sum over the time taps of the kernel, each a convolution of the frames it reads; frames of
+    the padding are never multiplied.  Equal up to the order of summation.
+    Source: Open-Sora v1.2 vae_temporal.py CausalConv3d.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int,
+        time_stride: int = 1,
+        use_bias: bool = True,
+        policy: DTypePolicy,
+        rngs: nnx.Rngs,
+    ):
+        self.time_stride = time_stride
+        self.kernel = nnx.Param(_INIT(rngs.params(), (*(kernel_size,) * 3, in_channels, out_channels), policy.param))
+        self.bias = nnx.Param(jnp.zeros(out_channels, policy.param)) if use_bias else None
+
+    def __call__(self, x_BTHWC: Float[Array, "B t H W I"]) -> Float[Array, "B T H W O"]:
+        num_taps, stride = self.kernel.shape[0], self.time_stride
+        front = num_taps - stride
+        num_frames = (x_BTHWC.shape[1] + front - num_taps) // stride + 1
+        total = jnp.float32(0)
+        for tap in range(num_taps):
+            first = max(0, math.ceil((front - tap) / stride))  # the first output frame for which this tap reads a real frame
+            if first < num_frames:
+                start = first * stride + tap - front
+                read = x_BTHWC[:, start : start + (num_frames - first - 1) * stride + 1 : stride]
+                y = self._tap(read, tap).astype(jnp.float32)
+                total = total + jnp.pad(y, ((0, 0), (first, 0), (0, 0), (0, 0), (0, 0)))
+        if self.bias is not None:
+            total = total + self.bias[...].astype(jnp.float32)
+        return total.astype(x_BTHWC.dtype)
+
+    def _tap(self, x_BTHWC: Float[Array, "B T H W I"], tap: int) -> Float[Array, "B T H W O"]:
+        side = self.kernel.shape[1] // 2
+        frames = x_BTHWC.reshape(-1, *x_BTHWC.shape[2:])
+        y = _conv2d(frames, self.kernel[...][tap], stride=1, padding=(side, side))
+        return y.reshape(*x_BTHWC.shape[:-1], -1)
+
+
+class GroupNorm(nnx.Module):
+    """Norm over groups of channels and every axis between the first and the last, with learned scale and bias.
+
+    Mean and mean square are taken in one float32 pass, then folded with scale and bias into one multiply-add a channel.
+    """
+
+    def __init__(self, channels: int, *, groups: int, epsilon: float, policy: DTypePolicy):
+        self.groups = groups
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(channels, policy.param))
+        self.bias = nnx.Param(jnp.zeros(channels, policy.param))
+
+    def __call__(self, x: Float[Array, "N *inner C"]) -> Float[Array, "N *inner C"]:
+        wide = x.astype(jnp.float32)
+        inner = tuple(range(1, x.ndim - 1))
+        mean_NG = self._over_group(jnp.mean(wide, axis=inner))
+        square_NG = self._over_group(jnp.mean(wide * wide, axis=inner))
+        inverse_NG = jax.lax.rsqrt(jnp.maximum(square_NG - mean_NG * mean_NG, 0) + self.epsilon)
+        size = x.shape[-1] // self.groups
+        gain_NC = jnp.repeat(inverse_NG, size, axis=-1) * self.scale[...].astype(jnp.float32)
+        offset_NC = self.bias[...].astype(jnp.float32) - jnp.repeat(mean_NG, size, axis=-1) * gain_NC
+        normed = wide * jnp.expand_dims(gain_NC, inner) + jnp.expand_dims(offset_NC, inner)
+        return normed.astype(x.dtype)
+
+    def _over_group(self, x_NC: Float[Array, "N C"]) -> Float[Array, "N G"]:
+        return jnp.mean(x_NC.reshape(x_NC.shape[0], self.groups, -1), axis=-1)
+
+
+def _conv2d(x: jax.Array, kernel_HWIO: jax.Array, *, stride: int, padding: tuple[int, int]) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel_HWIO.astype(x.dtype), (stride, stride), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )

@@ -1,0 +1,129 @@
+"""Causal autoencoder over time: chunks of spatial latents to four times fewer latent frames and back.
+
+Invariant: one call is one chunk; no state passes between calls.  Convolutions are causal, group norms are not: their
+statistics span the whole chunk.  The split of a clip into chunks belongs to ``codec``.
+
+Source: Open-Sora v1.2 vae_temporal.py (VAE_Temporal, Encoder, Decoder, ResBlock).
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sora_jax.config import FLOAT32, DTypePolicy, TemporalVAEConfig
+from sora_jax.vae.layers import CausalConv3D, GroupNorm
+
+_EPSILON = 1e-5
+
+
+class ResBlock(nnx.Module):
+    """Two normed causal convolutions without bias, beside a shortcut (1x1x1 where the width changes)."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, groups: int, policy: DTypePolicy, rngs: nnx.Rngs):
+        self.norm1 = GroupNorm(in_channels, groups=groups, epsilon=_EPSILON, policy=policy)
+        self.conv1 = CausalConv3D(in_channels, out_channels, kernel_size=3, use_bias=False, policy=policy, rngs=rngs)
+        self.norm2 = GroupNorm(out_channels, groups=groups, epsilon=_EPSILON, policy=policy)
+        self.conv2 = CausalConv3D(out_channels, out_channels, kernel_size=3, use_bias=False, policy=policy, rngs=rngs)
+        changes = in_channels != out_channels
+        self.conv3 = (
+            CausalConv3D(in_channels, out_channels, kernel_size=1, use_bias=False, policy=policy, rngs=rngs) if changes else None
+        )
+
+    def __call__(self, x: Float[Array, "B T H W I"]) -> Float[Array, "B T H W O"]:
+        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        return y + (x if self.conv3 is None else self.conv3(x))
+
+
+def _res_blocks(
+    in_channels: int, out_channels: int, config: TemporalVAEConfig, *, policy: DTypePolicy, rngs: nnx.Rngs
+) -> nnx.List[ResBlock]:
+    widths = (in_channels, *(out_channels for _ in range(config.num_res_blocks)))
+    pairs = zip(widths, widths[1:], strict=False)
+    return nnx.List([ResBlock(a, b, groups=config.norm_num_groups, policy=policy, rngs=rngs) for a, b in pairs])
+
+
+class TemporalEncoder(nnx.Module):
+    """Spatial latents of one chunk to the mean and log variance of its latent frames.
+
+    Time is padded with zeros in front to a multiple of ``config.downsampling``: 17 frames give 5 latents, 1 gives 1.
+    """
+
+    def __init__(self, config: TemporalVAEConfig, *, policy: DTypePolicy = FLOAT32, rngs: nnx.Rngs):
+        self.policy = policy
+        self.downsampling = config.downsampling
+        widths = [config.filters * multiplier for multiplier in config.channel_multipliers]
+        self.conv_in = CausalConv3D(
+            config.in_out_channels, config.filters, kernel_size=3, use_bias=False, policy=policy, rngs=rngs
+        )
+        levels, downs = [], []
+        for previous, width, halve in zip(
+            [config.filters, *widths], widths, [*config.temporal_downsample, False], strict=False
+        ):
+            levels.append(_res_blocks(previous, width, config, policy=policy, rngs=rngs))
+            downs.append(CausalConv3D(width, width, kernel_size=3, time_stride=2, policy=policy, rngs=rngs) if halve else None)
+        self.block_res_blocks = nnx.List(levels)
+        self.conv_blocks = nnx.List(downs)
+        self.res_blocks = _res_blocks(widths[-1], widths[-1], config, policy=policy, rngs=rngs)
+        self.norm1 = GroupNorm(widths[-1], groups=config.norm_num_groups, epsilon=_EPSILON, policy=policy)
+        self.conv2 = CausalConv3D(widths[-1], 2 * config.latent_embed_dim, kernel_size=1, policy=policy, rngs=rngs)
+        self.quant_conv = CausalConv3D(2 * config.latent_embed_dim, 2 * config.embed_dim, kernel_size=1, policy=policy, rngs=rngs)
+
+    def __call__(self, x_BtHWC: Float[Array, "B t H W C"]) -> Float[Array, "B T H W 2*C"]:
+        front = -x_BtHWC.shape[1] % self.downsampling
+        x = jnp.pad(x_BtHWC.astype(self.policy.compute), ((0, 0), (front, 0), (0, 0), (0, 0), (0, 0)))
+        x = self.conv_in(x)
+        for blocks, down in zip(self.block_res_blocks, self.conv_blocks, strict=True):
+            for block in blocks:
+                x = block(x)
+            x = x if down is None else down(x)
+        for block in self.res_blocks:
+            x = block(x)
+        return self.quant_conv(self.conv2(jax.nn.silu(self.norm1(x))))
+
+
+class TemporalDecoder(nnx.Module):
+    """Latent frames of one chunk to its spatial latents; levels are stored from fine to coarse and run in reverse."""
+
+    def __init__(self, config: TemporalVAEConfig, *, policy: DTypePolicy = FLOAT32, rngs: nnx.Rngs):
+        self.policy = policy
+        self.downsampling = config.downsampling
+        widths = [config.filters * multiplier for multiplier in config.channel_multipliers]
+        self.post_quant_conv = CausalConv3D(config.embed_dim, config.latent_embed_dim, kernel_size=1, policy=policy, rngs=rngs)
+        self.conv1 = CausalConv3D(config.latent_embed_dim, widths[-1], kernel_size=3, policy=policy, rngs=rngs)
+        self.res_blocks = _res_blocks(widths[-1], widths[-1], config, policy=policy, rngs=rngs)
+        levels, ups = [], []
+        for previous, width, double in zip(
+            [*widths[1:], widths[-1]], widths, [False, *config.temporal_downsample], strict=True
+        ):
+            levels.append(_res_blocks(previous, width, config, policy=policy, rngs=rngs))
+            ups.append(CausalConv3D(width, 2 * width, kernel_size=3, policy=policy, rngs=rngs) if double else None)
+        self.block_res_blocks = nnx.List(levels)
+        self.conv_blocks = nnx.List(ups[1:])
+        self.norm1 = GroupNorm(widths[0], groups=config.norm_num_groups, epsilon=_EPSILON, policy=policy)
+        self.conv_out = CausalConv3D(widths[0], config.in_out_channels, kernel_size=3, policy=policy, rngs=rngs)
+
+    def __call__(self, z_BTHWC: Float[Array, "B T H W C"], num_frames: int) -> Float[Array, "B t H W C"]:
+        """Returns the ``num_frames`` frames of the chunk; the frames of the encoder's front padding are dropped.
+
+        Raises:
+          ValueError: ``num_frames`` frames do not have T latents.
+        """
+        num_latents = -(-num_frames // self.downsampling)
+        if num_latents != z_BTHWC.shape[1]:
+            most = z_BTHWC.shape[1] * self.downsampling
+            raise ValueError(
+                f"num_frames {num_frames} of a chunk has {num_latents} latent frames, got {z_BTHWC.shape[1]}; "
+                f"expected num_frames {most - self.downsampling + 1} to {most}."
+            )
+        x = self.conv1(self.post_quant_conv(z_BTHWC.astype(self.policy.compute)))
+        for block in self.res_blocks:
+            x = block(x)
+        for blocks, up in zip(reversed(self.block_res_blocks), reversed([None, *self.conv_blocks]), strict=True):
+            for block in blocks:
+                x = block(x)
+            x = x if up is None else rearrange(up(x), "B T H W (C s) -> B (T s) H W C", s=2)
+        x = self.conv_out(jax.nn.silu(self.norm1(x)))
+        return x[:, x.shape[1] - num_frames :]
