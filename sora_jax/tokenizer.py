@@ -6,13 +6,14 @@ The one known exception is a combining mark right behind a character that normal
 of ``sora_jax.prompt``.
 """
 
-import importlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
+import sentencepiece
+import tokenizers
 from jaxtyping import Bool, Int
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
@@ -34,7 +35,6 @@ class Tokenizer:
         Raises:
           FileNotFoundError: there is no such file.
           ValueError: the file is neither, is damaged, or has no padding and end tokens.
-          ModuleNotFoundError: the library that reads this kind of file is not installed.
         """
         path = Path(path)
         readers = {".json": _read_json, ".model": _read_sentencepiece}
@@ -66,7 +66,6 @@ class Tokenizer:
 
 
 def _read_json(path: Path) -> tuple[Callable[[str], list[int]], int, int, int]:
-    tokenizers = _library("tokenizers", path)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more specific
@@ -82,7 +81,6 @@ def _read_json(path: Path) -> tuple[Callable[[str], list[int]], int, int, int]:
 
 
 def _read_sentencepiece(path: Path) -> tuple[Callable[[str], list[int]], int, int, int]:
-    sentencepiece = _library("sentencepiece", path)
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
@@ -104,10 +102,3 @@ def _present(index: int | None, token: str, path: Path) -> int:
     if index is None or index < 0:
         raise ValueError(f"{path} has no {token} token; expected a T5 vocabulary with {PAD} and {EOS}.")
     return index
-
-
-def _library(name: str, path: Path) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"Reading {path} needs the package {name}: pip install {name}.") from error
