@@ -39,9 +39,7 @@ _DIRECTION = np.array([(-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, 0), 
 # By shape: reach to the left and right, up, down, in radii.  A square's half side is 0.93 radii; a triangle is
 # equilateral with its corners 1.3 radii from its centre.
 _SQUARE, _TRIANGLE = 0.93, 1.3
-_REACH = np.array(
-    [(1, 1, 1), (_SQUARE, _SQUARE, _SQUARE), (_TRIANGLE * math.sqrt(0.75), _TRIANGLE, _TRIANGLE / 2)], np.float32
-)
+_REACH = np.array([(1, 1, 1), (_SQUARE, _SQUARE, _SQUARE), (_TRIANGLE * math.sqrt(0.75), _TRIANGLE, _TRIANGLE / 2)], np.float32)
 
 
 @jax.tree_util.register_dataclass
