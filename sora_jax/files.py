@@ -1,0 +1,104 @@
+"""Files that are whole or absent: every output is written under a temporary name beside its target, then published.
+
+Invariant: a path handed to the user never names a half-written file, and an existing file is replaced only on request.
+This module knows nothing about videos or networks.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary path beside ``path``; what was written there (file or folder) becomes ``path`` on success.
+
+    On any exception, Ctrl-C included, the temporary path is removed and ``path`` is left as it was.
+
+    Raises:
+      FileExistsError: ``path`` exists and ``overwrite`` is False; also when it appeared while the body ran.
+    """
+    path = Path(path)
+    if not overwrite:
+        refuse_existing(path)
+    temporary = path.with_name(f".{path.name[:60]}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        yield temporary
+        _publish(temporary, path, overwrite)
+    finally:
+        _remove(temporary)
+
+
+def write_text(path: str | os.PathLike[str], text: str, *, overwrite: bool = False) -> None:
+    """Writes a text file (UTF-8), whole or not at all."""
+    with whole_file(path, overwrite=overwrite) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def refuse_existing(*paths: Path) -> None:
+    """Raises FileExistsError if one of the paths exists, naming the two ways out."""
+    for path in paths:
+        if path.exists() or path.is_symlink():
+            raise FileExistsError(f"{path} exists; pass --overwrite (overwrite=True) or choose another name.")
+
+
+def refuse_unwritable(folder: str | os.PathLike[str]) -> None:
+    """Creates ``folder`` if it is missing and proves that a file can be written in it, leaving nothing behind.
+
+    Raises:
+      OSError: the folder cannot be created or written.
+    """
+    folder = Path(folder)
+    probe = folder / f".{os.getpid()}-{secrets.token_hex(4)}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write into folder {folder}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+def numbered(path: Path, *, suffix_of: int = 2) -> Path:
+    """Returns ``path`` itself, or the first of ``name_2``, ``name_3``, ... that does not exist."""
+    candidate, number = path, suffix_of
+    while candidate.exists() or candidate.is_symlink():
+        candidate = path.with_name(f"{path.stem}_{number}{path.suffix}")
+        number += 1
+    return candidate
+
+
+def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
+    if temporary.is_dir():
+        if overwrite:
+            _remove(path)
+        os.rename(temporary, path)
+    elif overwrite:
+        if path.is_dir() and not path.is_symlink():
+            raise IsADirectoryError(f"{path} is a folder; choose another name or remove it.")
+        os.replace(temporary, path)
+    else:
+        _link(temporary, path)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Gives the file its final name; unlike rename, a hard link never replaces what another process put there."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        refuse_existing(path)
+        raise
+    except OSError:  # a file system without hard links
+        refuse_existing(path)
+        os.rename(temporary, path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
