@@ -19,7 +19,9 @@ from tests.parity.runner import FAIL, PASS, PENDING, Row, run_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.parity", description="Compare with fixtures of the PyTorch reference.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.parity", description="Compare with fixtures made by the PyTorch reference."
+    )
     parser.add_argument("folder", type=Path, metavar="DIR", help="a fixture folder, or one of its suites")
     parser.add_argument("--json", type=Path, metavar="F", help="write every row as JSON")
     parser.add_argument("--dump", type=Path, metavar="OUT", help="write every computed tensor to OUT/SUITE/CASE.safetensors")
@@ -60,8 +62,12 @@ def _report(rows: Sequence[Row], status: int) -> dict[str, object]:
 
 def _format(row: Row) -> str:
     name = "/".join(part for part in (row.suite, row.case, row.tensor) if part)
-    numbers = f"max abs {_number(row.max_abs)} < {_number(row.limit_max_abs)}  rel L2 {_number(row.rel_l2)} < {_number(row.limit_rel_l2)}"
-    return "  ".join(part for part in (f"{row.verdict:7}", f"{name:64}", numbers if row.max_abs is not None else "", row.note) if part)
+    parts = [f"{row.verdict:7}", f"{name:64}"]
+    if row.max_abs is not None:
+        parts.append(f"max abs {_number(row.max_abs)} < {_number(row.limit_max_abs)}")
+    if row.rel_l2 is not None:
+        parts.append(f"rel L2 {_number(row.rel_l2)} < {_number(row.limit_rel_l2)}")
+    return "  ".join([*parts, row.note] if row.note else parts)
 
 
 def _number(value: float | None) -> str:

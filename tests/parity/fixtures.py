@@ -106,7 +106,9 @@ def missing_outputs(suite: str, case: str, entry: Mapping[str, Any], keys: Itera
     elif case == "units":
         required += [f"{key.removesuffix('.in')}.out" for key in keys if key.endswith(".in")]
     elif case == "merge_fn":
-        required += [f"{key.removesuffix('.in')}.{part}" for key in keys if key.endswith(".in") for part in ("merged", "unmerged")]
+        required += [
+            f"{key.removesuffix('.in')}.{part}" for key in keys if key.endswith(".in") for part in ("merged", "unmerged")
+        ]
     else:
         required += ["out"]
     if all(is_input(key) for key in keys):

@@ -160,15 +160,11 @@ def _config_entry(case: Case) -> dict[str, object]:
 def _orphans(suite: str, folder: Path, cases: list[Case]) -> list[Row]:
     """Failures for files that no case claims, and for files that two cases claim."""
     claimed = collections.Counter(case.path.resolve() for case in cases)
-    rows = [
-        Row(suite=suite, case=path.name, verdict=FAIL, note=f"claimed by {count} cases") for path, count in claimed.items() if count > 1
-    ]
-    if suite == MANIFESTS:
-        return rows
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and is_fixture(path, suite) and path.resolve() not in claimed:
-            rows.append(Row(suite=suite, case=path.name, verdict=FAIL, note="a file without a case in config.json"))
-    return rows
+    notes = {path.name: f"claimed by {count} cases" for path, count in claimed.items() if count > 1}
+    if suite != MANIFESTS:
+        files = [path for path in sorted(folder.iterdir()) if path.is_file() and is_fixture(path, suite)]
+        notes |= {path.name: "a file without a case in config.json" for path in files if path.resolve() not in claimed}
+    return [Row(suite=suite, case=name, verdict=FAIL, note=note) for name, note in notes.items()]
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
