@@ -110,7 +110,7 @@ class Embed(nnx.Module):
         width = config.hidden_size
         self.config = config
         self.policy = policy
-        self.x_embedder = Linear(math.prod(config.patch_size) * config.in_channels, width, policy=policy, rngs=rngs)
+        self.x_embedder = PatchEmbedder(config, policy=policy, rngs=rngs)
         self.t_embedder = ScalarEmbedder(width, policy=policy, rngs=rngs)
         self.fps_embedder = ScalarEmbedder(width, policy=policy, rngs=rngs, zero=True)
         self.t_block = Linear(width, 6 * width, policy=policy, rngs=rngs)
@@ -147,16 +147,10 @@ class Embed(nnx.Module):
         self, z_BTHWC: Float[Array, "B T H W C"], height_px_B: Float[Array, "#B"], width_px_B: Float[Array, "#B"]
     ) -> Float[Array, "B T S D"]:
         """Returns embedded patches with their position; odd sizes are padded with zeros at the bottom and the right."""
-        _, rows, columns = self.config.patch_size
-        height, width = -(-z_BTHWC.shape[2] // rows), -(-z_BTHWC.shape[3] // columns)
-        padding = (height * rows - z_BTHWC.shape[2], width * columns - z_BTHWC.shape[3])
-        z_BTHWC = jnp.pad(z_BTHWC.astype(self.policy.compute), ((0, 0), (0, 0), (0, padding[0]), (0, padding[1]), (0, 0)))
-        patches = rearrange(z_BTHWC, "b t (h p) (w q) c -> b t (h w) (p q c)", p=rows, q=columns)
+        x_BTHWD = self.x_embedder(z_BTHWC.astype(self.policy.compute))
         pixels = height_px_B[0].astype(jnp.float32) * width_px_B[0].astype(jnp.float32)
-        position_SD = position_embedding(
-            height, width, self.config.hidden_size, scale=jnp.sqrt(pixels) / self.config.input_sq_size
-        )
-        return self.x_embedder(patches) + position_SD.astype(self.policy.compute)[None, None]
+        position_HWD = position_embedding(*x_BTHWD.shape[2:], scale=jnp.sqrt(pixels) / self.config.input_sq_size)
+        return rearrange(x_BTHWD + lifted(position_HWD.astype(x_BTHWD.dtype), 5), "b t h w d -> b t (h w) d")
 
     def modulation(
         self,
@@ -174,6 +168,27 @@ class Embed(nnx.Module):
             return mod_BF6D
         mod0_BF6D = rearrange(self.t_block(jax.nn.silu(t0_BD)), "b (six d) -> b 1 six d", six=6)
         return jnp.where(frame_mask_BT[:, :, None, None], mod_BF6D, mod0_BF6D)
+
+
+class PatchEmbedder(nnx.Module):
+    """Linear map of patches; the kernel is a convolution's, (frames, rows, columns, in, out).
+
+    Source: Open-Sora v1.2 opensora/models/layers/blocks.py PatchEmbed3D.
+    """
+
+    def __init__(self, config: STDiT3Config, *, policy: DTypePolicy, rngs: nnx.Rngs):
+        init = jax.nn.initializers.xavier_uniform(in_axis=(0, 1, 2, 3), out_axis=4)
+        shape = (*config.patch_size, config.in_channels, config.hidden_size)
+        self.kernel = nnx.Param(init(rngs.params(), shape, policy.param))
+        self.bias = nnx.Param(jnp.zeros(config.hidden_size, policy.param))
+
+    def __call__(self, z_BTHWC: Float[Array, "B T H W C"]) -> Float[Array, "B T Hp Wp D"]:
+        """Returns one token for each patch; odd sizes are padded with zeros at the bottom and the right."""
+        kernel = self.kernel[...]
+        _, rows, columns, _, _ = kernel.shape
+        padding = ((0, 0), (0, 0), (0, -z_BTHWC.shape[2] % rows), (0, -z_BTHWC.shape[3] % columns), (0, 0))
+        patches = rearrange(jnp.pad(z_BTHWC, padding), "b t (h p) (w q) c -> b t h w (p q c)", p=rows, q=columns)
+        return linear(patches, kernel.reshape(-1, kernel.shape[-1]), self.bias[...])
 
 
 class ScalarEmbedder(nnx.Module):
@@ -401,7 +416,7 @@ def sinusoid(value_B: Float[Array, "B"]) -> Float[Array, "B 256"]:
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def position_embedding(height: int, width: int, size: int, *, scale: Float[Array, ""]) -> Float[Array, "S D"]:
+def position_embedding(height: int, width: int, size: int, *, scale: Float[Array, ""]) -> Float[Array, "H W D"]:
     """Returns the position of ``height`` x ``width`` tokens: half the channels for the column, then half for the row.
 
     ``scale`` is the root of the video's area in pixels over the side of the trained square, so that a token's coordinate
@@ -419,7 +434,7 @@ def position_embedding(height: int, width: int, size: int, *, scale: Float[Array
 
     columns = jnp.broadcast_to(encode(width)[None], (height, width, size // 2))
     rows = jnp.broadcast_to(encode(height)[:, None], (height, width, size // 2))
-    return rearrange(jnp.concatenate([columns, rows], axis=-1), "h w d -> (h w) d")
+    return jnp.concatenate([columns, rows], axis=-1)
 
 
 def rotate(x: Float[Array, "*batch T K"], positions_T: np.ndarray) -> Float[Array, "*batch T K"]:
