@@ -127,7 +127,9 @@ class Assignment:
         if np.allclose(got, expected, rtol=4 * rounding, atol=0.0):
             return []
         worst = float(np.max(np.abs(got - expected)))
-        return [f"{self.source}: differs from its formula by up to {worst:.3g}; this network computes it and takes no other value"]
+        return [
+            f"{self.source}: differs from its formula by up to {worst:.3g}; this network computes it and takes no other value"
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +263,7 @@ def _header_faults(
     shape = rule.transform.shape(header.shape)
     if shape is None or shape != tuple(expected[target]):
         faults.append(
-            f"{name}: shape {list(header.shape)} does not give {target} its shape {list(expected[target])} ({rule.transform.name})"
+            f"{name}: shape {list(header.shape)} does not become {list(expected[target])} of {target} ({rule.transform.name})"
         )
     return faults
 
@@ -272,7 +274,9 @@ def _coverage_faults(assignments: Iterable[Assignment], expected: Mapping[str, S
         if assignment.target is not None and not assignment.duplicate_of:
             setters.setdefault(assignment.target, []).append(assignment.source)
     faults = [f"{target}: missing; no source array sets it" for target in expected if target not in setters]
-    return faults + [f"{target}: set {len(names)} times, by {', '.join(names)}" for target, names in setters.items() if len(names) > 1]
+    return faults + [
+        f"{target}: set {len(names)} times, by {', '.join(names)}" for target, names in setters.items() if len(names) > 1
+    ]
 
 
 def _mixed_dtype_faults(assignments: Iterable[Assignment], headers: Mapping[str, Header]) -> list[str]:

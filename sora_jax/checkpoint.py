@@ -2,13 +2,19 @@
 
 A flat dictionary maps dotted names (``"spatial_blocks.3.attn.qkv.kernel"``) to arrays; it is the form parameters have on
 disk, in host callbacks and in export signatures.  ``flatten`` and ``unflatten`` are the only code that knows how names
-and module attributes correspond.
+and module attributes correspond.  Loading maps files and copies nothing; saving is atomic (``network_writer``).
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+
+from sora_jax.model_directory import STORED_DTYPES, Manifest, open_network, read_array
+from sora_jax.network_writer import NetworkWriter
+from sora_jax.quantisation import SCALE_SUFFIX, dequantise, is_quantised, quantise
 
 Module = TypeVar("Module")
 
@@ -41,3 +47,94 @@ def unflatten(abstract: Module, flat: Mapping[str, Any]) -> Module:
 
 def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def load_network(
+    directory: str | os.PathLike[str], network: str, *, dtype: str | None = None
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """Returns a network's configuration and its parameters by flat name.
+
+    Arrays are read-only and, where stored in the wanted dtype, mapped: nothing is read before it is used.  Fill a module
+    with ``unflatten(jax.eval_shape(lambda: Net(config, rngs=nnx.Rngs(0))), flat)``.
+
+    Args:
+      directory: a model directory.
+      network: ``t5``, ``stdit3`` or ``vae``.
+      dtype: ``float32`` or ``bfloat16``; None keeps the stored dtype, with int8 becoming float32.
+
+    Raises:
+      ModelDirectoryError: the network is missing (the message holds the command that adds it) or damaged.
+    """
+    manifest = open_network(directory, network)
+    flat: dict[str, np.ndarray] = {}
+    for layer in manifest.layers:
+        flat.update(read_layer(manifest, layer, dtype=dtype))
+    return manifest.config, flat
+
+
+def read_layer(manifest: Manifest, layer: str, *, dtype: str | None = None) -> dict[str, np.ndarray]:
+    """Returns the parameters of one layer by flat name, as ``load_network`` does; int8 is multiplied out."""
+    wanted = STORED_DTYPES[dtype] if dtype else None
+    flat = {}
+    for name in manifest.names(layer):
+        scaled = name + SCALE_SUFFIX in manifest.parameters
+        if name.removesuffix(SCALE_SUFFIX) != name and name.removesuffix(SCALE_SUFFIX) in manifest.parameters:
+            continue
+        array = read_array(manifest, name)
+        if scaled:
+            flat[name] = dequantise(name, array, read_array(manifest, name + SCALE_SUFFIX), wanted)
+        else:
+            flat[name] = array if wanted is None else array.astype(wanted, copy=False)
+    return flat
+
+
+def save_network(
+    directory: str | os.PathLike[str],
+    network: str,
+    config: Any,
+    flat: Mapping[str, Any],
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    origin: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Writes a network's parameters into a model directory, atomically, and returns its manifest.
+
+    Args:
+      directory: the model directory; created if needed.
+      network: ``t5``, ``stdit3`` or ``vae``.
+      config: the network's configuration.
+      flat: every parameter by flat name, of float32 or bfloat16.
+      dtype: stored dtype: ``float32``, ``bfloat16`` or ``int8`` (matrices and embeddings; the rest is float32).
+      overwrite: replace an existing network.
+      origin: JSON values recorded in the manifest (where the parameters come from).
+
+    Raises:
+      ModelDirectoryError: the network exists, or another process is writing it.
+      ValueError: a parameter is not finite, or belongs to no layer.
+    """
+    with NetworkWriter(directory, network, config, dtype=dtype, overwrite=overwrite) as writer:
+        try:
+            for name, value in flat.items():
+                for stored, array in stored_arrays(name, np.asarray(value), dtype).items():
+                    writer.write(stored, array)
+            return writer.finish(origin)
+        except BaseException:
+            writer.discard()
+            raise
+
+
+def stored_arrays(name: str, array: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+    """Returns the array or arrays (int8 and its scale) that a parameter is stored as.
+
+    Raises:
+      ValueError: a value is NaN or infinite, or becomes infinite in ``dtype``.
+    """
+    if dtype == "int8" and is_quantised(name, array.shape):
+        values, scale = quantise(name, array)
+        arrays = {name: values, name + SCALE_SUFFIX: scale}
+    else:
+        arrays = {name: array.astype(STORED_DTYPES["float32" if dtype == "int8" else dtype], copy=False)}
+    if not all(np.isfinite(stored).all() for stored in arrays.values()):
+        raise ValueError(f"parameter {name} holds NaN or infinite values, or values beyond {dtype}.")
+    return arrays

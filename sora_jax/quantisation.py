@@ -1,0 +1,38 @@
+"""Stored int8: symmetric, one float32 scale per output column of a matrix and per row of an embedding.
+
+Invariant: ``dequantise(*quantise(x))`` differs from ``x`` by at most half a scale, and rows of zeros stay zeros.  This is a
+storage format: nothing here computes with int8.
+"""
+
+import numpy as np
+
+SCALE_SUFFIX = "_scale"
+
+
+def is_quantised(name: str, shape: tuple[int, ...]) -> bool:
+    """Returns whether a parameter is stored as int8: matrices and embeddings, but no norm, bias, table or convolution."""
+    return len(shape) == 2 and name.rpartition(".")[2] in ("kernel", "embedding")
+
+
+def scale_axis(name: str) -> int:
+    """Returns the axis that has one scale per index: rows of an embedding, output columns of an (in, out) matrix."""
+    return 0 if name.endswith("embedding") else 1
+
+
+def quantise(name: str, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int8 values and float32 scales: round half to even, clip to 127, scale 1 where everything is zero."""
+    wide = array.astype(np.float32, copy=False)
+    reduced = 1 - scale_axis(name)
+    peak = np.maximum(wide.max(axis=reduced), -wide.min(axis=reduced))
+    scale = np.where(peak == 0, np.float32(1), peak / np.float32(127)).astype(np.float32)
+    scale = np.where(scale == 0, np.float32(1), scale)  # a subnormal peak: its 127th part is zero
+    values = wide / np.expand_dims(scale, reduced)
+    np.rint(values, out=values)
+    return np.clip(values, -127, 127, out=values).astype(np.int8), scale
+
+
+def dequantise(name: str, values: np.ndarray, scale: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
+    """Returns ``values * scale`` in float32, or rounded to ``dtype``."""
+    wide = values.astype(np.float32)
+    wide *= np.expand_dims(scale, 1 - scale_axis(name))
+    return wide if dtype is None else wide.astype(dtype, copy=False)
