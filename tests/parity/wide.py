@@ -4,7 +4,6 @@ Invariant: one network is in memory at a time.  The rule of each draw is that of
 are those of the conversion tables, so that a name the table gets wrong draws other weights and fails.
 """
 
-import functools
 import re
 import zlib
 from collections.abc import Mapping
@@ -167,7 +166,7 @@ def _as_pattern(template: str) -> str:
 
 def _filled(kind: Any, network: str, config: Any, state_dict: Mapping[str, np.ndarray]) -> Any:
     flat = convert_weights.convert(network, state_dict, config)
-    abstract = jax.eval_shape(functools.partial(kind, config, rngs=nnx.Rngs(0)))
+    abstract = jax.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
     return unflatten(abstract, {name: jax.device_put(value) for name, value in flat.items()})
 
 
