@@ -7,6 +7,7 @@ Source: Open-Sora v1.2 vae.py VideoAutoencoderPipeline.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sora_jax.config import FLOAT32, DTypePolicy, VAEConfig
+from sora_jax.layers import lifted
 from sora_jax.vae.spatial import SpatialDecoder, SpatialEncoder
 from sora_jax.vae.temporal import TemporalDecoder, TemporalEncoder
 
@@ -27,6 +29,30 @@ def latent_size(config: VAEConfig, num_frames: int | None, height: int, width: i
     if num_frames is None:
         return None, height // side, width // side
     return _num_latents(config, num_frames), height // side, width // side
+
+
+class Chunk(NamedTuple):
+    """Where a chunk lies in the video and in the latents; ``num_frames`` is its length in frames."""
+
+    frames: slice
+    latents: slice
+    num_frames: int
+
+
+def chunks(config: VAEConfig, num_frames: int) -> list[Chunk]:
+    """Returns the chunks of a video, each of ``micro_frame_size`` frames but the last, which may be shorter.
+
+    Raises:
+      ValueError: there is no frame.
+    """
+    if num_frames < 1:
+        raise ValueError(f"num_frames {num_frames} is no video; expected at least 1.")
+    starts = range(0, num_frames, config.micro_frame_size)
+    ends = [min(start + config.micro_frame_size, num_frames) for start in starts]
+    return [
+        Chunk(slice(start, end), slice(_num_latents(config, start), _num_latents(config, end)), end - start)
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
 def split_moments(moments: Float[Array, "*batch 2*C"]) -> tuple[Float[Array, "*batch C"], Float[Array, "*batch C"]]:
@@ -51,10 +77,10 @@ class LatentStats(nnx.Module):
         self.scale = nnx.Param(jnp.ones(channels, policy.param))
 
     def normalise(self, z: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
-        return (z - self.shift[...].astype(z.dtype)) / self.scale[...].astype(z.dtype)
+        return (z - lifted(self.shift[...].astype(z.dtype), z.ndim)) / lifted(self.scale[...].astype(z.dtype), z.ndim)
 
     def restore(self, z: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
-        return z * self.scale[...].astype(z.dtype) + self.shift[...].astype(z.dtype)
+        return z * lifted(self.scale[...].astype(z.dtype), z.ndim) + lifted(self.shift[...].astype(z.dtype), z.ndim)
 
 
 class VAE(nnx.Module):
@@ -79,14 +105,11 @@ class VAE(nnx.Module):
 
         Chunk j draws with ``fold_in(key, j)``.
         """
-        size = self.config.micro_frame_size
-        starts = range(0, video_Bthw3.shape[1], size)
-        keys = [None if key is None else jax.random.fold_in(key, j) for j in range(len(starts))]
-        chunks = [
-            self.encode_chunk(video_Bthw3[:, start : start + size], key=chunk_key, frame_batch=frame_batch)
-            for start, chunk_key in zip(starts, keys, strict=True)
-        ]
-        return jnp.concatenate(chunks, axis=1)
+        latents = []
+        for j, chunk in enumerate(chunks(self.config, video_Bthw3.shape[1])):
+            chunk_key = None if key is None else jax.random.fold_in(key, j)
+            latents.append(self.encode_chunk(video_Bthw3[:, chunk.frames], key=chunk_key, frame_batch=frame_batch))
+        return jnp.concatenate(latents, axis=1)
 
     def decode(
         self, z_BTHWC: Float[Array, "B T H W C"], num_frames: int, *, frame_batch: int | None = None
@@ -96,18 +119,17 @@ class VAE(nnx.Module):
         Raises:
           ValueError: ``num_frames`` frames do not have T latents.
         """
-        expected = _num_latents(self.config, num_frames)
-        if expected != z_BTHWC.shape[1]:
+        expected, got = _num_latents(self.config, num_frames), z_BTHWC.shape[1]
+        if expected != got:
             raise ValueError(
-                f"num_frames {num_frames} has {expected} latent frames, got {z_BTHWC.shape[1]}; "
-                f"expected num_frames {_frames_of(self.config, z_BTHWC.shape[1])}."
+                f"num_frames {num_frames} has {expected} latent frames, got {got}; "
+                f"{got} decode to num_frames {_num_frames_of(self.config, got)}."
             )
-        size, latents = self.config.micro_frame_size, _num_latents(self.config, self.config.micro_frame_size)
-        chunks = [
-            self.decode_chunk(z_BTHWC[:, j * latents : (j + 1) * latents], min(size, num_frames - j * size), frame_batch=frame_batch)
-            for j in range(-(-num_frames // size))
+        clips = [
+            self.decode_chunk(z_BTHWC[:, chunk.latents], chunk.num_frames, frame_batch=frame_batch)
+            for chunk in chunks(self.config, num_frames)
         ]
-        return jnp.concatenate(chunks, axis=1)
+        return jnp.concatenate(clips, axis=1)
 
     def encode_chunk(
         self, video_Bthw3: Float[Array, "B t h w 3"], *, key: PRNGKeyArray | None = None, frame_batch: int | None = None
@@ -134,9 +156,7 @@ class VAE(nnx.Module):
         """Returns spatial latents in the scale the temporal autoencoder works in."""
         return z * self.config.spatial.scaling_factor
 
-    def decode_frames(
-        self, x_BtHWC: Float[Array, "B t H W C"], *, frame_batch: int | None = None
-    ) -> Float[Array, "B t h w 3"]:
+    def decode_frames(self, x_BtHWC: Float[Array, "B t H W C"], *, frame_batch: int | None = None) -> Float[Array, "B t h w 3"]:
         """Returns the pixels of scaled spatial latents, frame by frame, in float32."""
         return _by_frame(self.spatial_decoder, x_BtHWC / self.config.spatial.scaling_factor, frame_batch)
 
@@ -156,6 +176,6 @@ def _num_latents(config: VAEConfig, num_frames: int) -> int:
     return whole * -(-config.micro_frame_size // step) + -(-rest // step)
 
 
-def _frames_of(config: VAEConfig, num_latents: int) -> str:
+def _num_frames_of(config: VAEConfig, num_latents: int) -> str:
     valid = [n for n in range(1, num_latents * config.temporal.downsampling + 1) if _num_latents(config, n) == num_latents]
-    return f"{valid[0]} to {valid[-1]}" if len(valid) > 1 else str(valid[0])
+    return f"{valid[0]} to {valid[-1]}" if len(valid) > 1 else f"{valid[0]}"

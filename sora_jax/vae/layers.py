@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sora_jax.config import DTypePolicy
+from sora_jax.layers import lifted
 
 Padding = Literal["same", "end"]
 
@@ -42,7 +43,7 @@ class Conv2D(nnx.Module):
 
     def __call__(self, x: Float[Array, "N h w I"]) -> Float[Array, "N H W O"]:
         y = _conv2d(x, self.kernel[...], stride=self.stride, padding=self.padding)
-        return y + self.bias[...].astype(x.dtype)
+        return y + lifted(self.bias[...].astype(x.dtype), y.ndim)
 
 
 class CausalConv3D(nnx.Module):
@@ -81,7 +82,7 @@ class CausalConv3D(nnx.Module):
                 y = self._tap(read, tap).astype(jnp.float32)
                 total = total + jnp.pad(y, ((0, 0), (first, 0), (0, 0), (0, 0), (0, 0)))
         if self.bias is not None:
-            total = total + self.bias[...].astype(jnp.float32)
+            total = total + lifted(self.bias[...].astype(jnp.float32), total.ndim)
         return total.astype(x_BTHWC.dtype)
 
     def _tap(self, x_BTHWC: Float[Array, "B T H W I"], tap: int) -> Float[Array, "B T H W O"]:
@@ -110,8 +111,8 @@ class GroupNorm(nnx.Module):
         square_NG = self._over_group(jnp.mean(wide * wide, axis=inner))
         inverse_NG = jax.lax.rsqrt(jnp.maximum(square_NG - mean_NG * mean_NG, 0) + self.epsilon)
         size = x.shape[-1] // self.groups
-        gain_NC = jnp.repeat(inverse_NG, size, axis=-1) * self.scale[...].astype(jnp.float32)
-        offset_NC = self.bias[...].astype(jnp.float32) - jnp.repeat(mean_NG, size, axis=-1) * gain_NC
+        gain_NC = jnp.repeat(inverse_NG, size, axis=-1) * lifted(self.scale[...].astype(jnp.float32), 2)
+        offset_NC = lifted(self.bias[...].astype(jnp.float32), 2) - jnp.repeat(mean_NG, size, axis=-1) * gain_NC
         normed = wide * jnp.expand_dims(gain_NC, inner) + jnp.expand_dims(offset_NC, inner)
         return normed.astype(x.dtype)
 

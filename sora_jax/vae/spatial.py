@@ -72,7 +72,9 @@ class DownBlock(nnx.Module):
         blocks = [ResnetBlock(a, b, groups=groups, policy=policy, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)]
         self.resnets = nnx.List(blocks)
         self.downsampler = (
-            Conv2D(out_channels, out_channels, kernel_size=3, stride=2, padding="end", policy=policy, rngs=rngs) if halve else None
+            Conv2D(out_channels, out_channels, kernel_size=3, stride=2, padding="end", policy=policy, rngs=rngs)
+            if halve
+            else None
         )
 
     def __call__(self, x: Float[Array, "N h w I"]) -> Float[Array, "N H W O"]:
@@ -85,7 +87,15 @@ class UpBlock(nnx.Module):
     """Resnet blocks, then nearest-neighbour doubling and a convolution (except at the last level)."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, layers: int, groups: int, double: bool, policy: DTypePolicy, rngs: nnx.Rngs
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        layers: int,
+        groups: int,
+        double: bool,
+        policy: DTypePolicy,
+        rngs: nnx.Rngs,
     ):
         widths = (in_channels, *(out_channels for _ in range(layers)))
         blocks = [ResnetBlock(a, b, groups=groups, policy=policy, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)]

@@ -28,7 +28,9 @@ class ResBlock(nnx.Module):
         self.conv2 = CausalConv3D(out_channels, out_channels, kernel_size=3, use_bias=False, policy=policy, rngs=rngs)
         changes = in_channels != out_channels
         self.conv3 = (
-            CausalConv3D(in_channels, out_channels, kernel_size=1, use_bias=False, policy=policy, rngs=rngs) if changes else None
+            CausalConv3D(in_channels, out_channels, kernel_size=1, use_bias=False, policy=policy, rngs=rngs)
+            if changes
+            else None
         )
 
     def __call__(self, x: Float[Array, "B T H W I"]) -> Float[Array, "B T H W O"]:
@@ -69,7 +71,9 @@ class TemporalEncoder(nnx.Module):
         self.res_blocks = _res_blocks(widths[-1], widths[-1], config, policy=policy, rngs=rngs)
         self.norm1 = GroupNorm(widths[-1], groups=config.norm_num_groups, epsilon=_EPSILON, policy=policy)
         self.conv2 = CausalConv3D(widths[-1], 2 * config.latent_embed_dim, kernel_size=1, policy=policy, rngs=rngs)
-        self.quant_conv = CausalConv3D(2 * config.latent_embed_dim, 2 * config.embed_dim, kernel_size=1, policy=policy, rngs=rngs)
+        self.quant_conv = CausalConv3D(
+            2 * config.latent_embed_dim, 2 * config.embed_dim, kernel_size=1, policy=policy, rngs=rngs
+        )
 
     def __call__(self, x_BtHWC: Float[Array, "B t H W C"]) -> Float[Array, "B T H W 2*C"]:
         front = -x_BtHWC.shape[1] % self.downsampling
