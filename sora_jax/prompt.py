@@ -115,9 +115,7 @@ def basic_clean(text: str) -> str:
     return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
 
-def append_scores(
-    prompt: str, *, aes: float | None = None, flow: float | None = None, camera_motion: str | None = None
-) -> str:
+def append_scores(prompt: str, *, aes: float | None = None, flow: float | None = None, camera_motion: str | None = None) -> str:
     """Returns the prompt with the conditions it was trained with, each unless the prompt already names it.
 
     Args:
@@ -151,11 +149,15 @@ def extract_json(prompt: str, reference: str = "", mask_strategy: str = "") -> t
     if not brace:
         return prompt, reference, mask_strategy
     if "{" in rest:
-        raise ValueError(f"The prompt opens {prompt.count('{')} braces; expected at most one JSON object, at its end: {prompt!r}.")
+        raise ValueError(
+            f"The prompt opens {prompt.count('{')} braces; expected at most one JSON object, at its end: {prompt!r}."
+        )
     try:
         fields = json.loads(brace + rest)
     except json.JSONDecodeError as error:
-        raise ValueError(f"The prompt's JSON is malformed ({error}): {brace + rest!r}; remove the braces if none is meant.") from error
+        raise ValueError(
+            f"The prompt's JSON is malformed ({error}): {brace + rest!r}; remove the braces if none is meant."
+        ) from error
     unknown = sorted(fields.keys() - {"reference_path", "mask_strategy"})
     if unknown:
         raise ValueError(f"The prompt's JSON has unknown keys {unknown}; expected reference_path, mask_strategy: {prompt!r}.")

@@ -76,6 +76,7 @@ class T5Attention(nnx.Module):
         bias_1NLL: Float[Array, "1 N L L"],
         mask_BL: Bool[Array, "B L"] | None,
     ) -> Float[Array, "B L E"]:
+        """Returns what each token gathers from the real tokens (``mask_BL`` True)."""
         q, k, v = (rearrange(f(x_BLE), "b l (n k) -> b n l k", n=self.num_heads) for f in (self.q, self.k, self.v))
         mask = None if mask_BL is None else mask_BL[:, None, None, :]
         return self.o(rearrange(attention(q, k, v, scale=1.0, bias=bias_1NLL, mask=mask), "b n l k -> b l (n k)"))
@@ -90,6 +91,7 @@ class T5MLP(nnx.Module):
         self.wo = _linear(config.d_ff, config.d_model, fan_in=config.d_ff, policy=policy, rngs=rngs)
 
     def __call__(self, x_BLE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
+        """Returns the residual's update of each token."""
         return self.wo(jax.nn.gelu(self.wi_0(x_BLE), approximate=True) * self.wi_1(x_BLE))
 
 
@@ -108,6 +110,7 @@ class T5Block(nnx.Module):
         bias_1NLL: Float[Array, "1 N L L"],
         mask_BL: Bool[Array, "B L"] | None,
     ) -> Float[Array, "B L E"]:
+        """Returns the hidden states after this block, in the dtype of ``x_BLE``."""
         x_BLE = x_BLE + self.attn(self.attn_norm(x_BLE), bias_1NLL, mask_BL)
         return x_BLE + self.mlp(self.mlp_norm(x_BLE))
 

@@ -39,7 +39,9 @@ class Tokenizer:
         path = Path(path)
         readers = {".json": _read_json, ".model": _read_sentencepiece}
         if path.suffix not in readers:
-            raise ValueError(f"{path} is not a tokenizer file: got suffix {path.suffix!r}, expected tokenizer.json or spiece.model.")
+            raise ValueError(
+                f"{path} is not a tokenizer file: got suffix {path.suffix!r}, expected tokenizer.json or spiece.model."
+            )
         if not path.is_file():
             raise FileNotFoundError(f"Tokenizer file {path} does not exist.")
         split, pad_id, eos_id, vocab_size = readers[path.suffix](path)
