@@ -236,9 +236,8 @@ def _filling_size(height: int, width: int, target_height: int, target_width: int
 
 def _bilinear_taps(size: int, resized: int, kept: slice) -> _Taps:
     """Returns what outputs ``kept`` of a line of ``size`` samples resized to ``resized`` mix (pixel centres at halves)."""
-    position = np.maximum(
-        (np.arange(resized, dtype=np.float32)[kept] + 0.5) * (np.float32(size) / np.float32(resized)) - 0.5, 0
-    )
+    centres = np.arange(resized)[kept] + 0.5
+    position = np.maximum(centres * float(np.float32(size) / np.float32(resized)) - 0.5, 0).astype(np.float32)
     first = np.minimum(position.astype(np.int64), size - 1)
     return first, np.minimum(first + 1, size - 1), (position - first).astype(np.float32)
 

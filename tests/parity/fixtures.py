@@ -125,6 +125,7 @@ _OUTPUTS: dict[tuple[str, str], tuple[str, ...]] = {
         "final_layer.small.out",
         "*.q_norm.small.out",
     ),
+    ("text", "mask_tensors"): ("*.out.z", "*.out.mask", "ref_*.out", "video.out"),
     ("wide", "stdit3_wide"): ("out.plain", "out.x_mask"),
     ("wide", "tdtm_wide"): ("out.merged",),
     ("wide", "t5_wide"): ("out.first16", "out.mean_valid"),
