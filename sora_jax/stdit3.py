@@ -409,9 +409,13 @@ class Final(nnx.Module):
 
 
 def sinusoid(value_B: Float[Array, "B"]) -> Float[Array, "B 256"]:
-    """Returns cosines, then sines, of the value at 128 frequencies from 1 to nearly 1/10000, float32."""
+    """Returns cosines, then sines, of the value at 128 frequencies from 1 to nearly 1/10000, float32.
+
+    At times near 1000 the last bit of a frequency moves an angle by 6e-5, so the exponents are rounded as in the source.
+    """
     half = SINUSOID_SIZE // 2
-    frequencies = jnp.asarray(np.exp(-math.log(MAX_PERIOD) * np.arange(half) / half), jnp.float32)
+    exponents = np.float32(-math.log(MAX_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = jnp.asarray(np.exp(exponents.astype(np.float64)), jnp.float32)
     angle = value_B.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
