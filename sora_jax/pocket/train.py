@@ -1,38 +1,95 @@
 """Trains the pocket model from nothing: ``python -m sora_jax.pocket.train --work DIR``.
 
 Stages, in order: the spatial autoencoder, the temporal one, the text encoder, the transformer.  Each resumes from its
-last checkpoint; a stage that is complete is read back and not repeated.  Invariant: the outcome is a function of the
-arguments alone, not of interruptions.
+last checkpoint; a stage that is complete is read back and not repeated.  The model directory ``DIR/model`` is written
+again at every evaluation of the transformer.  Invariant: the outcome is a function of the arguments alone, not of
+interruptions.
 """
 
 import argparse
 import logging
 from pathlib import Path
 
+from sora_jax.checkpoint import save_network
 from sora_jax.config import pocket
-from sora_jax.pocket import train_codec
+from sora_jax.network_writer import update_model_file
+from sora_jax.pocket import faithfulness, train_codec, train_flow, train_text
 from sora_jax.pocket.fit import Params, fit
+from sora_jax.pocket.judge import score
+from sora_jax.pocket.measure import measure
+from sora_jax.pocket.vocabulary import write_tokenizer
+from sora_jax.pocket.world import FPS, NUM_FRAMES, SIZE_PX
+from sora_jax.tokenizer import Tokenizer
 
-logger = logging.getLogger(__name__)
+DEFAULTS = {"num_steps": 30, "guidance": 7.0, "height": SIZE_PX, "width": SIZE_PX, "num_frames": NUM_FRAMES, "fps": FPS}
+TRAINING_SEED = 1_000_000  # of the captions that watch training, apart from those of published figures
 
 
-def train_codec_stages(work: Path, args: argparse.Namespace) -> Params:
+def codec_stages(args: argparse.Namespace) -> Params:
     """Returns the complete codec: both autoencoders and the statistics of its latents."""
     stage = train_codec.spatial_stage(pocket.vae, num_steps=args.spatial_steps, batch_size=16, seed=args.seed)
-    spatial = train_codec.unit_variance(fit(stage, work, seed=args.seed), pocket.vae, seed=args.seed)
+    spatial = train_codec.unit_variance(fit(stage, args.work, seed=args.seed), pocket.vae, seed=args.seed)
     stage = train_codec.temporal_stage(pocket.vae, spatial, num_steps=args.temporal_steps, batch_size=8, seed=args.seed)
-    return train_codec.with_stats(spatial | fit(stage, work, seed=args.seed), pocket.vae, seed=args.seed)
+    return train_codec.with_stats(spatial | fit(stage, args.work, seed=args.seed), pocket.vae, seed=args.seed)
+
+
+def text_encoder(args: argparse.Namespace, tokenizer: Tokenizer) -> Params:
+    """Returns the complete text encoder."""
+    stage = train_text.text_stage(pocket.t5, tokenizer, num_steps=args.text_steps, batch_size=128, seed=args.seed)
+    return train_text.encoder_params(fit(stage, args.work, seed=args.seed))
+
+
+def transformer(args: argparse.Namespace, model: Path, codec: Params, text: Params, tokenizer: Tokenizer) -> Params:
+    """Returns the transformer; every evaluation writes it to the model directory and judges clips made from there."""
+
+    def evaluate(params: Params) -> dict[str, float]:
+        save_network(model, "stdit3", pocket.stdit3, params, dtype=args.dtype, overwrite=True)
+        asked = faithfulness.captions(args.judged, seed=TRAINING_SEED)
+        seen = [measure(clip) for _, clip in faithfulness.clips(model, asked)]
+        return {name: rate.share for name, rate in score(seen, [one.attributes for one in asked]).items()}
+
+    clips = train_flow.cache_clips(codec, pocket, args.work / "latents", num_clips=args.clips, seed=args.seed)
+    stage = train_flow.flow_stage(
+        pocket,
+        clips,
+        text,
+        tokenizer,
+        num_steps=args.flow_steps,
+        batch_size=args.batch,
+        seed=args.seed,
+        evaluate=evaluate,
+        evaluate_every=args.judge_every,
+    )
+    return fit(stage, args.work, seed=args.seed)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sora_jax.pocket.train", description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("training"), help="folder of checkpoints and reports")
+    parser = argparse.ArgumentParser(prog="python -m sora_jax.pocket.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("training"), help="folder of checkpoints, reports and the model")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="stored dtype of the model")
     parser.add_argument("--spatial-steps", type=int, default=2400)
     parser.add_argument("--temporal-steps", type=int, default=2000)
+    parser.add_argument("--text-steps", type=int, default=1000)
+    parser.add_argument("--clips", type=int, default=4096, help="clips in the cache of latents")
+    parser.add_argument("--flow-steps", type=int, default=20000)
+    parser.add_argument("--batch", type=int, default=32, help="clips in one step of the transformer")
+    parser.add_argument("--judge-every", type=int, default=500, help="steps of the transformer between evaluations")
+    parser.add_argument("--judged", type=int, default=48, help="captions in one evaluation")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    train_codec_stages(args.work, args)
+
+    model = args.work / "model"
+    model.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(model / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(model / "tokenizer.json")
+    codec = codec_stages(args)
+    text = text_encoder(args, tokenizer)
+    save_network(model, "vae", pocket.vae, codec, dtype=args.dtype, overwrite=True)
+    save_network(model, "t5", pocket.t5, text, dtype=args.dtype, overwrite=True)
+    update_model_file(model, tokenizer="tokenizer.json", defaults=DEFAULTS)
+    params = transformer(args, model, codec, text, tokenizer)
+    save_network(model, "stdit3", pocket.stdit3, params, dtype=args.dtype, overwrite=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sora_jax.checkpoint import flatten, unflatten
-from sora_jax.config import FLOAT32, T5Config
+from sora_jax.config import FLOAT32, T5Config, pocket
 from sora_jax.layers import Linear
 from sora_jax.pocket.captions import caption
 from sora_jax.pocket.fit import Params, Stage
@@ -27,7 +27,7 @@ from sora_jax.pocket.world import ATTRIBUTES, Split
 from sora_jax.t5 import T5Encoder
 from sora_jax.tokenizer import Tokenizer
 
-MAX_LENGTH = 40  # tokens of a caption, as in the preset's model_max_length
+MAX_LENGTH = pocket.stdit3.model_max_length  # tokens of a caption
 
 
 @functools.cache
