@@ -12,8 +12,10 @@ import jax
 import jaxtyping
 import pytest
 
+import tests.typecheck  # noqa: F401  # the import hook finds the checker by this name
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jaxtyping.install_import_hook("sora_jax", "beartype.beartype")
+jaxtyping.install_import_hook("sora_jax", "tests.typecheck.check")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
