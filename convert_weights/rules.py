@@ -18,6 +18,8 @@ Shape = tuple[int, ...]
 
 SOURCE_DTYPES = ("float32", "bfloat16", "float16")
 
+_WRAPPERS = ("module.", "_orig_mod.")
+
 
 class ConversionError(ValueError):
     """A checkpoint does not fit the network; ``faults`` lists every reason, one line each."""
@@ -29,9 +31,10 @@ class ConversionError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """An invertible change of layout.
+    """An invertible change of layout that turns the first axis into the last one, or keeps it first.
 
-    ``shape`` maps a source shape to the target's and returns None for a source shape it does not take; ``apply`` and
+    Large arrays are therefore converted a few rows at a time: ``apply`` of some rows is a slice of ``apply`` of all, along
+    the target's last axis or, if ``keeps_rows``, its first.  ``shape`` maps a source shape to the target's and returns None for a source shape it does not take; ``apply`` and
     ``inverse`` return views where possible.  ``inverse`` yields the first of the accepted source layouts; a reshape to
     the recorded source shape makes the others.
     """
@@ -40,6 +43,7 @@ class Transform:
     shape: Callable[[Shape], Shape | None]
     apply: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray]
+    keeps_rows: bool = False
 
 
 def _permutation(name: str, axes: tuple[int, ...]) -> Transform:
@@ -57,7 +61,7 @@ def _linear_or_conv1x1_shape(shape: Shape) -> Shape | None:
     return (shape[1], shape[0]) if pointwise else None
 
 
-IDENTITY = Transform("identity", lambda shape: shape, lambda x: x, lambda x: x)
+IDENTITY = Transform("identity", lambda shape: shape, lambda x: x, lambda x: x, keeps_rows=True)
 LINEAR = _permutation("linear", (1, 0))  # [O, I] -> (I, O)
 CONV2D = _permutation("conv2d", (2, 3, 1, 0))  # [O, I, H, W] -> (H, W, I, O)
 CONV3D = _permutation("conv3d", (2, 3, 4, 1, 0))  # [O, I, D, H, W] -> (D, H, W, I, O)
@@ -69,6 +73,7 @@ CHANNELS = Transform(  # [1, C, 1, 1, 1] -> (C,)
     lambda shape: (shape[1],) if len(shape) == 5 and shape == (1, shape[1], 1, 1, 1) else None,
     lambda x: x.reshape(-1),
     lambda x: x.reshape(1, -1, 1, 1, 1),
+    keeps_rows=True,
 )
 
 
@@ -122,9 +127,10 @@ class Assignment:
             return [f"{self.source}: {bad} of {array.size} values are NaN or infinite"]
         if self.rule.expected is None:
             return []
-        rounding = float(ml_dtypes.finfo(array.dtype).eps)
+        # One rounding to the stored dtype, and the float32 rounding of the exponent that the formula amplifies.
+        rounding = float(ml_dtypes.finfo(array.dtype).eps) + 16 * float(np.finfo(np.float32).eps)
         got, expected = array.astype(np.float64), self.rule.expected.astype(np.float64)
-        if np.allclose(got, expected, rtol=4 * rounding, atol=0.0):
+        if np.allclose(got, expected, rtol=rounding, atol=0.0):
             return []
         worst = float(np.max(np.abs(got - expected)))
         return [
@@ -154,18 +160,19 @@ def make_plan(
     Args:
       rules: the network's table.
       ignored: source patterns that are dropped, with the reason.
-      headers: the checkpoint's arrays by name; a leading ``module.`` is understood.
+      headers: the checkpoint's arrays by name; a ``module.`` (or ``_orig_mod.``) before all of them is understood.
       expected: shapes of all the network's parameters by flat name.
       allow_mixed_dtypes: accept a checkpoint whose arrays differ in dtype.
     """
     matchers = [(_pattern(rule.source), rule) for rule in rules]
     ignorers = [(_pattern(pattern), reason) for pattern, reason in ignored.items()]
-    by_bare_name = {name.removeprefix("module."): name for name in headers}
+    prefix = common_prefix(headers)
+    by_bare_name = {name.removeprefix(prefix): name for name in headers}
     assignments: list[Assignment] = []
     dropped: dict[str, str] = {}
     faults: list[str] = []
     for name, header in headers.items():
-        bare = name.removeprefix("module.")
+        bare = name.removeprefix(prefix)
         matches = [(match, rule) for pattern, rule in matchers if (match := pattern.fullmatch(bare))]
         reasons = [reason for pattern, reason in ignorers if pattern.fullmatch(bare)]
         if matches:
@@ -183,6 +190,14 @@ def make_plan(
     if not allow_mixed_dtypes:
         faults += _mixed_dtype_faults(assignments, headers)
     return Plan(tuple(assignments), dropped, tuple(faults))
+
+
+def common_prefix(names: Iterable[str]) -> str:
+    """Returns the wrappers' prefix (``module.`` of DDP and ColossalAI, ``_orig_mod.`` of torch.compile) of all names."""
+    prefix, names = "", list(names)
+    while names and (found := [wrapper for wrapper in _WRAPPERS if all(name.startswith(prefix + wrapper) for name in names)]):
+        prefix += found[0]
+    return prefix
 
 
 def convert_arrays(plan: Plan, arrays: Mapping[str, Any], *, subject: str, dtype: str = "float32") -> dict[str, np.ndarray]:

@@ -12,7 +12,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -80,6 +81,7 @@ class NetworkWriter:
         self._pending: list[tuple[str, Parameter]] = []
         self._pending_bytes = 0
         self._made: set[Path] = set()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -103,24 +105,46 @@ class NetworkWriter:
             self._wait()
 
     def write(self, name: str, array: np.ndarray, *, source: Mapping[str, Any] | None = None) -> None:
-        """Stores one array (float32, bfloat16 or int8); it is durable after the batch it falls in, or ``finish``."""
+        """Stores one array of float32, bfloat16 or int8."""
         array = np.ascontiguousarray(array)
-        parameter = Parameter(tuple(array.shape), array.dtype.name, "", source)
-        location = self.partial / array_location(name, self.config.layers)
-        chunk = location / chunk_name(parameter.shape)
-        self._make(chunk.parent)
-        (location / "zarr.json").write_text(json.dumps(array_metadata(parameter.shape, parameter.dtype), separators=(",", ":")))
-        raw = memoryview(array.reshape(-1).view(np.uint8))
-        with open(chunk, "wb", buffering=0) as file:
-            _write_all(file.fileno(), raw)
-        self.record(name, Parameter(parameter.shape, parameter.dtype, hashlib.sha256(raw).hexdigest(), source))
+        with self.open_array(name, tuple(array.shape), array.dtype.name, source=source) as write:
+            write(array)
 
-    def record(self, name: str, parameter: Parameter) -> None:
-        """Takes note of an array whose files have been written; the journal follows once they are on the disk."""
-        self._pending.append((name, parameter))
-        self._pending_bytes += parameter.nbytes
-        if self._pending_bytes >= _BATCH_BYTES or len(self._pending) >= _BATCH_ARRAYS:
-            self._commit()
+    @contextlib.contextmanager
+    def open_array(
+        self, name: str, shape: tuple[int, ...], dtype: str, *, source: Mapping[str, Any] | None = None
+    ) -> Iterator[Callable[[np.ndarray], None]]:
+        """Yields a function that takes an array's values, C-contiguous piece after piece; threads may each have one open.
+
+        The array is recorded when the block ends without an exception, and is on the disk with the batch it falls in or
+        after ``finish``.  Too few or too many bytes are a ValueError.
+        """
+        location = self.partial / array_location(name, self.config.layers)
+        chunk = location / chunk_name(shape)
+        self._make(chunk.parent)
+        (location / "zarr.json").write_text(json.dumps(array_metadata(shape, dtype), separators=(",", ":")))
+        digest, count = hashlib.sha256(), 0
+        with open(chunk, "wb", buffering=0) as file:
+
+            def write(piece: np.ndarray) -> None:
+                nonlocal count
+                raw = piece.reshape(-1).view(np.uint8).data
+                digest.update(raw)
+                _write_all(file.fileno(), raw)
+                count += len(raw)
+
+            yield write
+        parameter = Parameter(shape, dtype, digest.hexdigest(), source)
+        if count != parameter.nbytes:
+            raise ValueError(f"{name}: {count} bytes were written, expected {parameter.nbytes}.")
+        self._record(name, parameter)
+
+    def _record(self, name: str, parameter: Parameter) -> None:
+        with self._lock:
+            self._pending.append((name, parameter))
+            self._pending_bytes += parameter.nbytes
+            if self._pending_bytes >= _BATCH_BYTES or len(self._pending) >= _BATCH_ARRAYS:
+                self._commit()
 
     def finish(self, origin: Mapping[str, Any] | None = None) -> Manifest:
         """Makes the network visible and returns its manifest; ``origin`` is recorded in it.

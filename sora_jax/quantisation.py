@@ -20,13 +20,20 @@ def scale_axis(name: str) -> int:
 
 
 def quantise(name: str, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns int8 values and float32 scales: round half to even, clip to 127, scale 1 where everything is zero."""
-    wide = array.astype(np.float32, copy=False)
-    reduced = 1 - scale_axis(name)
-    peak = np.maximum(wide.max(axis=reduced), -wide.min(axis=reduced))
-    scale = np.where(peak == 0, np.float32(1), peak / np.float32(127)).astype(np.float32)
-    scale = np.where(scale == 0, np.float32(1), scale)  # a subnormal peak: its 127th part is zero
-    values = wide / np.expand_dims(scale, reduced)
+    """Returns int8 values in the array's layout, and float32 scales."""
+    if scale_axis(name) == 0:
+        return quantise_rows(array)
+    values, scale = quantise_rows(array.T)
+    return np.ascontiguousarray(values.T), scale
+
+
+def quantise_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int8 rows and one float32 scale per row: round half to even, clip to 127, scale 1 where all is zero."""
+    wide = rows.astype(np.float32, copy=False)
+    peak = np.maximum(wide.max(axis=1), -wide.min(axis=1))
+    scale = peak / np.float32(127)
+    scale[scale == 0] = 1  # zeros, or subnormal numbers whose 127th part is zero
+    values = wide / scale[:, None]
     np.rint(values, out=values)
     return np.clip(values, -127, 127, out=values).astype(np.int8), scale
 
