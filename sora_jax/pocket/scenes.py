@@ -18,19 +18,19 @@ from sora_jax.pocket.world import (
     ATTRIBUTES,
     BACKGROUNDS,
     COLOURS,
+    GRADIENT_DEPTH,
+    GROWTH_PX,
     MOTIONS,
     NUM_FRAMES,
     PALETTE,
+    RADIUS_PX,
     SHAPES,
     SIZE_PX,
+    TRAVEL_PX,
     Split,
     combinations,
 )
 
-RADIUS_PX = ((9.0, 10.5), (13.0, 14.5))  # small, large: range of the radius in the middle of the clip
-TRAVEL_PX = (0.4, 0.8)  # slow, fast: pixels a frame
-GROWTH_PX = (0.09, 0.18)  # slow, fast: change of the radius a frame
-GRADIENT_DEPTH = 0.55  # share of the light that a gradient has lost at its dark end
 _MARGIN_PX = 1.5  # an object stays this far inside the frame
 
 # By motion: pixels a frame along x and y, radius a frame, each to be multiplied by the speed.

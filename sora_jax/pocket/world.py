@@ -44,6 +44,12 @@ SIZE_PX = 64  # height and width of a frame
 NUM_FRAMES = 34  # two micro-frames of the codec: ten latent frames
 FPS = 24
 
+# What the words mean.  The radius of a square is its half side / 0.93, of a triangle its circumradius / 1.3.
+RADIUS_PX = ((9.0, 10.5), (13.0, 14.5))  # small, large: range of the radius in the middle of the clip
+TRAVEL_PX = (0.4, 0.8)  # slow, fast: pixels a frame
+GROWTH_PX = (0.09, 0.18)  # slow, fast: change of the radius a frame
+GRADIENT_DEPTH = 0.55  # share of the light that a gradient has lost at its dark end
+
 Split = Literal["training", "unseen", "all"]
 Combination = tuple[str, str, str, str]
 
