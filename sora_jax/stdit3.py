@@ -10,6 +10,7 @@ guidance, schedules or files.
 
 import dataclasses
 import math
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,13 @@ from jaxtyping import Array, Bool, Float
 from sora_jax import merging
 from sora_jax.config import FLOAT32, DTypePolicy, STDiT3Config
 from sora_jax.layers import Linear, RMSNorm, attention, layer_norm, lifted, linear
+from sora_jax.positions import SINUSOID_SIZE, position_embedding, rotate, sinusoid
 
 NORM_EPSILON = 1e-6
-SINUSOID_SIZE = 256
-MAX_PERIOD = 10000.0
 
 
 @jax.tree_util.register_dataclass
+@no_type_check  # a pytree also holds shapes and paths in place of arrays
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditioning:
     """What every block and the final layer are given besides the tokens.
@@ -97,10 +98,17 @@ class STDiT3(nnx.Module):
             width_px_B=width_px_B,
             frame_mask_BT=frame_mask_BT,
         )
+        x_BTSD = self.stack(x_BTSD, conditioning, merge=merge)
+        return self.final(x_BTSD, conditioning, height=z_BTHWC.shape[2], width=z_BTHWC.shape[3])
+
+    def stack(
+        self, x_BTSD: Float[Array, "B T S D"], conditioning: Conditioning, *, merge: merging.Merge | None = None
+    ) -> Float[Array, "B T S D"]:
+        """Returns the tokens after all blocks, between ``embed`` and ``final``."""
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
             x_BTSD = spatial(x_BTSD, conditioning, merge=merge)
             x_BTSD = temporal(x_BTSD, conditioning, merge=merge)
-        return self.final(x_BTSD, conditioning, height=z_BTHWC.shape[2], width=z_BTHWC.shape[3])
+        return x_BTSD
 
 
 class Embed(nnx.Module):
@@ -203,6 +211,7 @@ class ScalarEmbedder(nnx.Module):
         self.fc2 = Linear(width, width, policy=policy, rngs=rngs, init=jax.nn.initializers.zeros if zero else None)
 
     def __call__(self, value_B: Float[Array, "B"]) -> Float[Array, "B D"]:
+        """Returns one float32 vector for each sample."""
         return self.fc2(jax.nn.silu(self.fc1(sinusoid(value_B))))
 
 
@@ -220,6 +229,7 @@ class CaptionEmbedder(nnx.Module):
         self.fc2 = Linear(config.hidden_size, config.hidden_size, policy=policy, rngs=rngs)
 
     def __call__(self, caption_BLE: Float[Array, "B L E"]) -> Float[Array, "B L D"]:
+        """Returns text features at the model's width."""
         return self.fc2(jax.nn.gelu(self.fc1(caption_BLE), approximate=True))
 
 
@@ -291,15 +301,15 @@ class SelfAttention(nnx.Module):
         if not merge.keys_values_only:
             return merging.unmerge(self._attend(*self._qkv(merged_BMSD), positions_M, positions_M), frames)
         width = x_BTSD.shape[-1]
-        kernel, bias = self.qkv.kernel[...], self.qkv.bias[...]
-        q = linear(x_BTSD, kernel[:, :width], bias[:width])
-        k, v = jnp.split(linear(merged_BMSD, kernel[:, width:], bias[width:]), 2, axis=-1)
+        q = self.qkv(x_BTSD, slice(0, width))
+        k, v = jnp.split(self.qkv(merged_BMSD, slice(width, None)), 2, axis=-1)
         if not self.temporal:
             k, v = merging.unmerge(k, frames), merging.unmerge(v, frames)
         return self._attend(q, k, v, merging.query_positions(frames, merge), positions_M)
 
-    def _qkv(self, x_BTSD: Array) -> tuple[Array, ...]:
-        return tuple(jnp.split(self.qkv(x_BTSD), 3, axis=-1))
+    def _qkv(self, x_BTSD: Array) -> tuple[Array, Array, Array]:
+        q, k, v = jnp.split(self.qkv(x_BTSD), 3, axis=-1)
+        return q, k, v
 
     def _attend(self, q_BTSD: Array, k_BTSD: Array, v_BTSD: Array, q_positions: np.ndarray, k_positions: np.ndarray) -> Array:
         """Returns the projected attention output [B, T, S, D]; queries and keys may differ in their number of frames."""
@@ -339,6 +349,7 @@ class CrossAttention(nnx.Module):
     def __call__(
         self, x_BTSD: Float[Array, "B T S D"], caption_BLD: Float[Array, "B L D"], mask_BL: Bool[Array, "B L"] | None
     ) -> Float[Array, "B T S D"]:
+        """Returns the attention output of every token; without a mask, all caption tokens are real."""
         q = rearrange(self.q_linear(x_BTSD), "b t s (n k) -> b n (t s) k", k=self.head_size)
         k, v = rearrange(self.kv_linear(caption_BLD), "b l (two n k) -> two b n l k", two=2, k=self.head_size)
         mask = None if mask_BL is None else mask_BL[:, None, None, :]
@@ -361,6 +372,7 @@ class MLP(nnx.Module):
         self.fc2 = Linear(config.mlp_size, config.hidden_size, policy=policy, rngs=rngs, init=out_init)
 
     def __call__(self, x_BTSD: Float[Array, "B T S D"]) -> Float[Array, "B T S D"]:
+        """Returns every token's own update."""
         return self.fc2(jax.nn.gelu(self.fc1(x_BTSD), approximate=True))
 
 
@@ -374,9 +386,7 @@ class Final(nnx.Module):
         self.config = config
         init = jax.nn.initializers.normal(config.hidden_size**-0.5)
         self.scale_shift_table = nnx.Param(init(rngs.params(), (2, config.hidden_size), policy.param))
-        self.linear = Linear(
-            config.hidden_size, math.prod(config.patch_size) * config.out_channels, policy=policy, rngs=rngs
-        )
+        self.linear = Linear(config.hidden_size, math.prod(config.patch_size) * config.out_channels, policy=policy, rngs=rngs)
 
     def __call__(
         self, x_BTSD: Float[Array, "B T S D"], conditioning: Conditioning, *, height: int, width: int
@@ -384,9 +394,7 @@ class Final(nnx.Module):
         """Returns the latents' velocity in float32, ``height`` x ``width`` latent cells."""
         _, rows, columns = self.config.patch_size
         patches = self.patches(x_BTSD, conditioning)
-        out_BTHWO = rearrange(
-            patches, "b t (h w) (p q o) -> b t (h p) (w q) o", h=-(-height // rows), p=rows, q=columns
-        )
+        out_BTHWO = rearrange(patches, "b t (h w) (p q o) -> b t (h p) (w q) o", h=-(-height // rows), p=rows, q=columns)
         return out_BTHWO[:, :, :height, :width].astype(jnp.float32)
 
     def patches(self, x_BTSD: Float[Array, "B T S D"], conditioning: Conditioning) -> Float[Array, "B T S P"]:
@@ -406,54 +414,6 @@ class Final(nnx.Module):
     def _modulation(self, t_BD: Array) -> tuple[Array, Array]:
         mod_B12D = lifted(self.scale_shift_table[...], 4).astype(jnp.float32) + t_BD[:, None, None, :]
         return mod_B12D[:, :, :1], mod_B12D[:, :, 1:]
-
-
-def sinusoid(value_B: Float[Array, "B"]) -> Float[Array, "B 256"]:
-    """Returns cosines, then sines, of the value at 128 frequencies from 1 to nearly 1/10000, float32.
-
-    At times near 1000 the last bit of a frequency moves an angle by 6e-5, so the exponents are rounded as in the source.
-    """
-    half = SINUSOID_SIZE // 2
-    exponents = np.float32(-math.log(MAX_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half)
-    frequencies = jnp.asarray(np.exp(exponents.astype(np.float64)), jnp.float32)
-    angle = value_B.astype(jnp.float32)[:, None] * frequencies[None]
-    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-
-
-def position_embedding(height: int, width: int, size: int, *, scale: Float[Array, ""]) -> Float[Array, "H W D"]:
-    """Returns the position of ``height`` x ``width`` tokens: half the channels for the column, then half for the row.
-
-    ``scale`` is the root of the video's area in pixels over the side of the trained square, so that a token's coordinate
-    means the same part of the picture at every resolution.
-
-    Source: Open-Sora v1.2 opensora/models/layers/blocks.py PositionEmbedding2D.
-    """
-    base_size = round(math.sqrt(height * width))
-    frequencies = jnp.asarray(MAX_PERIOD ** -(np.arange(0, size // 2, 2) / (size // 2)), jnp.float32)
-
-    def encode(count: int) -> Array:
-        coordinate = jnp.arange(count, dtype=jnp.float32) / scale * (base_size / count)
-        angle = coordinate[:, None] * frequencies[None]
-        return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-
-    columns = jnp.broadcast_to(encode(width)[None], (height, width, size // 2))
-    rows = jnp.broadcast_to(encode(height)[:, None], (height, width, size // 2))
-    return jnp.concatenate([columns, rows], axis=-1)
-
-
-def rotate(x: Float[Array, "*batch T K"], positions_T: np.ndarray) -> Float[Array, "*batch T K"]:
-    """Returns ``x`` with its neighbouring pairs of channels rotated by angles proportional to the position (RoPE).
-
-    Source: rotary-embedding-torch 0.5.3 (interleaved pairs, base 10000).
-    """
-    size = x.shape[-1]
-    frequencies = MAX_PERIOD ** -(np.arange(0, size, 2) / size)
-    angle = np.repeat(np.asarray(positions_T, np.float64)[:, None] * frequencies[None], 2, axis=-1)
-    wide = x.astype(jnp.float32)
-    pairs = rearrange(wide, "... (k two) -> ... k two", two=2)
-    turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(wide.shape)
-    cosine, sine = (lifted(jnp.asarray(part, jnp.float32), x.ndim) for part in (np.cos(angle), np.sin(angle)))
-    return (wide * cosine + turned * sine).astype(x.dtype)
 
 
 def _modulated(x_BTSD: Array, shift_BF1D: Array, scale_BF1D: Array) -> Array:
