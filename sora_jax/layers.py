@@ -29,8 +29,12 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), policy.param))
         self.bias = nnx.Param(jnp.zeros(out_features, policy.param)) if use_bias else None
 
-    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        return linear(x, self.kernel[...], None if self.bias is None else self.bias[...])
+    def __call__(self, x: Float[Array, "*batch I"], outputs: slice | None = None) -> Float[Array, "*batch O"]:
+        """Returns the output features, or those that ``outputs`` selects."""
+        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
+        if outputs is not None:
+            kernel, bias = kernel[:, outputs], None if bias is None else bias[outputs]
+        return linear(x, kernel, bias)
 
 
 def linear(
@@ -56,6 +60,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(size, policy.param))
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Returns the normalised features; the scale is applied in the dtype of ``x``."""
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
         return normed.astype(x.dtype) * lifted(self.scale[...], x.ndim).astype(x.dtype)
@@ -82,7 +87,9 @@ def attention(
 
     The weights are normalised after the product with the values, which is cheaper by L/K and equal in exact arithmetic.
     """
-    logits = jnp.einsum("bnsk,bnlk->bnsl", q_BNSK * jnp.asarray(scale, q_BNSK.dtype), k_BNLK, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "bnsk,bnlk->bnsl", q_BNSK * jnp.asarray(scale, q_BNSK.dtype), k_BNLK, preferred_element_type=jnp.float32
+    )
     if bias is not None:
         logits = logits + bias
     if mask is not None:

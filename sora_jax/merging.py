@@ -39,7 +39,9 @@ class Merge:
             if getattr(self, field) not in allowed:
                 raise ValueError(f"Merge.{field} is {getattr(self, field)!r}; expected one of {', '.join(map(repr, allowed))}.")
         if not (self.spatial or self.temporal or self.cross):
-            raise ValueError("Merge selects no attention: got spatial, temporal and cross all False; set one, or pass merge=None.")
+            raise ValueError(
+                "Merge selects no attention: got spatial, temporal and cross all False; set one, or pass merge=None."
+            )
         if self.keys_values_only and not (self.spatial or self.temporal):
             raise ValueError("Merge(keys_values_only=True) merges self attentions only; set spatial or temporal.")
 
@@ -57,7 +59,8 @@ def check_frames(num_frames: int, odd: Odd) -> None:
         raise ValueError(f"merging needs at least 2 latent frames, got {num_frames}; use merge_steps=0.")
     if odd == "released" and (num_frames % 4 == 1 or num_frames == 31):
         raise ValueError(
-            f'odd="released" does not restore {num_frames} latent frames (of odd numbers only 3, 7, 11, ... except 31); use odd="alone".'
+            f'odd="released" does not restore {num_frames} latent frames; '
+            'of odd numbers it takes 3, 7, 11, ... except 31; use odd="alone".'
         )
 
 

@@ -20,7 +20,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import convert_weights
-from sora_jax import stdit3
+from sora_jax import positions, stdit3
 from sora_jax.checkpoint import unflatten
 from sora_jax.config import STDiT3Config
 from sora_jax.layers import Linear, RMSNorm
@@ -149,18 +149,17 @@ def _position(network: stdit3.STDiT3, inputs: dict[str, Any]) -> np.ndarray:
     config = network.config
     height, width = (-(-size // patch) for size, patch in zip(inputs["x"].shape[3:], config.patch_size[1:], strict=True))
     scale = jnp.sqrt(jnp.float32(inputs["height"][0]) * jnp.float32(inputs["width"][0])) / config.input_sq_size
-    return _tokens(np.asarray(stdit3.position_embedding(height, width, config.hidden_size, scale=scale))[None, None])
+    return _tokens(np.asarray(positions.position_embedding(height, width, config.hidden_size, scale=scale))[None, None])
 
 
 def _packed(caption_BLD: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """Returns the real tokens of all samples in one row."""
-    batch, length, width = caption_BLD.shape
     if mask is None:
-        return caption_BLD.reshape(1, -1, width)
-    return caption_BLD[np.tile(mask != 0, (batch // mask.shape[0], 1))][None]
+        mask = np.ones(caption_BLD.shape[:2])
+    return caption_BLD[np.tile(mask != 0, (len(caption_BLD) // len(mask), 1))][None]
 
 
-def _tokens(value: np.ndarray) -> np.ndarray:
+def _tokens(value: Any) -> Any:
     return value.reshape(value.shape[0], -1, value.shape[-1])
 
 
@@ -170,13 +169,13 @@ def _channels_second(value: np.ndarray) -> np.ndarray:
 
 def _rope(network: stdit3.STDiT3, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     q = tensors["in.q"]
-    return {"out": np.asarray(stdit3.rotate(jnp.asarray(q), np.arange(q.shape[-2])))}
+    return {"out": np.asarray(positions.rotate(jnp.asarray(q), np.arange(q.shape[-2])))}
 
 
 def _timestep_embedding(network: stdit3.STDiT3, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     value = jnp.asarray(tensors["in.t"])
     return {
-        "out.sinusoid": np.asarray(stdit3.sinusoid(value)),
+        "out.sinusoid": np.asarray(positions.sinusoid(value)),
         "out.t_embedder": np.asarray(network.embed.t_embedder(value)),
         "out.fps_embedder": np.asarray(network.embed.fps_embedder(value)),
     }
@@ -207,9 +206,7 @@ def _units_tokens(tensors: dict[str, np.ndarray]) -> jax.Array:
 
 def _units_conditioning(tensors: dict[str, np.ndarray]) -> stdit3.Conditioning:
     packed_LD, batch = tensors["block.in.y"][0], tensors["block.small.in.x"].shape[0]
-    captions = [
-        packed_LD[i * len(packed_LD) // batch : (i + 1) * len(packed_LD) // batch] for i in range(batch)
-    ]
+    captions = [packed_LD[i * len(packed_LD) // batch : (i + 1) * len(packed_LD) // batch] for i in range(batch)]
     length = max(map(len, captions))
     return stdit3.Conditioning(
         caption_BLD=jnp.stack([jnp.pad(caption, ((0, length - len(caption)), (0, 0))) for caption in captions]),
