@@ -94,7 +94,7 @@ def _read_sentencepiece(path: Path) -> tuple[Callable[[str], list[int]], int, in
     boundary = re.compile("(" + "|".join(map(re.escape, special)) + ")")
 
     def split(text: str) -> list[int]:
-        parts = boundary.split(text)
+        parts = boundary.split(text.replace("\x85", " "))  # "next line": white space for the other library only
         return [index for part in parts for index in ([special[part]] if part in special else processor.encode(part))]
 
     return split, pad_id, eos_id, vocab_size
