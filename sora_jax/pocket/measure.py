@@ -47,10 +47,9 @@ def measure(video_thw3: Num[np.ndarray, "t h w 3"]) -> Measurement:
     """Returns the attributes of a clip of 64x64 pixels, uint8 or float in [-1, 1].
 
     Raises:
-      ValueError: the array is not a clip of RGB frames.
+      ValueError: the array is not a clip of RGB frames, uint8 or float.
     """
-    if video_thw3.ndim != 4 or video_thw3.shape[-1] != 3:
-        raise ValueError(f"clip has shape {video_thw3.shape}; expected (frames, height, width, 3).")
+    check_clip(video_thw3)
     pixels = _levels(video_thw3)
     ground_hw3 = fit_background(pixels)
     background, shading = _name_background(ground_hw3)
@@ -81,6 +80,18 @@ def measure(video_thw3: Num[np.ndarray, "t h w 3"]) -> Measurement:
         centre_px=np.where(seen[:, None], centre_t2, np.nan),
         radii_px=radii_t,
     )
+
+
+def check_clip(video: np.ndarray) -> None:
+    """Refuses what is not a clip of RGB frames.
+
+    Raises:
+      ValueError: the shape or the dtype is another one.
+    """
+    if video.ndim != 4 or video.shape[-1] != 3 or not len(video) or min(video.shape[1:3]) <= 2 * _BORDER_PX:
+        raise ValueError(f"clip has shape {video.shape}; expected (frames, height, width, 3).")
+    if video.dtype != np.uint8 and not np.issubdtype(video.dtype, np.floating):
+        raise ValueError(f"clip has dtype {video.dtype}; expected uint8, or a float type with levels in [-1, 1].")
 
 
 def _levels(video: np.ndarray) -> Float[np.ndarray, "t h w 3"]:
