@@ -20,7 +20,7 @@ import numpy as np
 from convert_weights.rules import Header
 from convert_weights.torch_zip import ITEM_BYTES, SourceError, Tensor, read_tree
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
@@ -156,6 +156,24 @@ def open_checkpoint(source: str | os.PathLike[str], *, section: str | None = Non
     return Checkpoint(path, chosen.parent, tuple(files), {array.name: array for array in placed}, tuple(notes))
 
 
+def merge(checkpoint: Checkpoint, other: Checkpoint, prefix: str) -> Checkpoint:
+    """Returns both checkpoints as one, the names of the other with a prefix.
+
+    Raises:
+      SourceError: a name is in both.
+    """
+    prefixed = {prefix + name: dataclasses.replace(array, name=prefix + name) for name, array in other.arrays.items()}
+    twice = checkpoint.arrays.keys() & prefixed.keys()
+    if twice:
+        raise SourceError(
+            f"{checkpoint.path} and {other.path} both hold {len(twice)} arrays, such as {min(twice)}; give one of them."
+        )
+    files = (*checkpoint.files, *(file for file in other.files if file not in checkpoint.files))
+    return dataclasses.replace(
+        checkpoint, files=files, arrays={**checkpoint.arrays, **prefixed}, notes=checkpoint.notes + other.notes
+    )
+
+
 def _choose_file(folder: Path) -> tuple[Path, list[str]]:
     """Returns the one checkpoint of a folder (or of its ``model`` subfolder): safetensors first, then PyTorch files."""
     for place in (folder, folder / "model"):
@@ -273,9 +291,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _safetensors_entry(entry: Any, base: int) -> tuple[Tensor, int]:
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
-    if entry["dtype"] not in _SAFETENSORS_DTYPES:
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
         raise ValueError(f"dtype {entry['dtype']}")
-    dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
+    dtype = SAFETENSORS_DTYPES[entry["dtype"]]
     if any(type(n) is not int or n < 0 for n in (start, stop, *shape)) or stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
         raise ValueError(f"shape {list(shape)} of {dtype} in bytes {start} to {stop}")
     return Tensor(dtype, base + start, shape, contiguous_strides(shape)), base + stop

@@ -34,9 +34,9 @@ class Transform:
     """An invertible change of layout that turns the first axis into the last one, or keeps it first.
 
     Large arrays are therefore converted a few rows at a time: ``apply`` of some rows is a slice of ``apply`` of all, along
-    the target's last axis or, if ``keeps_rows``, its first.  ``shape`` maps a source shape to the target's and returns None for a source shape it does not take; ``apply`` and
-    ``inverse`` return views where possible.  ``inverse`` yields the first of the accepted source layouts; a reshape to
-    the recorded source shape makes the others.
+    the target's last axis or, if ``keeps_rows``, its first.  ``shape`` maps a source shape to the target's and returns None
+    for one it does not take; ``apply`` and ``inverse`` return views where possible.  ``inverse`` yields the first of the
+    accepted source layouts; a reshape to the recorded source shape makes the others.
     """
 
     name: str
@@ -198,6 +198,15 @@ def common_prefix(names: Iterable[str]) -> str:
     while names and (found := [wrapper for wrapper in _WRAPPERS if all(name.startswith(prefix + wrapper) for name in names)]):
         prefix += found[0]
     return prefix
+
+
+def sources_of(rules: Sequence[Rule], target: str) -> list[tuple[str, Rule]]:
+    """Returns the PyTorch names that set a parameter, with their rules: the usual spelling first."""
+    return [
+        (rule.source.format(**match.groupdict()), rule)
+        for rule in rules
+        if rule.target is not None and rule.duplicate_of is None and (match := _pattern(rule.target).fullmatch(target))
+    ]
 
 
 def convert_arrays(plan: Plan, arrays: Mapping[str, Any], *, subject: str, dtype: str = "float32") -> dict[str, np.ndarray]:

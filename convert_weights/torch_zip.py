@@ -31,7 +31,8 @@ STORAGE_DTYPES = {
     "BoolStorage": "bool",
 }
 ITEM_BYTES = {
-    "float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1, "bool": 1
+    "float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2,
+    "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
 _CALLABLES = {
     ("collections", "OrderedDict"),

@@ -84,6 +84,7 @@ class NetworkWriter:
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
+        self._is_new = not self.directory.exists()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._resources = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
@@ -100,9 +101,15 @@ class NetworkWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with self._resources, contextlib.suppress(*(() if kind is None else (OSError,))):
-            self._commit()
-            self._wait()
+        try:
+            # After a failure (a full disk), what can still be recorded is; the first error is the one to report.
+            with self._resources, contextlib.suppress(*(() if kind is None else (OSError,))):
+                self._commit()
+                self._wait()
+        finally:
+            if self._is_new:
+                with contextlib.suppress(OSError):  # not empty: something is there to go on with
+                    self.directory.rmdir()
 
     def write(self, name: str, array: np.ndarray, *, source: Mapping[str, Any] | None = None) -> None:
         """Stores one array of float32, bfloat16 or int8."""

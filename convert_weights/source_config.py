@@ -1,0 +1,266 @@
+"""The config.json of a PyTorch checkpoint as one of our configurations, and back.
+
+Invariant: every key is honoured, required to have the one value that we implement, or named as harmless; any other key
+refuses the checkpoint, because it may change the network.  Weights are not looked at.
+"""
+
+import dataclasses
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from convert_weights.rules import ConversionError
+from sora_jax.config import SpatialVAEConfig, STDiT3Config, T5Config, TemporalVAEConfig, VAEConfig, open_sora_1_2
+from sora_jax.model_directory import CONFIGS
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """What the keys of one upstream configuration mean.
+
+    Attributes:
+      honoured: upstream key to our field.
+      defaults: our field to its value where the upstream key is absent (upstream's own default).
+      required: upstream key to the values that we implement, as the only ones accepted.
+      harmless: keys that change training, speed or bookkeeping, and not the network.
+    """
+
+    honoured: Mapping[str, str]
+    defaults: Mapping[str, Any]
+    required: Mapping[str, tuple[Any, ...]]
+    harmless: frozenset[str]
+
+
+_BOOKKEEPING = (
+    "_name_or_path _class_name _diffusers_version architectures auto_map dtype from_pretrained model_type torch_dtype "
+    "transformers_version"
+)
+_GENERATION = (
+    "add_cross_attention bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size "
+    "decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size eos_token_id "
+    "exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label is_decoder "
+    "is_encoder_decoder label2id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams "
+    "num_return_sequences output_attentions output_hidden_states output_past output_scores pad_token_id prefix problem_type "
+    "pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id "
+    "suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings "
+    "tokenizer_class top_k top_p torchscript typical_p use_bfloat16 use_cache"
+)
+
+
+def _same(config: type, *left_out: str) -> dict[str, str]:
+    return {field.name: field.name for field in dataclasses.fields(config) if field.name not in left_out}
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Source: transformers T5Config; DeepFloyd/t5-v1_1-xxl config.json.
+_T5 = Keys(
+    honoured=_same(T5Config),
+    defaults={"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6},
+    required={"feed_forward_proj": ("gated-gelu",), "dense_act_fn": ("gelu_new",), "is_gated_act": (True,)},
+    harmless=_words(
+        f"{_BOOKKEEPING} {_GENERATION} classifier_dropout dropout_rate gradient_checkpointing initializer_factor n_positions "
+        "num_decoder_layers"
+    ),
+)
+# Source: Open-Sora v1.2 opensora/models/stdit/stdit3.py STDiT3Config.
+_STDIT3 = Keys(
+    honoured=_same(STDiT3Config),
+    defaults={},
+    required={"skip_y_embedder": (False,), "qk_norm_legacy": (False,)},
+    harmless=_words(
+        f"{_BOOKKEEPING} class_dropout_prob drop_path enable_flash_attn enable_layernorm_kernel enable_sequence_parallelism "
+        "force_huggingface freeze_y_embedder input_size only_train_temporal return_dict"
+    ),
+)
+# Source: Open-Sora v1.2 opensora/models/vae/vae.py VideoAutoencoderPipelineConfig.
+_VAE = Keys(
+    honoured={"micro_frame_size": "micro_frame_size"},
+    defaults={"micro_frame_size": 17},
+    required={},
+    harmless=_words(f"{_BOOKKEEPING} cal_loss freeze_vae_2d return_dict scale shift vae_2d vae_temporal"),
+)
+# Source: Open-Sora v1.2 opensora/models/vae/vae_temporal.py VAE_Temporal.
+_TEMPORAL = Keys(
+    honoured=_same(TemporalVAEConfig, "norm_num_groups") | {"num_groups": "norm_num_groups"},
+    defaults=open_sora_1_2.vae.temporal.to_dict(),
+    required={"type": ("VAE_Temporal_SD", "VAE_Temporal"), "activation_fn": ("swish",)},
+    harmless=_words(_BOOKKEEPING),
+)
+# Source: diffusers AutoencoderKL; PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers vae/config.json.
+_SPATIAL = Keys(
+    honoured=_same(SpatialVAEConfig, "scaling_factor"),
+    defaults=open_sora_1_2.vae.spatial.to_dict(),
+    required={
+        "type": ("VideoAutoencoderKL",),
+        "act_fn": ("silu",),
+        "mid_block_add_attention": (True,),
+        "use_quant_conv": (True,),
+        "use_post_quant_conv": (True,),
+    },
+    harmless=_words(
+        f"{_BOOKKEEPING} down_block_types force_upcast latents_mean latents_std local_files_only micro_batch_size sample_size "
+        "scaling_factor shift_factor subfolder up_block_types"
+    ),
+)
+_BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A configuration, where it came from, and the keys that were not used."""
+
+    config: Any
+    origin: str
+    ignored: tuple[str, ...]
+
+
+def resolve(
+    network: str,
+    folder: Path,
+    *,
+    config_file: Path | None = None,
+    spatial_folder: Path | None = None,
+    ignore: Collection[str] = (),
+) -> Resolved:
+    """Returns the configuration of a checkpoint from the config.json beside its weights.
+
+    Args:
+      network: ``t5``, ``stdit3`` or ``vae``.
+      folder: the folder of the weight files.
+      config_file: read instead; upstream's format, or the ``config`` object of our ``network.json``.
+      spatial_folder: for the VAE: the folder of the spatial part, if it comes from elsewhere.
+      ignore: keys to ignore although they are unknown.
+
+    Raises:
+      ConversionError: a key is unknown, missing, or asks for a network that is not implemented; all faults at once.
+    """
+    path = config_file or folder / "config.json"
+    if config_file is None and not path.is_file():
+        preset = getattr(open_sora_1_2, network)
+        return Resolved(preset, "no config.json beside the weights; the configuration of Open-Sora 1.2 is used", ())
+    fields = _read(path)
+    if fields.keys() == _same(CONFIGS[network]).keys():
+        return Resolved(CONFIGS[network].from_dict(fields), str(path), ())
+    faults: list[str] = []
+    ignored: list[str] = []
+    if network == "vae":
+        config = _vae(fields, spatial_folder, ignore, faults, ignored)
+    else:
+        config = _build(
+            getattr(open_sora_1_2, network), _T5 if network == "t5" else _STDIT3, fields, "", ignore, faults, ignored
+        )
+    if faults:
+        raise ConversionError(f"{path} describes a network that is not implemented", faults)
+    return Resolved(config, str(path), tuple(ignored))
+
+
+def network_of(folder: Path) -> str | None:
+    """Returns which network a folder's config.json describes (``spatial`` for an AutoencoderKL), or None."""
+    if not (folder / "config.json").is_file():
+        return None
+    fields = _read(folder / "config.json")
+    names = {str(fields.get("model_type")), str(fields.get("_class_name")), *map(str, fields.get("architectures") or ())}
+    families = {"t5": {"t5"}, "stdit3": {"STDiT3"}, "vae": {"VideoAutoencoderPipeline"}, "spatial": {"AutoencoderKL"}}
+    return next((network for network, family in families.items() if family & names), None)
+
+
+def to_upstream(network: str, config: Any) -> dict[str, Any]:
+    """Returns the config.json that ``resolve`` turns into ``config`` again."""
+    if network == "t5":
+        return {"model_type": "t5", "architectures": ["T5EncoderModel"], "feed_forward_proj": "gated-gelu", **config.to_dict()}
+    if network == "stdit3":
+        return {"model_type": "STDiT3", "architectures": ["STDiT3"], **config.to_dict()}
+    temporal = {upstream: getattr(config.temporal, ours) for upstream, ours in _TEMPORAL.honoured.items()}
+    spatial = {upstream: getattr(config.spatial, ours) for upstream, ours in _SPATIAL.honoured.items()}
+    return {
+        "model_type": "VideoAutoencoderPipeline",
+        "architectures": ["VideoAutoencoderPipeline"],
+        "micro_frame_size": config.micro_frame_size,
+        "vae_2d": {"type": "VideoAutoencoderKL", **spatial},
+        "vae_temporal": {"type": "VAE_Temporal_SD", **temporal},
+    }
+
+
+def _vae(
+    fields: dict[str, Any], spatial_folder: Path | None, ignore: Collection[str], faults: list[str], ignored: list[str]
+) -> VAEConfig | None:
+    spatial_fields = fields.get("vae_2d") or {}
+    if spatial_folder is not None and (spatial_folder / "config.json").is_file():
+        spatial_fields = _read(spatial_folder / "config.json")
+    for key, block in _BLOCK_TYPES.items():
+        if any(kind != block for kind in spatial_fields.get(key) or ()):
+            faults.append(f"vae_2d.{key}: {spatial_fields[key]}; only {block} is implemented")
+    spatial = _build(open_sora_1_2.vae.spatial, _SPATIAL, spatial_fields, "vae_2d.", ignore, faults, ignored)
+    temporal = _build(
+        open_sora_1_2.vae.temporal, _TEMPORAL, fields.get("vae_temporal") or {}, "vae_temporal.", ignore, faults, ignored
+    )
+    own = _values(_VAE, fields, "", ignore, faults, ignored)
+    if not isinstance(own["micro_frame_size"], int):
+        faults.append(f"micro_frame_size: {own['micro_frame_size']!r}; only chunked coding is implemented")
+    return None if faults else VAEConfig(spatial=spatial, temporal=temporal, **own)
+
+
+def _build(
+    preset: Any,
+    keys: Keys,
+    fields: Mapping[str, Any],
+    prefix: str,
+    ignore: Collection[str],
+    faults: list[str],
+    ignored: list[str],
+) -> Any:
+    """Returns a configuration of the kind of ``preset``, or None where there are faults."""
+    before = len(faults)
+    values = _values(keys, fields, prefix, ignore, faults, ignored)
+    for name, example in preset.to_dict().items():
+        if name not in values:
+            faults.append(f"{prefix}{name}: missing")
+        elif not _same_type(values[name], example):
+            faults.append(f"{prefix}{name}: {values[name]!r}; expected a value like {example!r}")
+    if len(faults) > before:
+        return None
+    try:
+        return type(preset).from_dict(values)
+    except ValueError as error:
+        faults.append(f"{prefix}{error}")
+        return None
+
+
+def _same_type(value: Any, example: Any) -> bool:
+    if isinstance(example, tuple | list):
+        return isinstance(value, tuple | list) and all(_same_type(item, example[0]) for item in value)
+    return type(value) is type(example) or (type(example) is float and type(value) is int)
+
+
+def _values(
+    keys: Keys, fields: Mapping[str, Any], prefix: str, ignore: Collection[str], faults: list[str], ignored: list[str]
+) -> dict[str, Any]:
+    """Returns our fields; adds to ``faults`` and ``ignored`` what upstream's other keys deserve."""
+    values = dict(keys.defaults)
+    for key, value in fields.items():
+        if key in keys.honoured:
+            values[keys.honoured[key]] = value
+        elif key in keys.required:
+            if value not in keys.required[key]:
+                faults.append(f"{prefix}{key}: {value!r}; only {keys.required[key][0]!r} is implemented")
+        elif key in keys.harmless or prefix + key in ignore:
+            ignored.append(prefix + key)
+        else:
+            faults.append(
+                f"{prefix}{key}: unknown, so it may change the network; --ignore-config-key {prefix}{key} if it does not"
+            )
+    return values
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} cannot be read", [str(error)]) from error
+    if not isinstance(fields, dict):
+        raise ConversionError(f"{path} cannot be read", ["expected a JSON object"])
+    return fields

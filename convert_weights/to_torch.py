@@ -1,0 +1,131 @@
+"""A network of a model directory as a PyTorch checkpoint: upstream's names, layouts and config.json.
+
+Invariant: what was stored without loss comes back bit for bit, in the source's own spelling of names, shapes and dtype;
+a network that was trained here gets the usual spelling.  One array is in memory at a time.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert_weights import table
+from convert_weights.readers import SAFETENSORS_DTYPES, numpy_dtype
+from convert_weights.rules import Header, Rule, common_prefix, sources_of
+from convert_weights.source_config import to_upstream
+from sora_jax.model_directory import Manifest, ModelDirectoryError, read_array
+from sora_jax.quantisation import SCALE_SUFFIX, dequantise
+
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+def to_torch(manifest: Manifest, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Writes ``model.safetensors`` and ``config.json`` into ``folder`` and returns the path of the former.
+
+    float32 that came from bfloat16 or float16 is written as such again; int8 is written as float32, which is not what it
+    was made from.
+
+    Raises:
+      ModelDirectoryError: a file exists and ``overwrite`` is False, or an array of the model directory is damaged.
+    """
+    path = Path(folder) / "model.safetensors"
+    config_path = Path(folder) / "config.json"
+    for existing in (path, config_path):
+        if existing.exists() and not overwrite:
+            raise ModelDirectoryError(f"{existing} exists; pass --overwrite to replace it.")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    entries = _entries(manifest)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(_header(entries))
+            for piece in _values(manifest, entries):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    config_path.write_text(json.dumps(to_upstream(manifest.network, manifest.config), indent=2) + "\n", "utf-8")
+    return path
+
+
+class _Entry:
+    """One array to write: from a parameter (with its rule), from recorded bytes, or again from another entry."""
+
+    def __init__(self, name: str, header: Header, *, target: str = "", rule: Rule | None = None, raw: bytes = b""):
+        self.name, self.header, self.target, self.rule, self.raw = name, header, target, rule, raw
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.header.shape, dtype=np.int64)) * numpy_dtype(self.header.dtype).itemsize
+
+
+def _entries(manifest: Manifest) -> list[_Entry]:
+    rules, _ = table(manifest.network, manifest.config)
+    scales = {name + SCALE_SUFFIX for name in manifest.parameters if name + SCALE_SUFFIX in manifest.parameters}
+    recorded = [entry.source["name"] for entry in manifest.parameters.values() if entry.source]
+    prefix = common_prefix(recorded)
+    entries = [_parameter_entry(manifest, name, rules, prefix) for name in manifest.parameters if name not in scales]
+    by_name = {entry.name: entry for entry in entries}
+    for name, tied_to in manifest.origin.get("tied", {}).items():
+        other = by_name[tied_to.removeprefix(prefix)]
+        entries.append(_Entry(name.removeprefix(prefix), other.header, target=other.target, rule=other.rule))
+    constants = manifest.origin.get("constants", {})
+    for name, value in constants.items():
+        header = Header(tuple(value["shape"]), value["dtype"])
+        entries.append(_Entry(name.removeprefix(prefix), header, raw=bytes.fromhex(value["hex"])))
+    if not recorded:
+        for rule in rules:
+            if rule.expected is not None:
+                header = Header(rule.expected.shape, rule.expected.dtype.name)
+                entries.append(_Entry(rule.source, header, raw=rule.expected.tobytes()))
+    return entries
+
+
+def _parameter_entry(manifest: Manifest, target: str, rules: list[Rule], prefix: str) -> _Entry:
+    parameter = manifest.parameters[target]
+    candidates = sources_of(rules, target)
+    stored = "float32" if parameter.dtype == "int8" else parameter.dtype
+    if parameter.source is None:
+        name, rule = candidates[0]
+        # The shape is that of the first spelling: computed on an array that takes no memory.
+        shape = rule.transform.inverse(np.broadcast_to(np.int8(0), parameter.shape)).shape
+        return _Entry(name, Header(shape, stored), target=target, rule=rule)
+    name = parameter.source["name"].removeprefix(prefix)
+    rule = next((rule for source, rule in candidates if source == name), candidates[0][1])
+    lossless = stored == "float32" and parameter.dtype != "int8"
+    return _Entry(
+        name,
+        Header(tuple(parameter.source["shape"]), parameter.source["dtype"] if lossless else stored),
+        target=target,
+        rule=rule,
+    )
+
+
+def _header(entries: list[_Entry]) -> bytes:
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        span = [offset, offset + entry.nbytes]
+        fields[entry.name] = {"dtype": _NAMES[entry.header.dtype], "shape": list(entry.header.shape), "data_offsets": span}
+        offset += entry.nbytes
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _values(manifest: Manifest, entries: list[_Entry]) -> Iterator[Any]:
+    for entry in entries:
+        if entry.rule is None:
+            yield entry.raw
+            continue
+        array = read_array(manifest, entry.target)
+        if manifest.parameters[entry.target].dtype == "int8":
+            array = dequantise(entry.target, array, read_array(manifest, entry.target + SCALE_SUFFIX))
+        array = entry.rule.transform.inverse(array.astype(numpy_dtype(entry.header.dtype), copy=False))
+        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

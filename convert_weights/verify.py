@@ -1,0 +1,185 @@
+"""Compares a model directory with its own manifests, and with the checkpoint it was made from.
+
+Invariant: every byte of every parameter is read.  Nothing is written or repaired.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert_weights import parameter_shapes
+from convert_weights.files import DEFAULTS, Options, Source, open_source
+from convert_weights.readers import file_pieces, open_checkpoint
+from convert_weights.rules import common_prefix
+from convert_weights.stream import Checksums, Write, convert_values
+from convert_weights.torch_zip import SourceError
+from sora_jax.model_directory import (
+    NETWORK_FILE,
+    Manifest,
+    ModelDirectoryError,
+    array_location,
+    array_metadata,
+    chunk_name,
+    open_network,
+    present_networks,
+)
+from sora_jax.quantisation import SCALE_SUFFIX, is_quantised, scale_axis
+
+
+def verify(
+    directory: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    network: str | None = None,
+    options: Options = DEFAULTS,
+) -> dict[str, list[str]]:
+    """Returns the faults of each network: of checksum, shape, dtype or presence, and of the values against ``source``.
+
+    Args:
+      directory: the model directory.
+      source: the checkpoint of one network; its values are converted again and compared bit for bit.
+      network: look at this one only; with ``source``, default is the network whose arrays have the source's names.
+      options: how the source is read.
+
+    Raises:
+      ModelDirectoryError: nothing to verify, or a manifest that cannot be read.
+      SourceError: the source cannot be read, or is the source of none of the networks.
+    """
+    networks = [network] if network else present_networks(directory)
+    if not networks:
+        raise ModelDirectoryError(f"{directory} holds no network; nothing to verify.")
+    manifests = {name: open_network(directory, name) for name in networks}
+    faults = {name: _stored_faults(manifest) for name, manifest in manifests.items()}
+    if source is not None:
+        name = network or _network_of_source(source, manifests, options)
+        faults[name] += _source_faults(manifests[name], open_source(name, source, options))
+    return faults
+
+
+def _stored_faults(manifest: Manifest) -> list[str]:
+    expected = _expected(manifest)
+    names = manifest.parameters.keys()
+    faults = [f"{name}: not recorded in {NETWORK_FILE}" for name in sorted(expected.keys() - names)]
+    faults += [
+        f"{name}: recorded in {NETWORK_FILE}, but unknown to this configuration" for name in sorted(names - expected.keys())
+    ]
+    for name in manifest.parameters:
+        recorded = (manifest.parameters[name].shape, manifest.parameters[name].dtype)
+        if name in expected and recorded != expected[name]:
+            faults.append(f"{name}: recorded as {recorded}, expected {expected[name]}")
+        faults += _array_faults(manifest, name)
+    return faults + _stray_files(manifest)
+
+
+def _expected(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns shape and dtype of every array that a network of this configuration and stored dtype has."""
+    expected: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name, shape in parameter_shapes(manifest.network, manifest.config).items():
+        if manifest.dtype == "int8" and is_quantised(name, shape):
+            expected[name] = (shape, "int8")
+            expected[name + SCALE_SUFFIX] = ((shape[scale_axis(name)],), "float32")
+        else:
+            expected[name] = (shape, "float32" if manifest.dtype == "int8" else manifest.dtype)
+    return expected
+
+
+def _array_faults(manifest: Manifest, name: str) -> list[str]:
+    parameter = manifest.parameters[name]
+    faults = []
+    metadata = manifest.array_path(name) / "zarr.json"
+    try:
+        if json.loads(metadata.read_text("utf-8")) != array_metadata(parameter.shape, parameter.dtype):
+            faults.append(f"{name}: {metadata} does not describe {list(parameter.shape)} of {parameter.dtype}")
+    except (OSError, ValueError) as error:
+        faults.append(f"{name}: {metadata} cannot be read ({error})")
+    chunk = manifest.chunk_path(name)
+    digest, size = hashlib.sha256(), 0
+    try:
+        for piece in file_pieces(chunk, np.empty(4 << 20, np.uint8)):
+            digest.update(piece)
+            size += len(piece)
+    except OSError as error:
+        return [*faults, f"{name}: {chunk} cannot be read ({error.strerror})"]
+    if size != parameter.nbytes:
+        faults.append(f"{name}: {chunk} has {size} bytes, expected {parameter.nbytes}")
+    elif digest.hexdigest() != parameter.sha256:
+        faults.append(f"{name}: the checksum of {chunk} differs from the recorded one")
+    return faults
+
+
+def _stray_files(manifest: Manifest) -> list[str]:
+    expected = {Path(NETWORK_FILE)}
+    for name, parameter in manifest.parameters.items():
+        location = array_location(name, manifest.layers)
+        expected |= {location / "zarr.json", location / chunk_name(parameter.shape)}
+    found = {path.relative_to(manifest.path) for path in manifest.path.rglob("*") if not path.is_dir()}
+    return [f"{manifest.path / stray}: not part of the network" for stray in sorted(found - expected)]
+
+
+def _network_of_source(source: str | os.PathLike[str], manifests: Mapping[str, Manifest], options: Options) -> str:
+    found = open_checkpoint(source, section=options.section).arrays
+    recorded = {
+        network: {entry.source["name"] for entry in manifest.parameters.values() if entry.source}
+        for network, manifest in manifests.items()
+    }
+    best = max(recorded, key=lambda network: len(_bare(recorded[network]) & _bare(found)))
+    if not _bare(recorded[best]) & _bare(found):
+        raise SourceError(f"{source} is the source of none of {', '.join(manifests)}; name the network with --network.")
+    return best
+
+
+def _bare(names: Any) -> set[str]:
+    prefix = common_prefix(names)
+    return {name.removeprefix(prefix) for name in names}
+
+
+def _source_faults(manifest: Manifest, opened: Source) -> list[str]:
+    faults = [f"source: {fault}" for fault in opened.plan.faults]
+    if opened.resolved.config != manifest.config:
+        faults.append(f"source: its configuration {opened.resolved.config} differs from {manifest.config}")
+    if faults:
+        return faults
+    sink = _Compare(manifest)
+    with Checksums(opened.checkpoint.files) as checksums:
+        faults += convert_values(opened.plan, opened.checkpoint, sink, dtype=manifest.dtype)
+        digests = checksums.result()
+    faults += sink.faults()
+    recorded = {entry["name"]: entry["sha256"] for entry in manifest.origin.get("files", ())}
+    for file, digest in zip(opened.checkpoint.files, digests, strict=True):
+        if recorded.get(file.name, digest) != digest:
+            faults.append(f"source: {file} is not the file that was converted (its checksum differs)")
+    return faults
+
+
+class _Compare:
+    """A sink that compares checksums with the manifest's."""
+
+    def __init__(self, manifest: Manifest):
+        self._manifest = manifest
+        self._digests: dict[str, str] = {}
+
+    def wants(self, name: str) -> bool:
+        return True
+
+    @contextlib.contextmanager
+    def open_array(self, name: str, shape: tuple[int, ...], dtype: str, *, source: Any = None) -> Iterator[Write]:
+        digest = hashlib.sha256()
+        update: Callable[[Any], None] = digest.update
+        yield lambda piece: update(piece.reshape(-1).view(np.uint8).data)
+        self._digests[name] = digest.hexdigest()
+
+    def faults(self) -> list[str]:
+        """Returns a line for each parameter that the source does not give, bit for bit."""
+        parameters = self._manifest.parameters
+        faults = [f"{name}: the source does not give it" for name in parameters if name not in self._digests]
+        return faults + [
+            f"{name}: differs from the source's value"
+            for name, digest in self._digests.items()
+            if name not in parameters or parameters[name].sha256 != digest
+        ]
