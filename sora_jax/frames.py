@@ -59,3 +59,11 @@ def smallest_legal_leap(weight_BT: np.ndarray, times: np.ndarray, num_timesteps:
     positive = weight_BT[weight_BT > 0]
     joined = (np.float32(num_timesteps) * np.min(positive, initial=1.0).astype(np.float32)) >= times
     return int(np.argmax(joined)) if joined.any() else len(times) - 1
+
+
+def joining_steps(weight_BT: np.ndarray, times: np.ndarray, num_timesteps: float) -> np.ndarray:
+    """Returns for each step whether some frame joins in it, as the compiled program decides."""
+    threshold = weight_BT.ravel() * np.float32(num_timesteps)
+    active = threshold[None] >= times[:, None]
+    before = np.concatenate([weight_BT.reshape(1, -1) == 1, active[:-1]])
+    return (active & ~before).any(axis=1)

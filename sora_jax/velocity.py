@@ -1,7 +1,7 @@
 """STDiT3 and its conditions as the velocity of the sampler.
 
 Invariant: everything that differs between two samplings of equal shapes is an array of this pytree, so that one compiled
-program serves all prompts, sizes and weights.  Guidance, times and the decision to merge belong to the sampler.
+program serves all prompts, sizes and weights.  Guidance, times, and when to merge or to reuse belong to the sampler.
 """
 
 import dataclasses
@@ -45,10 +45,15 @@ class Velocity:
         *,
         frame_mask_BT: Bool[Array, "R T"] | None = None,
         merge: bool = False,
-    ) -> Float[Array, "R T H W C"]:
-        """Returns the velocity of the latents, float32; fewer rows than captions use the first captions."""
+        residual: Float[Array, "R T S D"] | None = None,
+        keep_residual: bool = False,
+    ) -> Float[Array, "R T H W C"] | tuple[Float[Array, "R T H W C"], Float[Array, "R T S D"]]:
+        """Returns the velocity of the latents, float32; fewer rows than captions use the first captions.
+
+        With ``keep_residual`` also what the block stack added to its tokens; ``residual`` is added in place of the stack.
+        """
         rows, channels = len(z_RTHWC), z_RTHWC.shape[-1]
-        out = self.network(
+        tokens_RTSD, conditioning = self.network.embed(
             z_RTHWC,
             t_R,
             self.caption_RLE[:rows],
@@ -57,6 +62,10 @@ class Velocity:
             height_px_B=self.height_px[:rows],
             width_px_B=self.width_px[:rows],
             frame_mask_BT=frame_mask_BT,
-            merge=self.merge if merge else None,
         )
-        return out[..., :channels]
+        if residual is None:
+            out_RTSD = self.network.stack(tokens_RTSD, conditioning, merge=self.merge if merge else None)
+        else:
+            out_RTSD = tokens_RTSD + residual
+        v = self.network.final(out_RTSD, conditioning, height=z_RTHWC.shape[2], width=z_RTHWC.shape[3])[..., :channels]
+        return (v, out_RTSD - tokens_RTSD) if keep_residual else v

@@ -1,0 +1,109 @@
+"""Reuse plans: which steps evaluate the velocity, and which make do with what an earlier step kept.
+
+A plan is one integer for each step and is fixed before the sampling starts, so it is a runtime input of the compiled
+sampler and never a data-dependent branch.
+
+Invariant: the first step, and the first step after merging ends, evaluate in full whatever the plan says; what they
+replace is never used again.
+
+Source: the family of MagCache (arXiv 2506.09045) and LeMiCa (arXiv 2511.00090): one residual kept, plan found by shortest
+path over a table of measured errors; FasterCache (arXiv 2410.19355) for the kept guidance difference.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Literal, Self
+
+import jax
+import numpy as np
+
+FULL, REUSE, HALF = 0, 1, 2
+Keep = Literal["residual", "velocity"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What each step evaluates; make one with `evaluate_at`, or let `calibration.calibrate` find one.
+
+    Attributes:
+      codes: for each step `FULL` (1 evaluation), `REUSE` (none) or `HALF`: the conditional rows only, with the guidance
+        difference of the last full step (half an evaluation).
+      keep: what a reused step takes from the last evaluation; static.  "velocity" holds the velocity itself and serves any
+        velocity; "residual" holds what the block stack added to its tokens, and embeds and projects afresh: the velocity
+        must take ``keep_residual`` and ``residual``, see `sampler`.
+      halves: whether half steps are compiled; static.  None: only where the codes have one.
+    """
+
+    codes: tuple[int, ...]
+    keep: Keep = "residual"
+    halves: bool | None = None
+
+    def __post_init__(self) -> None:
+        strange = sorted(set(self.codes) - {FULL, REUSE, HALF})
+        if strange:
+            raise ValueError(f"plan has the codes {strange}; expected {FULL} (full), {REUSE} (reuse) or {HALF} (half).")
+        if not self.codes or self.codes[0] != FULL:
+            raise ValueError("plan does not begin with a full evaluation; step 0 has nothing to reuse, set its code to 0.")
+        if self.keep not in ("residual", "velocity"):
+            raise ValueError(f"plan keeps {self.keep!r}; expected 'residual' or 'velocity'.")
+        if self.halves is False and HALF in self.codes:
+            raise ValueError("plan has half steps but halves=False; leave halves out, or set it to True.")
+
+    @classmethod
+    def evaluate_at(cls, steps: Iterable[int], num_steps: int, *, keep: Keep = "residual") -> Self:
+        """Returns the plan that evaluates in full at ``steps`` and reuses at all others."""
+        chosen = set(steps)
+        beyond = sorted(step for step in chosen if not 0 <= step < num_steps)
+        if beyond:
+            raise ValueError(f"plan evaluates at the steps {beyond}; expected steps from 0 to {num_steps - 1}.")
+        return cls(codes=tuple(FULL if step in chosen else REUSE for step in range(num_steps)), keep=keep)
+
+    def with_half_steps(self, first_step: int, *, refresh_every: int = 0) -> Self:
+        """Returns the plan with full steps from ``first_step`` on turned into half steps.
+
+        With ``refresh_every = k`` every k-th of them stays full, so that the guidance difference is renewed.
+        """
+        late = [step for step, code in enumerate(self.codes) if code == FULL and step >= max(first_step, 1)]
+        halved = {step for at, step in enumerate(late, start=1) if not refresh_every or at % refresh_every}
+        codes = tuple(HALF if step in halved else code for step, code in enumerate(self.codes))
+        return dataclasses.replace(self, codes=codes)
+
+    @property
+    def evaluations(self) -> float:
+        """Velocity evaluations of the plan, a half step counting one half."""
+        return sum({FULL: 1.0, REUSE: 0.0, HALF: 0.5}[code] for code in self.codes)
+
+    def rule(self, num_steps: int, capacity: int) -> "PlanRule":
+        """Returns the runtime input for a number of steps.
+
+        Raises:
+          ValueError: the plan is for another number of steps.
+        """
+        if len(self.codes) != num_steps:
+            raise ValueError(f"plan has {len(self.codes)} steps but the schedule {num_steps}; make a plan of that length.")
+        padded = np.zeros(capacity, np.int32)
+        padded[:num_steps] = self.codes
+        return PlanRule(codes_N=padded, keep=self.keep, halves=HALF in self.codes if self.halves is None else self.halves)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanRule:
+    """A `Plan` as runtime input: int32 codes padded with full steps; ``keep`` and ``halves`` are static."""
+
+    codes_N: np.ndarray | jax.Array
+    keep: Keep = dataclasses.field(metadata={"static": True})
+    halves: bool = dataclasses.field(metadata={"static": True})
+
+
+def check_joining(codes: Sequence[int], joins_N: np.ndarray) -> None:
+    """Refuses a plan that reuses in a step in which a frame joins the sampling.
+
+    Raises:
+      ValueError: it does; the message names the step.
+    """
+    for step, code in enumerate(codes):
+        if code != FULL and joins_N[step]:
+            raise ValueError(
+                f"plan does not evaluate step {step} in full, where a frame joins (frame_weights); set its code to {FULL}."
+            )
