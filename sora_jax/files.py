@@ -24,7 +24,7 @@ def whole_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     path = Path(path)
     if not overwrite:
         refuse_existing(path)
-    temporary = path.with_name(f".{path.name[:60]}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    temporary = path.with_name(f".{path.name[:60]}{_partial_suffix()}")
     try:
         yield temporary
         _publish(temporary, path, overwrite)
@@ -52,7 +52,7 @@ def refuse_unwritable(folder: str | os.PathLike[str]) -> None:
       OSError: the folder cannot be created or written.
     """
     folder = Path(folder)
-    probe = folder / f".{os.getpid()}-{secrets.token_hex(4)}.partial"
+    probe = folder / f".probe{_partial_suffix()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
@@ -63,19 +63,33 @@ def refuse_unwritable(folder: str | os.PathLike[str]) -> None:
             probe.unlink()
 
 
-def numbered(path: Path, *, suffix_of: int = 2) -> Path:
+def remove_partial(*folders: str | os.PathLike[str]) -> None:
+    """Removes what this process has begun to write in the folders: for a process that ends without unwinding."""
+    for folder in folders:
+        for path in Path(folder).glob(f".*.{os.getpid()}-*.partial"):
+            with contextlib.suppress(OSError):
+                _remove(path)
+
+
+def numbered(path: Path) -> Path:
     """Returns ``path`` itself, or the first of ``name_2``, ``name_3``, ... that does not exist."""
-    candidate, number = path, suffix_of
+    candidate, number = path, 2
     while candidate.exists() or candidate.is_symlink():
         candidate = path.with_name(f"{path.stem}_{number}{path.suffix}")
         number += 1
     return candidate
 
 
+def _partial_suffix() -> str:
+    return f".{os.getpid()}-{secrets.token_hex(4)}.partial"
+
+
 def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
     if temporary.is_dir():
         if overwrite:
             _remove(path)
+        else:
+            refuse_existing(path)  # rename would replace an empty folder
         os.rename(temporary, path)
     elif overwrite:
         if path.is_dir() and not path.is_symlink():

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from fractions import Fraction
@@ -69,6 +70,8 @@ def save(
         raise ValueError(f"fps is {fps}; expected a positive number of frames per second.")
     if not overwrite:
         files.refuse_existing(path, sidecar(path))
+    elif path.is_dir():
+        _refuse_other_folder(path)
     text = json.dumps(dict(parameters or {}), default=str)
     beside = json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n"
     try:
@@ -80,6 +83,13 @@ def save(
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
     return path
+
+
+def _refuse_other_folder(path: Path) -> None:
+    """Refuses to replace a folder that holds anything but numbered PNG frames."""
+    others = [entry.name for entry in path.iterdir() if not re.fullmatch(r"\d{4,}\.png", entry.name)]
+    if others or path.suffix:
+        raise IsADirectoryError(f"{path} is a folder that is not a clip of PNG frames{(others and f' ({others[0]})') or ''}.")
 
 
 def sidecar(path: Path) -> Path:

@@ -1,0 +1,30 @@
+"""Text to video with Open-Sora 1.2's architecture in JAX: the public names.
+
+Invariant: importing the package imports neither JAX nor a network; a name is loaded when it is first used, so that
+``sora-jax --help`` and ``sora-jax inspect`` answer at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sora_jax.clip import Clip
+    from sora_jax.leap import Leap
+    from sora_jax.pipeline import Pipeline
+    from sora_jax.sampler import sample
+    from sora_jax.schedule import Schedule
+
+__version__ = "0.1.0"
+__all__ = ["Clip", "Leap", "Pipeline", "Schedule", "__version__", "sample"]
+
+_MODULES = {"Clip": "clip", "Leap": "leap", "Pipeline": "pipeline", "Schedule": "schedule", "sample": "sampler"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'sora_jax' has no attribute {name!r}; it has {', '.join(__all__)}.")
+    return getattr(importlib.import_module(f"sora_jax.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

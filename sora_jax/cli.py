@@ -1,0 +1,227 @@
+"""The ``sora-jax`` command: arguments in, one line out for whatever goes wrong.
+
+Invariant: a user never sees a traceback (unless asked for with --debug), and every failure has a non-zero exit code: 2 for
+bad usage or input, 1 for a failure on the way, 130 for Ctrl-C.  Standard output holds results only; progress and notes go
+to standard error.  Work is done elsewhere; heavy imports wait until the arguments are known to be good.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sora_jax import __version__
+
+OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+_MAX_FOREIGN = 400  # characters of an error that is not ours: XLA's can fill a screen
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with one line, where argparse would print the usage too."""
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; ``arguments`` default to those of the process."""
+    debug = False
+    try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
+        options = _parser().parse_args(arguments)
+        debug = options.debug
+        options.run(options)
+        return OK
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output left, for example `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if debug:
+            raise
+        return _fail(describe(error), BAD_INPUT if _is_input(error) else FAILED)
+
+
+def describe(error: BaseException) -> str:
+    """Returns an error in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name]
+        text = ": ".join([*names, error.strerror])
+    elif isinstance(error, MemoryError):
+        text = "out of memory; use a smaller size, fewer frames or a smaller batch"
+    elif isinstance(error, KeyError) and error.args:
+        text = str(error.args[0])
+    else:
+        text = str(error)
+    if not isinstance(error, ValueError | OSError | MemoryError | KeyError):
+        text = f"{type(error).__name__}: {text[:_MAX_FOREIGN]}; --debug shows where"
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _is_input(error: BaseException) -> bool:
+    return isinstance(error, ValueError | FileNotFoundError | FileExistsError | IsADirectoryError | NotADirectoryError)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"sora-jax: error: {message}", file=sys.stderr)
+    return code
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise SystemExit(TERMINATED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="sora-jax", description="Text to video with Open-Sora 1.2's architecture.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    common = _Parser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    generate = commands.add_parser(
+        "generate",
+        parents=[common],
+        allow_abbrev=False,
+        help="make clips from prompts",
+        description="Makes clips from prompts.",
+    )
+    _add_generate(generate)
+    inspect = commands.add_parser(
+        "inspect", parents=[common], allow_abbrev=False, help="show what a clip or a model directory holds"
+    )
+    inspect.add_argument("path", metavar="FILE|MODEL_DIR", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_generate)
+    what = parser.add_argument_group("what")
+    what.add_argument("prompts", metavar="PROMPT", nargs="*", help="caption; '|0| ... |1| ...' for loops, JSON at its end")
+    what.add_argument("--prompt-path", metavar="FILE", type=Path, help="read prompts from a file, one a line")
+    what.add_argument("--start-index", metavar="N", type=int, default=0, help="first line of the file to use, from 0")
+    what.add_argument("--end-index", metavar="N", type=int, help="line of the file to stop before")
+    what.add_argument("--num-sample", metavar="N", type=int, default=1, help="clips for each prompt")
+    what.add_argument("--reference-path", metavar="FILE[;FILE]", nargs="+", help="images or videos, one text for each prompt")
+    what.add_argument("--mask-strategy", metavar="GROUPS", nargs="+", help="loop,reference,start,target start,length,edit;...")
+    what.add_argument("--from-latents", metavar="NPZ", type=Path, help="decode a file of --save-latents, generate nothing")
+    what.add_argument("--model", metavar="DIR", type=Path, help="model directory (default: the embedded pocket model)")
+
+    how = parser.add_argument_group("how (defaults are the model's)")
+    how.add_argument("--steps", "--num-sampling-steps", dest="num_steps", metavar="N", type=int, help="sampling steps")
+    how.add_argument("--guidance", "--cfg-scale", metavar="G", type=float, help="weight of the caption; 1: no guidance")
+    how.add_argument("--seed", metavar="N", type=int, help="of the first clip; the next has N + 1 (default 0)")
+    how.add_argument("--leap", metavar="off|N|dynamic|released", type=_leap, help="linear proportional leap")
+    how.add_argument("--merge-steps", metavar="K", type=int, help="first steps with merged temporal tokens")
+    how.add_argument("--height", metavar="PX", type=int)
+    how.add_argument("--width", metavar="PX", type=int)
+    how.add_argument("--resolution", metavar="NAME", help="for example 240p")
+    how.add_argument("--aspect-ratio", metavar="H:W", help="for example 9:16")
+    how.add_argument("--num-frames", metavar="N|2s", help="frames or nominal duration; 1 makes an image")
+    how.add_argument("--fps", metavar="F", type=float, help="frame rate the model is asked for")
+    how.add_argument("--save-fps", metavar="F", type=float, help="frame rate of the file (default: --fps)")
+    how.add_argument("--aes", metavar="SCORE|off", type=_score, help="aesthetic score added to the caption")
+    how.add_argument("--flow", metavar="SCORE|off", type=_score, help="motion score added to the caption")
+    how.add_argument("--camera-motion", metavar="TEXT|off", help="camera motion added to the caption")
+    how.add_argument("--loop", metavar="N", type=int, help="clips in a row, each continuing the one before")
+    how.add_argument("--condition-frame-length", metavar="N", type=int, help="latent frames a clip takes over")
+    how.add_argument("--condition-frame-edit", metavar="R", type=float, help="edit ratio of those frames, 0 to 1")
+    how.add_argument("--align", metavar="N|off", type=_align, help="latent frames that mask starts are rounded to")
+    how.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
+    how.add_argument("--batch-size", metavar="N", type=int, default=1, help="clips made together")
+
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "-o", "--output", metavar="PATH", type=Path, help="of a single clip: .mp4 .gif .png .npz, or a folder of PNGs"
+    )
+    where.add_argument(
+        "--save-dir", metavar="DIR", type=Path, default=Path(), help="folder of numbered clips (default: this one)"
+    )
+    where.add_argument("--sample-name", metavar="NAME", help="what numbered names begin with (default: sample)")
+    where.add_argument("--prompt-as-path", action="store_true", help="name clips by their prompts, and skip those that exist")
+    where.add_argument(
+        "--format", choices=("mp4", "gif", "png", "npz"), help="of numbered clips (default: mp4; png for images)"
+    )
+    where.add_argument("--save-latents", metavar="NPZ", type=Path, help="write the latents before they are decoded")
+    where.add_argument("--overwrite", action="store_true", help="replace existing files")
+    where.add_argument("--quiet", action="store_true", help="no progress and no notes")
+    where.add_argument(
+        "--compile-cache", metavar="DIR|off", help="where compiled programs are kept (default: the user's cache)"
+    )
+
+
+def _leap(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def _score(text: str) -> float | str:
+    return text if text == "off" else float(text)
+
+
+def _align(text: str) -> int | str:
+    return text if text == "off" else int(text)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    folders = [path.parent for path in (options.output, options.save_latents) if path] + [options.save_dir]
+
+    def work() -> None:
+        from sora_jax import generate_command
+
+        generate_command.run(options)
+
+    _interruptibly(work, folders)
+
+
+def _interruptibly(work: Callable[[], None], folders: Sequence[Path]) -> None:
+    """Runs ``work`` in a thread, so that Ctrl-C is answered at once even while XLA compiles or computes.
+
+    On an interrupt the process ends here, after removing what this process had begun to write in ``folders``.
+    """
+    failures: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException as error:  # handed to the main thread, which decides what the user sees
+            failures.append(error)
+
+    worker = threading.Thread(target=guarded, daemon=True)
+    try:
+        worker.start()
+        worker.join()
+    except (KeyboardInterrupt, SystemExit) as interrupt:
+        from sora_jax import files
+
+        files.remove_partial(*folders)
+        code = INTERRUPTED if isinstance(interrupt, KeyboardInterrupt) else TERMINATED
+        print(file=sys.stderr)  # ends the line of the progress bar
+        _fail("interrupted", code)
+        sys.stdout.flush()
+        os._exit(code)
+    if failures:
+        raise failures[0]
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from sora_jax import inspection
+
+    found = inspection.inspect(options.path)
+    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else "\n".join(_lines(found)))
+
+
+def _lines(found: dict[str, Any], indent: str = "") -> list[str]:
+    """Returns nested fields as indented ``name: value`` lines."""
+    lines = []
+    for name, value in found.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    return lines

@@ -1,0 +1,284 @@
+"""``sora-jax generate``: from parsed options to files, with progress.
+
+Invariant: everything that can be refused is refused before a network is loaded, and clip n of a run has the seed
+``--seed`` + n whatever the batch size, so that a run resumed in the middle makes the same clips.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sora_jax import files, prompt, video
+
+_SETTINGS = (
+    "num_steps guidance leap merge_steps height width resolution aspect_ratio num_frames fps save_fps aes flow camera_motion "
+    "loop condition_frame_length condition_frame_edit align dtype"
+).split()
+_MAX_NAME_BYTES = 200  # file systems take 255; suffixes and temporary names need the rest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One clip to make: clip ``number`` of the run, from a prompt with its references, to ``path``."""
+
+    number: int
+    text: str
+    reference: str
+    strategy: str
+    path: Path
+
+
+def run(options: argparse.Namespace) -> None:
+    """Makes and writes the clips that the options ask for, printing each path to standard output."""
+    warnings.showwarning = _show_warning
+    if options.from_latents:
+        _check_latents_options(options)
+    texts = [] if options.from_latents else read_prompts(options)
+    use_compile_cache(options.compile_cache)
+
+    from sora_jax.pipeline import Pipeline
+
+    pipeline = Pipeline.from_pretrained(options.model)
+    if options.from_latents:
+        _decode(options, pipeline)
+        return
+    given = {name: getattr(options, name) for name in _SETTINGS}
+    settings = pipeline.resolve({**given, "seed": options.seed})
+    jobs = plan(options, texts, image=settings.num_frames == 1)
+    if options.model is None and not options.quiet:
+        _hint(texts)
+    for batch in batches(jobs, options.batch_size):
+        with _progress(options.quiet) as callback:
+            clip = pipeline(
+                [job.text for job in batch],
+                references=[job.reference for job in batch],
+                mask_strategies=[job.strategy for job in batch],
+                seed=(settings.seed + batch[0].number) % 2**32,
+                latents_path=options.save_latents,
+                overwrite=options.overwrite,
+                callback=callback,
+                **given,
+            )
+        _save(options, clip, [job.path for job in batch])
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """Returns the prompts of the command line or of the file.
+
+    Raises:
+      ValueError: there is none, or one is empty.
+    """
+    if options.prompts and options.prompt_path:
+        raise ValueError("got prompts and --prompt-path; give one of them.")
+    if options.start_index < 0 or (options.end_index is not None and options.end_index < 0):
+        raise ValueError("--start-index and --end-index count from 0; got a negative one.")
+    if options.prompt_path:
+        try:
+            texts = prompt.load_prompts(options.prompt_path, options.start_index, options.end_index)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{options.prompt_path} is not a text file in UTF-8 ({error}).") from error
+        where = f" in {options.prompt_path}, lines {options.start_index} to {options.end_index or 'the end'}"
+    else:
+        texts, where = options.prompts, ""
+    if not texts:
+        raise ValueError(f"no prompt{where}; give a prompt in quotes, or --prompt-path FILE.")
+    for index, text in enumerate(texts):
+        if not text.strip():
+            raise ValueError(f"prompt {options.start_index + index}{where and f' of {options.prompt_path}'} is empty.")
+    return texts
+
+
+def plan(options: argparse.Namespace, texts: Sequence[str], *, image: bool) -> list[Job]:
+    """Returns the clips to make and where they go, having made sure that they can go there.
+
+    Raises:
+      ValueError: options contradict each other.
+      FileExistsError: a clip exists and --overwrite was not given.
+      OSError: a folder cannot be written.
+    """
+    references = _each("--reference-path", options.reference_path, texts)
+    strategies = _each("--mask-strategy", options.mask_strategy, texts)
+    if options.num_sample < 1 or options.batch_size < 1:
+        raise ValueError("--num-sample and --batch-size must be at least 1.")
+    rows = list(zip(texts, references, strategies, strict=True))
+    if options.output and len(rows) * options.num_sample > 1:
+        raise ValueError(f"--output names one file, but {len(rows) * options.num_sample} clips are asked for; use --save-dir.")
+    if options.save_latents and len(rows) * options.num_sample > options.batch_size:
+        raise ValueError("--save-latents names one file, for one batch; raise --batch-size to the number of clips.")
+    files.refuse_unwritable(options.output.parent if options.output else options.save_dir)
+    jobs = []
+    for i, (text, reference, strategy) in enumerate(rows):
+        for sample in range(options.num_sample):
+            path = options.output or _numbered_path(options, options.start_index + i, text, sample, image)
+            if options.prompt_as_path and path.exists() and not options.overwrite:
+                continue
+            number = (options.start_index + i) * options.num_sample + sample
+            jobs.append(Job(number=number, text=text, reference=reference, strategy=strategy, path=path))
+    for job in jobs:
+        video.clip_format(job.path, 1 if image else 2)
+        if not options.overwrite:
+            files.refuse_existing(job.path, video.sidecar(job.path))
+    if options.save_latents:
+        _check_latents_path(options)
+    return jobs
+
+
+def batches(jobs: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
+    """Yields groups of at most ``size`` jobs with consecutive numbers: the seeds of a batch are consecutive."""
+    group: list[Job] = []
+    for job in jobs:
+        if group and (len(group) == size or job.number != group[-1].number + 1):
+            yield group
+            group = []
+        group.append(job)
+    if group:
+        yield group
+
+
+def use_compile_cache(choice: str | None) -> None:
+    """Keeps compiled programs in a folder: ``off``, a path, or None for ``sora_jax/compiled`` in the user's cache.
+
+    JAX_COMPILATION_CACHE_DIR in the environment decides where None is given.
+
+    Raises:
+      OSError: the folder that was asked for cannot be written.
+    """
+    if choice == "off":
+        return
+    folder = choice or os.environ.get("JAX_COMPILATION_CACHE_DIR") or _user_cache()
+    try:
+        files.refuse_unwritable(folder)
+    except OSError:
+        if choice:
+            raise
+        return  # no home to write to: compile every time, as with "off"
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _user_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sora_jax" / "compiled"
+
+
+def _each(option: str, values: Sequence[str] | None, texts: Sequence[str]) -> Sequence[str]:
+    if values is None:
+        return [""] * len(texts)
+    if len(values) != len(texts):
+        raise ValueError(f"{option} got {len(values)} texts for {len(texts)} prompts; give one for each ('' for none).")
+    return values
+
+
+def _numbered_path(options: argparse.Namespace, index: int, text: str, sample: int, image: bool) -> Path:
+    """Returns where a clip goes that --output does not name; without --prompt-as-path a name that is free."""
+    suffix = {"png": ".png" if image else "", None: ".png" if image else ".mp4"}.get(options.format, f".{options.format}")
+    name = prompt.sample_path(
+        "",
+        index=index,
+        prompt=text,
+        prompt_as_path=options.prompt_as_path,
+        name=options.sample_name,
+        num_samples=options.num_sample,
+        sample=sample,
+    )
+    path = options.save_dir / (_short(name) + suffix)
+    return path if options.prompt_as_path or options.overwrite else files.numbered(path)
+
+
+def _short(name: str) -> str:
+    """Returns a name that file systems accept; a long one ends in a digest of the whole."""
+    name = "".join(character if character.isprintable() else "_" for character in name).lstrip(".") or "_"
+    if len(name.encode()) <= _MAX_NAME_BYTES:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return name.encode()[: _MAX_NAME_BYTES - 13].decode(errors="ignore") + "-" + digest
+
+
+def _check_latents_path(options: argparse.Namespace) -> None:
+    if options.save_latents.suffix != ".npz":
+        raise ValueError(f"--save-latents {options.save_latents} has suffix {options.save_latents.suffix!r}; expected .npz.")
+    files.refuse_unwritable(options.save_latents.parent)
+    if not options.overwrite:
+        files.refuse_existing(options.save_latents)
+
+
+def _check_latents_options(options: argparse.Namespace) -> None:
+    given = [name for name in ("prompts", "prompt_path", "save_latents") if getattr(options, name)]
+    if given:
+        raise ValueError(f"--from-latents decodes what the file holds; it does not go with {' and '.join(given)}.")
+
+
+def _decode(options: argparse.Namespace, pipeline: Any) -> None:
+    from sora_jax.clip import load_latents
+
+    _, parameters = load_latents(options.from_latents)
+    if options.output and len(parameters) > 1:
+        raise ValueError(f"--output names one file, but {options.from_latents} holds {len(parameters)} clips; use --save-dir.")
+    files.refuse_unwritable(options.output.parent if options.output else options.save_dir)
+    image = all(sample.get("num_frames") == 1 for sample in parameters)
+    paths = [
+        options.output or _numbered_path(options, options.start_index + i, str(sample.get("prompt", "")), 0, image)
+        for i, sample in enumerate(parameters)
+    ]
+    for path in paths:
+        video.clip_format(path, 1 if image else 2)
+        if not options.overwrite:
+            files.refuse_existing(path, video.sidecar(path))
+    with _progress(options.quiet) as callback:
+        clip = pipeline.resume(options.from_latents, callback=callback)
+    _save(options, clip, paths)
+
+
+def _save(options: argparse.Namespace, clip: Any, paths: Sequence[Path]) -> None:
+    for sample, path in enumerate(paths):
+        clip.save(path, sample=sample, overwrite=options.overwrite)
+        sys.stdout.write(f"{path}\n")
+        sys.stdout.flush()
+    if not options.quiet:
+        _note(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in clip.timings.items()))
+
+
+def _hint(texts: Sequence[str]) -> None:
+    """Says which words the pocket model knows, where a prompt goes beyond them."""
+    from sora_jax.pocket import captions
+
+    segments = [segment for text in texts for segment in prompt.split_prompt(prompt.extract_json(text)[0])[0]]
+    for hint in dict.fromkeys(captions.parse(segment).hint for segment in segments):
+        if hint:
+            _note(hint)
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    """Yields a pipeline callback that shows stage, step, time and remaining time."""
+    form = "{desc:<8}{percentage:3.0f}% |{bar:24}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+    with tqdm(desc="start", unit="step", bar_format=form, disable=quiet, file=sys.stderr, total=1) as bar:
+
+        def show(progress: Any) -> None:
+            total, done = progress.num_steps * progress.num_loops, progress.loop * progress.num_steps + progress.step
+            if bar.total != total or (progress.stage == "denoise" and done == 0):
+                bar.reset(total)  # remaining time counts from the first step
+            bar.n = done
+            bar.set_description_str(progress.stage)
+
+        yield show
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(f"sora-jax: {text}\n")
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    _note(f"warning: {' '.join(str(message).split())}")

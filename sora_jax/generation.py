@@ -1,0 +1,346 @@
+"""One generation, stage by stage: captions, references, denoising, decoding, for every clip of a loop.
+
+Invariant: each stage takes host arrays and returns host arrays, so that nothing of a network outlives its stage.
+
+Source: Open-Sora v1.2 scripts/inference.py.  Differs from source: references and extended clips enter as the mean of their
+posterior, not a draw; without masked frames the sampler runs without a mask, which gives the same latents.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int
+
+from sora_jax import conditioning, merging, noise, prompt, sizes
+from sora_jax.clip import Timings
+from sora_jax.leap import Leap
+from sora_jax.networks import Networks, call
+from sora_jax.sampler import Carry, Result, Sampler, finish
+from sora_jax.schedule import Schedule
+from sora_jax.settings import OFF, Settings
+from sora_jax.stdit3 import STDiT3
+from sora_jax.t5 import T5Encoder
+from sora_jax.tokenizer import Tokenizer
+from sora_jax.vae.codec import VAE, latent_size
+
+FRAME_PIXELS = 2**19  # pixels that the spatial autoencoder holds at a time; its activations are hundreds of bytes for each
+LOOP_SEED_STRIDE = 2654435769  # 2^32 / golden ratio: seeds of later clips stay clear of those of other samples
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a generation stands; handed to the callback when a stage begins and after every step.
+
+    ``step`` of ``num_steps`` sampling steps are done in clip ``loop`` of ``num_loops``; ``carry`` is the sampler's state
+    after a step, else None.
+    """
+
+    stage: str
+    step: int
+    num_steps: int
+    loop: int
+    num_loops: int
+    carry: Carry | None = None
+
+
+Callback = Callable[[Progress], Any]
+Latents = Sequence[Sequence[np.ndarray]]  # for each sample the latents [T, H, W, C] of its references
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What each sample of the batch is made from.
+
+    Attributes:
+      prompts: text without JSON.
+      captions: prepared for the text encoder, segments included.
+      reference_paths: as given, separated by ``;``.
+      references: pixels [t, h, w, 3] of each of the sample's references.
+      strategies: mask strategies.
+    """
+
+    prompts: Sequence[str]
+    captions: Sequence[str]
+    reference_paths: Sequence[str]
+    references: Sequence[Sequence[np.ndarray]]
+    strategies: Sequence[str]
+
+
+def read_inputs(
+    prompts: Sequence[str], reference_paths: Sequence[str], strategies: Sequence[str], num_samples: int, settings: Settings
+) -> Inputs:
+    """Returns ``num_samples`` samples of each prompt, with its JSON split off and its references read.
+
+    A reference without a mask strategy fixes the first latent frame.
+
+    Raises:
+      ValueError: lengths differ, or a prompt, strategy or reference is malformed.
+      FileNotFoundError: a reference is missing.
+    """
+    if not prompts:
+        raise ValueError("no prompt given; expected at least one.")
+    for name, values in (("references", reference_paths), ("mask strategies", strategies)):
+        if len(values) != len(prompts):
+            raise ValueError(f"got {len(values)} {name} for {len(prompts)} prompts; expected one for each ('' for none).")
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; expected at least 1.")
+    parts = [prompt.extract_json(*given) for given in zip(prompts, reference_paths, strategies, strict=True)]
+    samples = [(text, paths, strategy or ("0" if paths else "")) for text, paths, strategy in parts for _ in range(num_samples)]
+    for _, _, strategy in samples:
+        _check_strategy(strategy)
+    pixels = {
+        path: conditioning.read_reference(path, settings.height, settings.width)
+        for path in dict.fromkeys(path for _, paths, _ in samples for path in _split(paths))
+    }
+    captions = [
+        prompt.prepare_prompt(text, aes=settings.aes, flow=settings.flow, camera_motion=settings.camera_motion)
+        for text, _, _ in samples
+    ]
+    for caption in captions:
+        prompt.prompt_at_loop(caption, settings.loop - 1)
+    return Inputs(
+        prompts=[text for text, _, _ in samples],
+        captions=captions,
+        reference_paths=[paths for _, paths, _ in samples],
+        references=[[pixels[path] for path in _split(paths)] for _, paths, _ in samples],
+        strategies=[strategy for _, _, strategy in samples],
+    )
+
+
+def _check_strategy(strategy: str) -> None:
+    for entry in conditioning.parse_mask_strategy(strategy):
+        if not 0 <= entry.edit_ratio <= 1:
+            raise ValueError(
+                f"mask strategy {strategy!r} has edit ratio {entry.edit_ratio}; expected 0 (keep) to 1 (generate)."
+            )
+
+
+def _split(paths: str) -> list[str]:
+    return paths.split(";") if paths else []
+
+
+class Generation:
+    """The open networks, the settings and the clock of one generation."""
+
+    def __init__(
+        self, networks: Networks, tokenizer: Tokenizer, settings: Settings, timings: Timings, callback: Callback | None
+    ):
+        self.networks, self.tokenizer, self.settings, self.timings = networks, tokenizer, settings, timings
+        self.callback, self.loop = callback, 0
+
+    def run(self, inputs: Inputs, keep_latents: Callable[[np.ndarray], Any]) -> tuple[np.ndarray, np.ndarray, list[Result]]:
+        """Returns pixels [B, t, h, w, 3] in [-1, 1], latents [B, T, H, W, C], and the record of every clip of the loop.
+
+        ``keep_latents`` is handed the latents before the last decoding.
+        """
+        references = self._encode_references(inputs.references)
+        strategies: Sequence[str] = inputs.strategies
+        features = self._encode_captions(inputs.captions)
+        results: list[Result] = []
+        videos: list[np.ndarray] = []
+        for loop in range(self.settings.loop):
+            self.loop = loop
+            if loop:
+                videos.append(self._decode_clip(np.asarray(results[-1].z)))
+                references, strategies = self._continue(references, strategies, videos[-1])
+            results.append(self._denoise(*features[loop], *self._start(references, strategies)))
+        latents = np.concatenate([np.asarray(result.z) for result in results], axis=1)
+        keep_latents(latents)
+        videos.append(self._decode_clip(np.asarray(results[-1].z)))
+        return self._join(videos), latents, results
+
+    def decode(self, latents_BTHWC: np.ndarray) -> np.ndarray:
+        """Returns the pixels [B, t, h, w, 3] of the latents of all clips of a loop."""
+        return self._join([self._decode_clip(clip) for clip in np.split(latents_BTHWC, self.settings.loop, axis=1)])
+
+    def _join(self, videos: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns the clips of a loop one after the other, each without the frames it took over."""
+        if len(videos) == 1:
+            return videos[0]
+        taken = sizes.frames_of_latents(self.settings.condition_frame_length)
+        return np.concatenate([videos[0], *(video[:, taken:] for video in videos[1:])], axis=1)
+
+    def latent_shape(self, num_clips: int = 1) -> tuple[int, int, int, int]:
+        """Returns frames, rows, columns and channels of a sample's latents, of one clip or several in a row."""
+        config, settings = self.networks.config, self.settings
+        frames, rows, columns = latent_size(config.vae, settings.num_frames, settings.height, settings.width)
+        return num_clips * (frames or 0), rows, columns, config.stdit3.in_channels
+
+    def _encode_captions(self, captions: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns caption features [B, L, E] and mask [B, L] for every clip of the loop."""
+        length = self.networks.config.stdit3.model_max_length
+        self._report("text")
+        with self.networks.use("t5", self.settings.dtype, self.timings) as t5:
+            known: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
+            features = []
+            for loop in range(self.settings.loop):
+                texts = tuple(prompt.prompt_at_loop(caption, loop) for caption in captions)
+                if texts not in known:
+                    ids, mask = self.tokenizer.encode(texts, length)
+                    known[texts] = np.asarray(call("text", self.timings, _encode_text, (), t5, ids, mask)), mask
+                features.append(known[texts])
+        return features
+
+    def _encode_references(self, references: Sequence[Sequence[np.ndarray]]) -> Latents:
+        """Returns the latents of every reference; one that several samples share is encoded once."""
+        if not any(references):
+            return references
+        self._report("encode")
+        with self.networks.use("vae", self.settings.dtype, self.timings) as vae:
+            unique = {id(pixels): pixels for given in references for pixels in given}
+            latents = {key: self._encode_clip(vae, pixels[None])[0] for key, pixels in unique.items()}
+        return [[latents[id(pixels)] for pixels in given] for given in references]
+
+    def _continue(
+        self, references: Latents, strategies: Sequence[str], video_Bthw3: np.ndarray
+    ) -> tuple[Latents, Sequence[str]]:
+        """Returns references and strategies by which the next clip begins with the end of the previous one."""
+        with self.networks.use("vae", self.settings.dtype, self.timings) as vae:
+            latents = self._encode_clip(vae, video_Bthw3)
+        return conditioning.append_generated(
+            references,
+            strategies,
+            latents,
+            self.loop,
+            condition_frame_length=self.settings.condition_frame_length,
+            condition_frame_edit=self.settings.condition_frame_edit,
+        )
+
+    def _start(self, references: Latents, strategies: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns noise with the references put in, and frame weights; None where no frame is given."""
+        z = np.asarray(noise.initial_noise(self._seed, (len(strategies), *self.latent_shape())))
+        z, weights = conditioning.apply_mask_strategy(z, references, strategies, self.loop, align=self.settings.align)
+        return z, None if (weights == 1).all() else weights
+
+    def _denoise(self, caption_BLE: np.ndarray, mask_BL: np.ndarray, z: np.ndarray, weights: np.ndarray | None) -> Result:
+        settings = self.settings
+        schedule = Schedule.open_sora(
+            settings.num_steps, height_px=settings.height, width_px=settings.width, num_frames=settings.num_frames
+        )
+        self._report("load")
+        with self.networks.use("stdit3", settings.dtype, self.timings) as stdit3:
+            sampler = Sampler.create(
+                self._velocity(stdit3, caption_BLE, mask_BL),
+                schedule,
+                guidance=None if settings.guidance == 1 else settings.guidance,
+                leap=leap_rule(settings.leap),
+                merge_steps=settings.merge_steps or None,
+                frame_weights=weights,
+                seed=self._seed,
+            )
+            self._report("compile")
+            with self.timings.measure("compile"):
+                carry = jax.block_until_ready(sampler.run(sampler.start(jnp.asarray(z)), 0))
+            for step in range(settings.num_steps):
+                self._report("denoise", step, carry if step else None)
+                with self.timings.measure("denoise"):
+                    carry = sampler.run(carry, step + 1)
+                    done = np.asarray(carry.done_B).all()
+                if done:
+                    break
+            self._report("denoise", settings.num_steps, carry)
+            return finish(carry)
+
+    def _velocity(self, stdit3: STDiT3, caption_BLE: np.ndarray, mask_BL: np.ndarray) -> Partial:
+        """Returns the velocity with its conditions; guidance evaluates the caption's rows, then those of the null caption."""
+        settings = self.settings
+        if settings.guidance != 1:
+            null_LE = np.asarray(stdit3.null_caption_LE).astype(caption_BLE.dtype)
+            caption_BLE = np.concatenate([caption_BLE, np.broadcast_to(null_LE, caption_BLE.shape)])
+            mask_BL = np.concatenate([mask_BL, mask_BL])
+        conditions = sizes.size_conditions(
+            1, height=settings.height, width=settings.width, num_frames=settings.num_frames, fps=settings.fps
+        )
+        return Partial(_velocity, stdit3, jnp.asarray(caption_BLE), jnp.asarray(mask_BL), jax.tree.map(jnp.asarray, conditions))
+
+    def _encode_clip(self, vae: VAE, video_Bthw3: np.ndarray) -> np.ndarray:
+        size = self.networks.config.vae.micro_frame_size
+        starts = range(0, video_Bthw3.shape[1], size)
+        frame_batch = self._frame_batch(*video_Bthw3.shape[2:4])
+        chunks = [
+            call("encode", self.timings, _encode_chunk, (frame_batch,), vae, video_Bthw3[:, at : at + size]) for at in starts
+        ]
+        return np.concatenate([np.asarray(chunk) for chunk in chunks], axis=1)
+
+    def _decode_clip(self, latents_BTHWC: np.ndarray) -> np.ndarray:
+        self._report("decode", self.settings.num_steps)
+        config, num_frames = self.networks.config.vae, self.settings.num_frames
+        size = config.micro_frame_size
+        step, side = latent_size(config, size, 1, 1)[0] or 0, config.spatial.downsampling
+        frame_batch = self._frame_batch(latents_BTHWC.shape[2] * side, latents_BTHWC.shape[3] * side)
+        chunks = []
+        with self.networks.use("vae", self.settings.dtype, self.timings) as vae:
+            for j in range(-(-num_frames // size)):
+                z, frames = latents_BTHWC[:, j * step : (j + 1) * step], min(size, num_frames - j * size)
+                chunks.append(np.asarray(call("decode", self.timings, _decode_chunk, (frames, frame_batch), vae, z)))
+        return np.concatenate(chunks, axis=1)
+
+    @property
+    def _seed(self) -> int:
+        return (self.settings.seed + self.loop * LOOP_SEED_STRIDE) % 2**32
+
+    def _frame_batch(self, height: int, width: int) -> int:
+        return max(1, FRAME_PIXELS // (height * width))
+
+    def _report(self, stage: str, step: int = 0, carry: Carry | None = None) -> None:
+        if self.callback is not None:
+            at = {"step": step, "num_steps": self.settings.num_steps, "loop": self.loop, "num_loops": self.settings.loop}
+            self.callback(Progress(stage=stage, carry=carry, **at))
+
+
+def leap_rule(leap: int | str | Leap) -> Leap | None:
+    """Returns the leap a setting names: ``"off"``, a step, ``"dynamic"`` or ``"released"``.
+
+    Raises:
+      ValueError: it names none.
+    """
+    if isinstance(leap, Leap):
+        return leap
+    if isinstance(leap, int) and not isinstance(leap, bool):
+        return Leap.static(leap)
+    named = {OFF: None, "dynamic": Leap.dynamic(), "released": Leap.released()}
+    if leap not in named:
+        raise ValueError(f"leap is {leap!r}; expected off, dynamic, released, or the number of the step that leaps.")
+    return named[leap]
+
+
+def _velocity(
+    stdit3: STDiT3,
+    caption_BLE: Float[Array, "B L E"],
+    mask_BL: Bool[Array, "B L"],
+    conditions: dict[str, Float[Array, "1"]],
+    z_BTHWC: Float[Array, "B T H W C"],
+    t_B: Float[Array, "B"],
+    *,
+    frame_mask_BT: Bool[Array, "B T"] | None = None,
+    merge: bool = False,
+) -> Float[Array, "B T H W C"]:
+    out = stdit3(
+        z_BTHWC,
+        t_B,
+        caption_BLE,
+        mask_BL,
+        fps_B=conditions["fps_B"],
+        height_px_B=conditions["height_px_B"],
+        width_px_B=conditions["width_px_B"],
+        frame_mask_BT=frame_mask_BT,
+        merge=merging.Merge() if merge else None,
+    )
+    return out[..., : stdit3.config.in_channels]
+
+
+def _encode_text(t5: T5Encoder, ids_BL: Int[Array, "B L"], mask_BL: Bool[Array, "B L"]) -> Float[Array, "B L E"]:
+    return t5(ids_BL, mask_BL)
+
+
+def _encode_chunk(frame_batch: int, vae: VAE, video_Bthw3: Float[Array, "B t h w 3"]) -> Float[Array, "B T H W C"]:
+    return vae.encode_chunk(video_Bthw3, frame_batch=frame_batch)
+
+
+def _decode_chunk(num_frames: int, frame_batch: int, vae: VAE, z_BTHWC: Float[Array, "B T H W C"]) -> Float[Array, "B t h w 3"]:
+    return vae.decode_chunk(z_BTHWC, num_frames, frame_batch=frame_batch)

@@ -1,0 +1,110 @@
+"""The three networks of an opened model directory: loaded when a stage begins, freed when it ends.
+
+Invariant: with ``keep=False`` at most one network is in memory at a time, provided the caller drops its reference at the end
+of the ``with`` block.  Programs compile once per configuration, dtype and shapes, and that time is measured apart.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+from flax import nnx
+
+from sora_jax import model_directory
+from sora_jax.checkpoint import load_network, unflatten
+from sora_jax.clip import Timings
+from sora_jax.config import BFLOAT16, FLOAT32, NETWORKS, ModelConfig
+from sora_jax.model_directory import Manifest, ModelDirectoryError
+from sora_jax.stdit3 import STDiT3
+from sora_jax.t5 import T5Encoder
+from sora_jax.vae.codec import VAE
+
+KEEP_BYTES = 1_000_000_000  # models up to this size stay loaded between stages and calls
+
+_CLASSES: Mapping[str, Any] = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
+_POLICIES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+
+
+class Networks:
+    """The open model directory; ``keep`` says whether networks stay in memory after their stage."""
+
+    def __init__(self, manifests: Mapping[str, Manifest], *, keep: bool):
+        self.config = ModelConfig(**{network: manifest.config for network, manifest in manifests.items()})
+        self.directory = manifests["stdit3"].path.parent
+        self.keep = keep
+        self._loaded: dict[tuple[str, str], Any] = {}
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str], *, keep: bool | None) -> Self:
+        """Returns the networks of a complete model directory, none of them loaded.
+
+        ``keep=None`` keeps models of up to 1 GB.
+
+        Raises:
+          ModelDirectoryError: a network is missing or damaged.
+        """
+        present = model_directory.present_networks(directory)
+        missing = [network for network in NETWORKS if network not in present and not (Path(directory) / network).exists()]
+        if present and len(missing) > 1:
+            commands = " and ".join(f"sora-jax convert {network} SOURCE {directory}" for network in missing)
+            raise ModelDirectoryError(f"{directory} has no {' and no '.join(missing)}; add them with: {commands}")
+        manifests = {network: model_directory.open_network(directory, network) for network in NETWORKS}
+        num_bytes = sum(_checked_size(manifest) for manifest in manifests.values())
+        return cls(manifests, keep=num_bytes <= KEEP_BYTES if keep is None else keep)
+
+    @contextmanager
+    def use(self, network: str, dtype: str, timings: Timings) -> Iterator[Any]:
+        """Yields a network that computes in ``dtype``, on the device.
+
+        Raises:
+          ModelDirectoryError: a parameter is missing or damaged.
+        """
+        key = (network, dtype)
+        if key not in self._loaded:
+            with timings.measure("load"):
+                self._loaded[key] = self._load(network, dtype)
+        try:
+            yield self._loaded[key]
+        finally:
+            if not self.keep:
+                del self._loaded[key]
+
+    def _load(self, network: str, dtype: str) -> Any:
+        config, flat = load_network(self.directory, network)
+        policy, build = _POLICIES[dtype], _CLASSES[network]
+        abstract = jax.eval_shape(lambda: build(config, policy=policy, rngs=nnx.Rngs(0)))
+        try:
+            return jax.block_until_ready(jax.device_put(unflatten(abstract, flat)))
+        except ValueError as error:
+            raise ModelDirectoryError(f"{self.directory / network} does not fit its configuration: {error}") from error
+
+
+def call(stage: str, timings: Timings, function: Callable[..., Any], static: tuple[Any, ...], *args: Any) -> Any:
+    """Returns ``function(*static, *args)``, compiled once for the shapes of ``args``; compile time counts as such."""
+    leaves, structure = jax.tree.flatten(args)
+    with timings.measure("compile"):
+        executable = _compiled(function, static, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    with timings.measure(stage):
+        return jax.block_until_ready(executable(*args))
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(function: Callable[..., Any], static: tuple[Any, ...], structure: Any, leaves: tuple[Any, ...]) -> Any:
+    """Returns a program that holds no arrays; `jax.jit` would do the same, without telling how long compiling took."""
+    args = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaves])
+    return jax.jit(functools.partial(function, *static)).lower(*args).compile()
+
+
+def _checked_size(manifest: Manifest) -> int:
+    """Returns a network's bytes, having seen that every parameter has a file of the right size."""
+    for name, parameter in manifest.parameters.items():
+        path = manifest.chunk_path(name)
+        found = path.stat().st_size if path.is_file() else None
+        if found != parameter.nbytes:
+            state = "is missing" if found is None else f"has {found} bytes, expected {parameter.nbytes}"
+            raise ModelDirectoryError(f"{path} {state}; convert {manifest.network} again with --overwrite.")
+    return sum(parameter.nbytes for parameter in manifest.parameters.values())

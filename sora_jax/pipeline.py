@@ -1,0 +1,261 @@
+"""From prompt to clip: settings, inputs and stages put together, and no arithmetic of its own.
+
+Invariant: a clip depends on prompt, settings, weights and seed only: sample b of a batch is the clip that ``seed + b`` gives
+alone.  How the stages run is `generation`'s business, where a model lies `networks`'.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+import sora_jax
+from sora_jax import model_directory, settings, video
+from sora_jax.clip import Clip, Timings, load_latents, save_latents
+from sora_jax.config import NETWORKS
+from sora_jax.generation import Callback, Generation, Inputs, leap_rule, read_inputs
+from sora_jax.leap import Leap
+from sora_jax.networks import Networks
+from sora_jax.sampler import Trace
+from sora_jax.settings import Settings
+from sora_jax.tokenizer import Tokenizer
+
+POCKET = Path(__file__).parent / "pocket" / "weights"
+_TOKENIZERS = ("tokenizer.json", "spiece.model")
+
+
+class Pipeline:
+    """A model directory, opened; make one with `from_pretrained`, call it with a prompt."""
+
+    def __init__(self, networks: Networks, tokenizer: Tokenizer, defaults: Mapping[str, Any]):
+        self.networks, self.tokenizer, self.defaults = networks, tokenizer, defaults
+        self.config = networks.config
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str] | None = None, *, keep: bool | None = None) -> Self:
+        """Returns the pipeline of a model directory, or of the embedded pocket model; loads no weights yet.
+
+        ``keep`` says whether networks stay in memory between stages and calls; None: if the model is below 1 GB.
+
+        Raises:
+          ModelDirectoryError: a network is missing or damaged; the message holds the command that adds it.
+          ValueError: the tokenizer is missing, or does not fit the text encoder.
+        """
+        directory = POCKET if path is None else Path(path)
+        networks = Networks.open(directory, keep=keep)
+        index = model_directory.read_model_file(directory)
+        tokenizer = Tokenizer.from_file(_tokenizer_path(directory, index.get("tokenizer")))
+        rows = networks.config.t5.vocab_size
+        if tokenizer.vocab_size > rows:
+            raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the text encoder only {rows}.")
+        return cls(networks, tokenizer, index.get("defaults", {}))
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        num_steps: int | None = None,
+        guidance: int | float | None = None,
+        seed: int | None = None,
+        leap: int | str | Leap | None = None,
+        merge_steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        resolution: str | None = None,
+        aspect_ratio: str | None = None,
+        num_frames: int | str | None = None,
+        fps: int | float | None = None,
+        save_fps: int | float | None = None,
+        aes: int | float | str | None = None,
+        flow: int | float | str | None = None,
+        camera_motion: str | None = None,
+        references: str | Sequence[str] | None = None,
+        mask_strategies: str | Sequence[str] | None = None,
+        loop: int | None = None,
+        condition_frame_length: int | None = None,
+        condition_frame_edit: int | float | None = None,
+        align: int | str | None = None,
+        num_samples: int = 1,
+        dtype: str | None = None,
+        latents_path: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
+        callback: Callback | None = None,
+    ) -> Clip:
+        """Returns a clip for each prompt (``num_samples`` of each), generated in one batch.
+
+        What is None is the model's default (model.json), else Open-Sora's; ``settings.Settings`` describes the numbers.
+
+        Args:
+          prompts: text, ``|0| first |2| then`` for loops, with optional JSON (reference_path, mask_strategy) at its end.
+          num_steps: sampling steps.
+          guidance: weight of the caption; 1 evaluates without the null caption, at half the cost.
+          seed: of sample 0; sample b has ``seed + b``.
+          leap: ``"off"``, a step that leaps to the end, ``"dynamic"``, ``"released"``, or a `Leap`.
+          merge_steps: first steps with merged temporal tokens.
+          height: pixels, a multiple of 16 (autoencoder 8 x patch 2).
+          width: pixels, likewise.
+          resolution: instead of height and width, for example ``"240p"``.
+          aspect_ratio: height:width, for example ``"9:16"``.
+          num_frames: a number, or a duration such as ``"2s"``; 1 is an image.
+          fps: frame rate the model is conditioned on.
+          save_fps: frame rate of the file; ``fps`` unless given.
+          aes: aesthetic score appended to the caption; ``"off"`` for none.
+          flow: motion score, likewise.
+          camera_motion: camera motion, likewise.
+          references: for each prompt the paths of its reference images or videos, separated by ``;``.
+          mask_strategies: for each prompt, groups ``loop,reference,reference start,target start,length,edit ratio``.
+          loop: clips in a row, each continuing the one before.
+          condition_frame_length: latent frames that a clip takes over.
+          condition_frame_edit: edit ratio of those frames.
+          align: latent frames that starts in mask strategies are rounded to; ``"off"`` for none.
+          num_samples: samples of each prompt.
+          dtype: compute dtype, ``"float32"`` or ``"bfloat16"``.
+          latents_path: npz file written before the last decoding; `resume` continues from it.
+          overwrite: replace an existing latents file.
+          callback: called with `Progress` on the host; an exception it raises ends the generation.
+
+        Raises:
+          ValueError: a setting, prompt or strategy is invalid; nothing was computed.
+          FileNotFoundError: a reference is missing.
+        """
+        given = {
+            "num_steps": num_steps,
+            "guidance": guidance,
+            "seed": seed,
+            "leap": leap,
+            "merge_steps": merge_steps,
+            "height": height,
+            "width": width,
+            "resolution": resolution,
+            "aspect_ratio": aspect_ratio,
+            "num_frames": num_frames,
+            "fps": fps,
+            "save_fps": save_fps,
+            "aes": aes,
+            "flow": flow,
+            "camera_motion": camera_motion,
+            "loop": loop,
+            "condition_frame_length": condition_frame_length,
+            "condition_frame_edit": condition_frame_edit,
+            "align": align,
+            "dtype": dtype,
+        }
+        chosen, timings = self.resolve(given), Timings()
+        _check_leap(chosen)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        inputs = read_inputs(texts, _each(references, texts), _each(mask_strategies, texts), num_samples, chosen)
+        parameters = self._parameters(inputs, chosen)
+        generation = Generation(self.networks, self.tokenizer, chosen, timings, callback)
+
+        def keep(latents: np.ndarray) -> None:
+            if latents_path is not None:
+                save_latents(latents_path, latents, parameters, overwrite=overwrite)
+
+        pixels, latents, results = generation.run(inputs, keep)
+        evaluations_B = np.sum([result.evaluations_B for result in results], axis=0)
+        return Clip(
+            frames=video.quantise(pixels),
+            latents=latents,
+            fps=chosen.save_fps,
+            parameters=[
+                {**made_from, "evaluations": float(count)} for made_from, count in zip(parameters, evaluations_B, strict=True)
+            ],
+            trace=_joined([result.trace for result in results]),
+            evaluations_B=evaluations_B,
+            timings=timings,
+        )
+
+    def resume(self, path: str | os.PathLike[str], *, callback: Callback | None = None) -> Clip:
+        """Returns the clip of a latents file: only decoding is left to do.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: the file is damaged, or made by a model with other latents.
+        """
+        latents, parameters = load_latents(path)
+        names = Settings.field_names()
+        try:
+            chosen = Settings(**{name: parameters[0][name] for name in names})
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} lacks the settings of its samples ({error}); expected a file of --save-latents."
+            ) from error
+        timings = Timings()
+        generation = Generation(self.networks, self.tokenizer, chosen, timings, callback)
+        expected = (len(latents), *generation.latent_shape(num_clips=chosen.loop))
+        if latents.shape != expected:
+            raise ValueError(
+                f"{path} holds latents {list(latents.shape)}; this model makes {list(expected)} with their settings."
+            )
+        return Clip(
+            frames=video.quantise(generation.decode(latents)),
+            latents=latents,
+            fps=chosen.save_fps,
+            parameters=parameters,
+            trace=None,
+            evaluations_B=None,
+            timings=timings,
+        )
+
+    def resolve(self, given: Mapping[str, Any]) -> Settings:
+        """Returns complete settings from those given (see `Settings.resolve`), with sizes this model can make."""
+        if given.get("height") is not None and given.get("width") is not None:
+            settings.check_multiple(self.config.vae, self.config.stdit3.patch_size[1], given["height"], given["width"])
+        return Settings.resolve(self.defaults, given)
+
+    def _parameters(self, inputs: Inputs, chosen: Settings) -> list[dict[str, Any]]:
+        """Returns for each sample what it is made from, JSON-ready."""
+        made_by = {"sora_jax": sora_jax.__version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+        rows = zip(inputs.prompts, inputs.captions, inputs.reference_paths, inputs.strategies, strict=True)
+        return [
+            {
+                "prompt": text,
+                "caption": caption,
+                "references": paths,
+                "mask_strategy": strategy,
+                **chosen.to_dict(),
+                "seed": (chosen.seed + b) % 2**32,
+                "model": self.model_id,
+                **made_by,
+            }
+            for b, (text, caption, paths, strategy) in enumerate(rows)
+        ]
+
+    @property
+    def model_id(self) -> str:
+        """The folder's name and a digest of its manifests, which hold the checksum of every parameter."""
+        digest = hashlib.sha256()
+        for network in NETWORKS:
+            digest.update((self.networks.directory / network / model_directory.NETWORK_FILE).read_bytes())
+        return f"{self.networks.directory.resolve().name} {digest.hexdigest()[:16]}"
+
+
+def _check_leap(chosen: Settings) -> None:
+    """Refuses a leap that does not fit the number of steps, before anything is loaded."""
+    rule = leap_rule(chosen.leap)
+    if rule is not None:
+        rule.rule(chosen.num_steps)
+
+
+def _each(values: str | Sequence[str] | None, prompts: Sequence[str]) -> list[str]:
+    """Returns one text for each prompt; a single text is for a single prompt."""
+    if values is None:
+        return [""] * len(prompts)
+    return [values] if isinstance(values, str) else list(values)
+
+
+def _joined(traces: Sequence[Trace]) -> Trace:
+    """Returns the rows of all clips of a loop, one after the other."""
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *traces)
+
+
+def _tokenizer_path(directory: Path, name: str | None) -> Path:
+    candidates = [name] if name else _TOKENIZERS
+    for candidate in candidates:
+        if (directory / candidate).is_file():
+            return directory / candidate
+    raise FileNotFoundError(f"{directory} has no tokenizer; put {' or '.join(candidates)} there.")

@@ -1,0 +1,198 @@
+"""The numbers that decide a clip besides prompt, references and weights: checked once, stored with every clip.
+
+Invariant: a `Settings` holds only values that the pipeline accepts; every fault is a ValueError of one line.  Defaults come
+from the model directory (``defaults`` in model.json) and otherwise from Open-Sora 1.2.  Nothing here computes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from sora_jax import sizes
+from sora_jax.config import VAEConfig
+
+OFF = "off"  # written for a score that the model would otherwise add by default
+
+# Source: Open-Sora v1.2 configs/opensora-v1-2/inference/sample.py.
+OPEN_SORA_DEFAULTS: Mapping[str, Any] = {
+    "num_steps": 30,
+    "guidance": 7.0,
+    "resolution": "240p",
+    "aspect_ratio": "9:16",
+    "num_frames": 51,
+    "fps": 24,
+    "aes": 6.5,
+    "condition_frame_length": 5,
+    "condition_frame_edit": 0.0,
+    "align": 5,
+}
+_SCORES = ("aes", "flow", "camera_motion")
+_SIZE_KEYS = ("height", "width", "resolution", "aspect_ratio")
+_MAX_SEED = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One clip's settings.
+
+    Attributes:
+      num_steps: steps of the schedule.
+      guidance: weight of the caption against no caption; 1 follows the caption alone.
+      seed: noise of the first sample; sample b uses ``seed + b``.
+      leap: ``off``, or how sampling leaps to its end (see sampler).
+      merge_steps: how many first steps merge temporal tokens.
+      height: pixel rows, as the model is conditioned on; frames have ``height // 8 * 8`` of them.
+      width: pixel columns, likewise.
+      num_frames: pixel frames of one clip; 1 is an image.
+      fps: frame rate the model is conditioned on.
+      save_fps: frame rate of the file.
+      aes: aesthetic score named in the caption, or None.
+      flow: motion score named in the caption, or None.
+      camera_motion: camera motion named in the caption, or None.
+      loop: clips in a row, each continuing the one before.
+      condition_frame_length: latent frames a clip takes over from the one before.
+      condition_frame_edit: edit ratio of those frames (0 keeps them).
+      align: latent frames that starts in mask strategies are rounded to, or None.
+      dtype: compute dtype of the networks.
+    """
+
+    num_steps: int
+    guidance: float
+    seed: int
+    leap: int | str
+    merge_steps: int
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    save_fps: float
+    aes: float | None
+    flow: float | None
+    camera_motion: str | None
+    loop: int
+    condition_frame_length: int
+    condition_frame_edit: float
+    align: int | None
+    dtype: Literal["float32", "bfloat16"]
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_steps", 1), ("seed", 0), ("merge_steps", 0), ("height", 1), ("width", 1), ("num_frames", 1)):
+            _whole(name, getattr(self, name), least)
+        for name in ("loop", "condition_frame_length"):
+            _whole(name, getattr(self, name), 1)
+        if self.align is not None:
+            _whole("align", self.align, 1)
+        if self.seed > _MAX_SEED:
+            raise ValueError(f"seed is {self.seed}; expected at most {_MAX_SEED}.")
+        for name in ("fps", "save_fps"):
+            if _finite(name, getattr(self, name)) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number of frames per second.")
+        _finite("guidance", self.guidance)
+        for name in ("aes", "flow"):
+            if getattr(self, name) is not None:
+                _finite(name, getattr(self, name))
+        if not 0 <= _finite("condition_frame_edit", self.condition_frame_edit) <= 1:
+            raise ValueError(f"condition_frame_edit is {self.condition_frame_edit}; expected 0 (keep) to 1 (generate freely).")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}; expected float32 or bfloat16.")
+        self._check_loop()
+
+    def _check_loop(self) -> None:
+        if self.loop == 1:
+            return
+        if self.num_frames == 1:
+            raise ValueError(f"loop {self.loop} cannot extend a single image; set num_frames, or loop 1.")
+        taken = sizes.frames_of_latents(self.condition_frame_length)
+        if taken >= self.num_frames:
+            raise ValueError(
+                f"condition_frame_length {self.condition_frame_length} takes over {taken} frames, and a clip has only "
+                f"{self.num_frames}; choose a longer clip or a smaller multiple of {sizes.LATENTS_PER_CHUNK}."
+            )
+
+    @classmethod
+    def resolve(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Self:
+        """Returns complete settings: what is given, else the model's defaults, else Open-Sora's.
+
+        ``given`` may hold every field and ``resolution``, ``aspect_ratio``; None means not given.  A score is switched off
+        by ``"off"``.
+
+        Raises:
+          ValueError: a value is out of its range, or the size is given incompletely or twice.
+        """
+        model = {key: value for key, value in defaults.items() if value is not None}
+        if "height" not in model:
+            model = {key: OPEN_SORA_DEFAULTS[key] for key in ("resolution", "aspect_ratio")} | model
+        chosen = {key: value for key, value in given.items() if value is not None}
+        # A model that lists its defaults without a score was trained without it.
+        base = {key: value for key, value in OPEN_SORA_DEFAULTS.items() if key not in _SIZE_KEYS}
+        if defaults:
+            base = {key: value for key, value in base.items() if key not in _SCORES}
+        values = base | {key: model[key] for key in model if key not in _SIZE_KEYS}
+        values |= {key: value for key, value in chosen.items() if key not in _SIZE_KEYS}
+        height, width = _size(chosen, model)
+        fields: dict[str, Any] = {"seed": 0, "leap": OFF, "merge_steps": 0, "loop": 1, "dtype": "float32"} | values
+        unknown = sorted(fields.keys() - set(cls.field_names()))
+        if unknown:
+            raise ValueError(f"unknown settings {unknown}; expected {', '.join(cls.field_names())}.")
+        for score in _SCORES:
+            fields[score] = None if fields.get(score) == OFF else fields.get(score)
+        fields["align"] = None if fields["align"] == OFF else fields["align"]
+        fields |= {"height": height, "width": width, "num_frames": sizes.num_frames(fields["num_frames"])}
+        return cls(**{"save_fps": fields["fps"], **fields})
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """Returns the names of all settings."""
+        return [field.name for field in dataclasses.fields(cls)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields, JSON-ready."""
+        return dataclasses.asdict(self)
+
+
+def check_multiple(config: VAEConfig, patch: int, height: int, width: int) -> None:
+    """Refuses a height or width, given as numbers, that latents and patches do not divide.
+
+    Sizes of the resolution table are exempt: latents round down and patches are padded, as in Open-Sora.
+
+    Raises:
+      ValueError: names the nearest sizes that are valid.
+    """
+    step = config.spatial.downsampling * patch
+    for name, value in (("height", height), ("width", width)):
+        _whole(name, value, 1)
+        if value % step:
+            below = value // step * step
+            nearest = ", ".join(str(size) for size in (below, below + step) if size)
+            reason = f"VAE {config.spatial.downsampling} x patch {patch}"
+            raise ValueError(f"{name} {value} is not a multiple of {step} ({reason}); nearest valid: {nearest}.")
+
+
+def _size(chosen: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns (height, width) from numbers or from the resolution table."""
+    numbers = [key for key in ("height", "width") if key in chosen]
+    names = [key for key in ("resolution", "aspect_ratio") if key in chosen]
+    if numbers and names:
+        raise ValueError(f"got both {' and '.join(numbers)} and {' and '.join(names)}; give height and width, or the names.")
+    if len(numbers) == 1:
+        raise ValueError(f"got {numbers[0]} alone; give both height and width.")
+    if numbers:
+        return chosen["height"], chosen["width"]
+    if not names and "height" in model:
+        return model["height"], model["width"]
+    table = {key: value for key, value in model.items() if key in ("resolution", "aspect_ratio")} | dict(chosen)
+    if "resolution" not in table or "aspect_ratio" not in table:
+        raise ValueError(f"got {names[0]} alone; give both resolution and aspect_ratio, for example 240p and 9:16.")
+    return sizes.image_size(table["resolution"], table["aspect_ratio"])
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}.")
+
+
+def _finite(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; expected a number.")
+    return float(value)

@@ -1,0 +1,48 @@
+"""A random model directory of the full architecture at toy width: little to compile, a fraction of a second to sample."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from sora_jax.checkpoint import flatten, save_network
+from sora_jax.config import ModelConfig, pocket
+from sora_jax.network_writer import update_model_file
+from sora_jax.pocket.vocabulary import write_tokenizer
+from sora_jax.stdit3 import STDiT3
+from sora_jax.t5 import T5Encoder
+from sora_jax.vae.codec import VAE
+
+CONFIG = ModelConfig(
+    t5=dataclasses.replace(pocket.t5, d_model=16, d_kv=8, num_heads=2, d_ff=24, num_layers=1),
+    stdit3=dataclasses.replace(pocket.stdit3, hidden_size=16, num_heads=2, depth=1, caption_channels=16, model_max_length=12),
+    vae=dataclasses.replace(
+        pocket.vae,
+        spatial=dataclasses.replace(pocket.vae.spatial, block_out_channels=(4, 4, 4, 4), norm_num_groups=2),
+        temporal=dataclasses.replace(pocket.vae.temporal, filters=4, norm_num_groups=2),
+    ),
+)
+DEFAULTS = {"height": 32, "width": 48, "num_frames": 17, "fps": 8, "num_steps": 4, "guidance": 3.0, "align": 5}
+
+
+def write_model(directory: Path) -> Path:
+    """Writes the three networks with random weights, drawn without compiling anything."""
+    rng = np.random.default_rng(0)
+    for network, build in {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}.items():
+        config = getattr(CONFIG, network)
+        shapes = flatten(jax.eval_shape(lambda build=build, config=config: build(config, rngs=nnx.Rngs(0))))
+        flat = {name: _random(name, leaf.shape, rng) for name, leaf in shapes.items()}
+        save_network(directory, network, config, flat)
+    write_tokenizer(directory / "tokenizer.json")
+    update_model_file(directory, tokenizer="tokenizer.json", defaults=DEFAULTS)
+    return directory
+
+
+def _random(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    x = rng.standard_normal(shape).astype(np.float32)
+    if name.endswith(("norm.scale", "stats.scale")) or (name.endswith("scale") and len(shape) == 1):
+        return 1 + 0.1 * x
+    fan_in = np.prod(shape[:-1]) if name.endswith("kernel") else 25
+    return x / np.float32(np.sqrt(fan_in))
