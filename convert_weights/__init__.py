@@ -4,8 +4,10 @@
 This is the only package that knows PyTorch's names and layouts.
 """
 
+import functools
 import importlib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -53,7 +55,8 @@ def table(network: str, config: Any) -> tuple[list[Rule], dict[str, str]]:
     return module.rules(config), module.IGNORED
 
 
-def parameter_shapes(network: str, config: Any) -> dict[str, tuple[int, ...]]:
+@functools.cache
+def parameter_shapes(network: str, config: Any) -> Mapping[str, tuple[int, ...]]:
     """Returns the shapes of all parameters of a network by flat name; allocates none of them."""
     import jax
     from flax import nnx
@@ -63,7 +66,7 @@ def parameter_shapes(network: str, config: Any) -> dict[str, tuple[int, ...]]:
     module_name, class_name = _module(network)
     build = getattr(importlib.import_module(module_name), class_name)
     abstract = jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
-    return {name: tuple(leaf.shape) for name, leaf in flatten(abstract).items()}
+    return MappingProxyType({name: tuple(leaf.shape) for name, leaf in flatten(abstract).items()})
 
 
 def _module(network: str) -> tuple[str, str]:

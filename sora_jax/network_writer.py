@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import shutil
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -39,6 +40,7 @@ from sora_jax.model_directory import (
 _JOURNAL = "journal.jsonl"
 _BATCH_BYTES = 64 << 20  # what may be lost and is written again after a power failure
 _BATCH_ARRAYS = 128
+_LARGE_BYTES = 1 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +97,6 @@ class NetworkWriter:
             self._open_journal()
             stack.callback(os.close, self._journal)
             self._committer = stack.enter_context(ThreadPoolExecutor(1))
-            self._syncers = stack.enter_context(ThreadPoolExecutor(4))
             self._resources = stack.pop_all()
         self._commit_done: Future[None] | None = None
         return self
@@ -169,8 +170,7 @@ class NetworkWriter:
         if empty:
             raise ModelDirectoryError(f"{self.network}: nothing was written for layers {', '.join(empty)}.")
         _write_durably(self.partial / NETWORK_FILE, _manifest_text(manifest))
-        for folder in [*sorted(self._made), self.partial]:
-            _sync(folder)
+        _sync_all([*sorted(self._made), self.partial])
         self._replace()
         (self.final / _JOURNAL).unlink()
         update_model_file(self.directory)
@@ -240,7 +240,7 @@ class NetworkWriter:
         for name, parameter in batch:
             location = self.partial / array_location(name, self.config.layers)
             files += [location / "zarr.json", location / chunk_name(parameter.shape)]
-        list(self._syncers.map(_sync, files))
+        _sync_all(files)
         lines = "".join(json.dumps({"name": name, **parameter.to_dict()}) + "\n" for name, parameter in batch)
         _write_all(self._journal, memoryview(lines.encode()))
         os.fsync(self._journal)
@@ -311,6 +311,19 @@ def _write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     _sync(path.parent)
+
+
+def _sync_all(paths: Sequence[Path]) -> None:
+    """Waits until files and folders are on the disk.
+
+    Linux's ``sync`` waits for everything, which for hundreds of small files takes a tenth of the time of ``fsync`` on each;
+    large files are synchronised one by one all the same, because only ``fsync`` reports a failure.
+    """
+    for path in paths:
+        if sys.platform != "linux" or path.stat().st_size >= _LARGE_BYTES:
+            _sync(path)
+    if sys.platform == "linux":
+        os.sync()
 
 
 def _sync(path: Path) -> None:
