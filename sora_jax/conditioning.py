@@ -138,7 +138,7 @@ def append_generated(
     loop: int,
     *,
     condition_frame_length: int,
-    condition_frame_edit: float,
+    condition_frame_edit: int | float,
 ) -> tuple[list[list[Latents]], list[str]]:
     """Returns references and strategies by which clip ``loop`` begins with the end of the clip before it.
 
@@ -158,6 +158,14 @@ def append_generated(
         appended.append([*given, latents_THWC])
         conditions.append(f"{strategy};{entry}" if strategy else entry)
     return appended, conditions
+
+
+def read_references(paths: str, height: int, width: int) -> list[Float[np.ndarray, "_ h w 3"]]:
+    """Returns the references of one sample, given as file names separated by semicolons; none for the empty text.
+
+    Source: Open-Sora v1.2 opensora/utils/inference_utils.py collect_references_batch.
+    """
+    return [read_reference(path, height, width) for path in paths.split(";") if paths]
 
 
 def read_reference(path: str | Path, height: int, width: int) -> Float[np.ndarray, "t h w 3"]:
@@ -216,7 +224,7 @@ def resize_crop_video(frames: UInt8[np.ndarray, "t h0 w0 3"], height: int, width
     Source: Open-Sora v1.2 opensora/datasets/video_transforms.py resize_crop_to_fill.  As there, an odd margin is halved
     downwards, where images round half to even.
     """
-    rows, columns = _filling_size(*frames.shape[1:3], height, width)
+    rows, columns = _filling_size(frames.shape[1], frames.shape[2], height, width)
     top, left = (rows - height) // 2, (columns - width) // 2
     vertical = _bilinear_taps(frames.shape[1], rows, slice(top, top + height))
     horizontal = _bilinear_taps(frames.shape[2], columns, slice(left, left + width))

@@ -115,7 +115,9 @@ def basic_clean(text: str) -> str:
     return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
 
-def append_scores(prompt: str, *, aes: float | None = None, flow: float | None = None, camera_motion: str | None = None) -> str:
+def append_scores(
+    prompt: str, *, aes: int | float | None = None, flow: int | float | None = None, camera_motion: str | None = None
+) -> str:
     """Returns the prompt with the conditions it was trained with, each unless the prompt already names it.
 
     Args:
@@ -190,8 +192,8 @@ def merge_prompt(segments: Sequence[str], starts: Sequence[int] | None) -> str:
 def prepare_prompt(
     prompt: str,
     *,
-    aes: float | None = None,
-    flow: float | None = None,
+    aes: int | float | None = None,
+    flow: int | float | None = None,
     camera_motion: str | None = None,
     clean: bool = True,
 ) -> str:

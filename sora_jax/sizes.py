@@ -11,7 +11,7 @@ _RATIOS = "3:8 9:21 12:25 1:2 9:17 27:50 9:16 5:8 2:3 3:4 1:1 4:3 3:2 16:9 17:9 
 ASPECT_RATIOS = tuple(_RATIOS.split())
 
 # Source: Open-Sora v1.2 opensora/datasets/aspect.py.  One column for each of ASPECT_RATIOS; transcribed, because some
-# entries were rounded by hand and follow no formula.
+# entries were rounded by hand and follow no formula.  The sizes named 50:27 have, as there, the proportions of 25:12.
 _VIDEO_SIZES = {
     "144p": "117x312 125x291 133x277 135x270 139x262 141x260 144x256 151x241 156x234 166x221 192x192 221x165 235x156 256x144 "
     "263x139 271x135 277x132",
@@ -135,7 +135,7 @@ def frames_of_latents(num_latents: int) -> int:
 
 
 def size_conditions(
-    batch_size: int, *, height: int, width: int, num_frames: int, fps: float
+    batch_size: int, *, height: int, width: int, num_frames: int, fps: int | float
 ) -> dict[str, Float[np.ndarray, " B"]]:
     """Returns the float32 inputs ``fps_B``, ``height_px_B`` and ``width_px_B`` of the transformer for equal samples.
 

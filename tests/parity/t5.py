@@ -55,10 +55,9 @@ def _units(network: T5Encoder, targets: dict[str, str], tensors: dict[str, np.nd
     for key, x in tensors.items():
         if key.endswith(".in"):
             name = key.removesuffix(".in").removesuffix(".small")
-            path = targets[f"{name}.weight"].split(".")[:-1]
-            module: Any = functools.reduce(
-                lambda at, step: at[int(step)] if step.isdigit() else getattr(at, step), path, network
-            )
+            module: Any = network
+            for step in targets[f"{name}.weight"].split(".")[:-1]:
+                module = module[int(step)] if step.isdigit() else getattr(module, step)
             computed[f"{key.removesuffix('.in')}.out"] = np.asarray(module(x))
     return computed
 
