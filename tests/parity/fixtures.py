@@ -84,8 +84,6 @@ def is_fixture(path: Path, suite: str) -> bool:
         return False
     if suite == "wide" and path.suffix == ".json":
         return False
-    if suite == "text" and path.name == "mask_tensors.safetensors":
-        return False
     return path.suffix in (".safetensors", ".json")
 
 

@@ -96,7 +96,7 @@ def run_folder(folder: Path, dump: Path | None = None) -> Iterator[Row]:
         except FixtureError as fault:
             yield Row(suite=suite, case="*", verdict=FAIL, note=str(fault))
             continue
-        yield from _orphans(suite, place, cases)
+        yield from orphans(suite, place, cases)
         for case in cases:
             yield from run_case(case, dump)
             gc.collect()
@@ -125,7 +125,7 @@ def run_case(case: Case, dump: Path | None = None) -> list[Row]:
 
 def _judge(case: Case, reference: dict[str, np.ndarray], computed: dict[str, np.ndarray]) -> list[Row]:
     outputs = [key for key in reference if not is_input(key)]
-    missing = missing_outputs(case.suite, case.name, _config_entry(case), reference)
+    missing = missing_outputs(case.suite, case.name, config_entry(case), reference)
     rows = [dataclasses.replace(_failure(case, "the fixture lacks this tensor"), tensor=key) for key in missing]
     for key in sorted(outputs):
         if key not in computed:
@@ -148,8 +148,8 @@ def _judge(case: Case, reference: dict[str, np.ndarray], computed: dict[str, np.
     return rows
 
 
-def _config_entry(case: Case) -> dict[str, object]:
-    """The case's entry in config.json, empty where the folder has no config or the case is part of the layout."""
+def config_entry(case: Case) -> dict[str, object]:
+    """Returns the case's entry in config.json, empty where the folder has no config or the case is part of the layout."""
     path = case.folder / "config.json"
     if not path.is_file():
         return {}
@@ -157,8 +157,8 @@ def _config_entry(case: Case) -> dict[str, object]:
     return {**config.get("cases", {}), **config.get("ods_cases", {})}.get(case.name, {})
 
 
-def _orphans(suite: str, folder: Path, cases: list[Case]) -> list[Row]:
-    """Failures for files that no case claims, and for files that two cases claim."""
+def orphans(suite: str, folder: Path, cases: list[Case]) -> list[Row]:
+    """Returns failures for files that no case claims, and for files that two cases claim."""
     claimed = collections.Counter(case.path.resolve() for case in cases)
     notes = {path.name: f"claimed by {count} cases" for path, count in claimed.items() if count > 1}
     if suite != MANIFESTS:
