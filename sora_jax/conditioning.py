@@ -160,14 +160,6 @@ def append_generated(
     return appended, conditions
 
 
-def read_references(paths: str, height: int, width: int) -> list[Float[np.ndarray, "_ h w 3"]]:
-    """Returns the references of one sample, given as file names separated by semicolons; none for the empty text.
-
-    Source: Open-Sora v1.2 opensora/utils/inference_utils.py collect_references_batch.
-    """
-    return [read_reference(path, height, width) for path in paths.split(";") if paths]
-
-
 def read_reference(path: str | Path, height: int, width: int) -> Float[np.ndarray, "t h w 3"]:
     """Returns an image (one frame) or a video, resized to fill ``height`` x ``width`` and cropped, float32 in [-1, 1].
 

@@ -168,14 +168,6 @@ def test_videos_are_read_frame_by_frame(tmp_path: Path) -> None:
     np.testing.assert_allclose((out[:, 3, 3, 0] + 1) / 2 * 255, [0, 60, 120, 180], atol=1e-3)  # ffv1 is lossless
 
 
-def test_references_are_separated_by_semicolons(tmp_path: Path) -> None:
-    for name, value in (("dark.png", 0), ("light.png", 255)):
-        Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(tmp_path / name)
-    dark, light = conditioning.read_references(f"{tmp_path / 'dark.png'};{tmp_path / 'light.png'}", 8, 8)
-    assert (dark.max(), light.min()) == (-1, 1)
-    assert conditioning.read_references("", 8, 8) == []
-
-
 def test_unreadable_references_say_why(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"a\.png does not exist"):
         conditioning.read_reference(tmp_path / "a.png", 8, 8)
