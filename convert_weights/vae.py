@@ -4,9 +4,8 @@ Invariant: one line per array of the PyTorch module tree, with placeholders for 
 by the configuration.  The spatial part is diffusers' AutoencoderKL, whose attention layers have had two spellings.
 """
 
-from sora_jax.config import VAEConfig
-
 from convert_weights.rules import CHANNELS, CONV2D, CONV3D, LINEAR_OR_CONV1X1, Rule, Transform
+from sora_jax.config import VAEConfig
 
 _SPATIAL = "spatial_vae.module"
 
@@ -14,7 +13,7 @@ IGNORED: dict[str, str] = {}
 
 
 def rules(config: VAEConfig) -> list[Rule]:
-    """Returns the table; the configuration decides nothing but the engine's interface asks for it."""
+    """Returns the table, the same for every configuration."""
     del config
     statistics = [Rule(name, f"stats.{name}", CHANNELS) for name in ("shift", "scale")]
     return statistics + _spatial_encoder() + _spatial_decoder() + _temporal_encoder() + _temporal_decoder()
@@ -73,7 +72,7 @@ def _temporal_decoder() -> list[Rule]:
 
 
 def _resnet(source: str, target: str) -> list[Rule]:
-    """A block of the spatial autoencoder: convolutions with bias."""
+    """Returns the rules of a block of the spatial autoencoder: convolutions with bias."""
     return [
         *_norm(f"{source}.norm1", f"{target}.norm1"),
         *_affine(f"{source}.conv1", f"{target}.conv1", CONV2D),
@@ -84,7 +83,7 @@ def _resnet(source: str, target: str) -> list[Rule]:
 
 
 def _res_block(source: str, target: str) -> list[Rule]:
-    """A block of the temporal autoencoder: convolutions without bias."""
+    """Returns the rules of a block of the temporal autoencoder: convolutions without bias."""
     return [
         *_norm(f"{source}.norm1", f"{target}.norm1"),
         Rule(f"{source}.conv1.conv.weight", f"{target}.conv1.kernel", CONV3D),

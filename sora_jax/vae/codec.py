@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -55,13 +56,13 @@ def chunks(config: VAEConfig, num_frames: int) -> list[Chunk]:
     ]
 
 
-def split_moments(moments: Float[Array, "*batch 2*C"]) -> tuple[Float[Array, "*batch C"], Float[Array, "*batch C"]]:
+def split_moments(moments: Float[Array, "*batch moments"]) -> tuple[Float[Array, "*batch C"], Float[Array, "*batch C"]]:
     """Returns mean and log variance (clipped to [-30, 20]) of a posterior, in float32."""
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
 
-def sample_posterior(moments: Float[Array, "*batch 2*C"], key: PRNGKeyArray | None) -> Float[Array, "*batch C"]:
+def sample_posterior(moments: Float[Array, "*batch moments"], key: PRNGKeyArray | None) -> Float[Array, "*batch C"]:
     """Returns a draw from the posterior, or its mean where ``key`` is None."""
     mean, logvar = split_moments(moments)
     if key is None:
@@ -77,9 +78,11 @@ class LatentStats(nnx.Module):
         self.scale = nnx.Param(jnp.ones(channels, policy.param))
 
     def normalise(self, z: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+        """Returns the latents the diffusion transformer works on."""
         return (z - lifted(self.shift[...].astype(z.dtype), z.ndim)) / lifted(self.scale[...].astype(z.dtype), z.ndim)
 
     def restore(self, z: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+        """Returns the latents the temporal decoder works on."""
         return z * lifted(self.scale[...].astype(z.dtype), z.ndim) + lifted(self.shift[...].astype(z.dtype), z.ndim)
 
 
@@ -87,7 +90,7 @@ class VAE(nnx.Module):
     """The video autoencoder: float32 in and out, policy dtypes inside.
 
     ``frame_batch`` bounds how many frames the spatial networks hold at a time (None: a whole chunk); it changes memory,
-    not results.
+    not results beyond rounding.
     """
 
     def __init__(self, config: VAEConfig, *, policy: DTypePolicy = FLOAT32, rngs: nnx.Rngs):
@@ -119,22 +122,25 @@ class VAE(nnx.Module):
         Raises:
           ValueError: ``num_frames`` frames do not have T latents.
         """
-        expected, got = _num_latents(self.config, num_frames), z_BTHWC.shape[1]
+        whole = chunks(self.config, num_frames)
+        expected, got = whole[-1].latents.stop, z_BTHWC.shape[1]
         if expected != got:
             raise ValueError(
                 f"num_frames {num_frames} has {expected} latent frames, got {got}; "
-                f"{got} decode to num_frames {_num_frames_of(self.config, got)}."
+                f"{got} latent frames decode to num_frames {_num_frames_of(self.config, got)}."
             )
-        clips = [
-            self.decode_chunk(z_BTHWC[:, chunk.latents], chunk.num_frames, frame_batch=frame_batch)
-            for chunk in chunks(self.config, num_frames)
-        ]
+        clips = [self.decode_chunk(z_BTHWC[:, chunk.latents], chunk.num_frames, frame_batch=frame_batch) for chunk in whole]
         return jnp.concatenate(clips, axis=1)
 
     def encode_chunk(
         self, video_Bthw3: Float[Array, "B t h w 3"], *, key: PRNGKeyArray | None = None, frame_batch: int | None = None
     ) -> Float[Array, "B T H W C"]:
-        """Returns normalised latents of at most ``micro_frame_size`` frames."""
+        """Returns normalised latents of one chunk.
+
+        Raises:
+          ValueError: the chunk is longer than ``micro_frame_size`` frames.
+        """
+        self._check_chunk(video_Bthw3.shape[1])
         spatial_key, temporal_key = (None, None) if key is None else jax.random.split(key)
         x_BtHWC = self.scale_spatial(sample_posterior(self.spatial_moments(video_Bthw3, frame_batch=frame_batch), spatial_key))
         return self.stats.normalise(sample_posterior(self.temporal_encoder(x_BtHWC), temporal_key))
@@ -142,13 +148,18 @@ class VAE(nnx.Module):
     def decode_chunk(
         self, z_BTHWC: Float[Array, "B T H W C"], num_frames: int, *, frame_batch: int | None = None
     ) -> Float[Array, "B t h w 3"]:
-        """Returns the frames of one chunk of normalised latents, ``num_frames`` <= ``micro_frame_size``."""
+        """Returns the ``num_frames`` frames of one chunk of normalised latents.
+
+        Raises:
+          ValueError: the chunk is longer than ``micro_frame_size`` frames, or does not have T latents.
+        """
+        self._check_chunk(num_frames)
         x_BtHWC = self.temporal_decoder(self.stats.restore(z_BTHWC), num_frames).astype(jnp.float32)
         return self.decode_frames(x_BtHWC, frame_batch=frame_batch)
 
     def spatial_moments(
         self, video_Bthw3: Float[Array, "B t h w 3"], *, frame_batch: int | None = None
-    ) -> Float[Array, "B t H W 2*C"]:
+    ) -> Float[Array, "B t H W moments"]:
         """Returns mean and log variance of each frame's unscaled spatial latents, in float32."""
         return _by_frame(self.spatial_encoder, video_Bthw3, frame_batch)
 
@@ -160,14 +171,21 @@ class VAE(nnx.Module):
         """Returns the pixels of scaled spatial latents, frame by frame, in float32."""
         return _by_frame(self.spatial_decoder, x_BtHWC / self.config.spatial.scaling_factor, frame_batch)
 
+    def _check_chunk(self, num_frames: int) -> None:
+        if not 1 <= num_frames <= self.config.micro_frame_size:
+            raise ValueError(
+                f"num_frames {num_frames} is no chunk; expected 1 to {self.config.micro_frame_size} "
+                f"(longer videos: encode and decode, or a loop over chunks)."
+            )
+
 
 def _by_frame(network: Callable[[jax.Array], jax.Array], clip: jax.Array, frame_batch: int | None) -> jax.Array:
-    frames = clip.reshape(-1, *clip.shape[2:])
+    frames = rearrange(clip, "B t ... -> (B t) ...")
     if frame_batch is None or frame_batch >= len(frames):
         out = network(frames)
     else:
         out = jax.lax.map(lambda frame: network(frame[None])[0], frames, batch_size=frame_batch)
-    return out.astype(jnp.float32).reshape(*clip.shape[:2], *out.shape[1:])
+    return rearrange(out.astype(jnp.float32), "(B t) ... -> B t ...", B=len(clip))
 
 
 def _num_latents(config: VAEConfig, num_frames: int) -> int:
@@ -177,5 +195,6 @@ def _num_latents(config: VAEConfig, num_frames: int) -> int:
 
 
 def _num_frames_of(config: VAEConfig, num_latents: int) -> str:
-    valid = [n for n in range(1, num_latents * config.temporal.downsampling + 1) if _num_latents(config, n) == num_latents]
-    return f"{valid[0]} to {valid[-1]}" if len(valid) > 1 else f"{valid[0]}"
+    most = num_latents * config.temporal.downsampling
+    valid = [str(n) for n in range(1, most + 1) if _num_latents(config, n) == num_latents]
+    return ", ".join(valid) or "none"

@@ -5,11 +5,13 @@ Clips are convolved causally (an output frame sees no later input frame) and alw
 their frames, which CPUs run faster than a three-dimensional one and every export target knows.
 """
 
+import functools
 import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -42,6 +44,7 @@ class Conv2D(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_channels, policy.param))
 
     def __call__(self, x: Float[Array, "N h w I"]) -> Float[Array, "N H W O"]:
+        """Returns the convolved images."""
         y = _conv2d(x, self.kernel[...], stride=self.stride, padding=self.padding)
         return y + lifted(self.bias[...].astype(x.dtype), y.ndim)
 
@@ -70,26 +73,28 @@ class CausalConv3D(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_channels, policy.param)) if use_bias else None
 
     def __call__(self, x_BTHWC: Float[Array, "B t H W I"]) -> Float[Array, "B T H W O"]:
+        """Returns the convolved clips; a time stride of 2 halves an even number of frames."""
         num_taps, stride = self.kernel.shape[0], self.time_stride
         front = num_taps - stride
         num_frames = (x_BTHWC.shape[1] + front - num_taps) // stride + 1
-        total = jnp.float32(0)
+        taps = []
         for tap in range(num_taps):
             first = max(0, math.ceil((front - tap) / stride))  # the first output frame for which this tap reads a real frame
             if first < num_frames:
                 start = first * stride + tap - front
-                read = x_BTHWC[:, start : start + (num_frames - first - 1) * stride + 1 : stride]
-                y = self._tap(read, tap).astype(jnp.float32)
-                total = total + jnp.pad(y, ((0, 0), (first, 0), (0, 0), (0, 0), (0, 0)))
+                read_BTHWC = x_BTHWC[:, start : start + (num_frames - first - 1) * stride + 1 : stride]
+                y_BTHWC = self._tap(read_BTHWC, tap).astype(jnp.float32)
+                taps.append(jnp.pad(y_BTHWC, ((0, 0), (first, 0), (0, 0), (0, 0), (0, 0))))
+        total = functools.reduce(jnp.add, taps)
         if self.bias is not None:
             total = total + lifted(self.bias[...].astype(jnp.float32), total.ndim)
         return total.astype(x_BTHWC.dtype)
 
-    def _tap(self, x_BTHWC: Float[Array, "B T H W I"], tap: int) -> Float[Array, "B T H W O"]:
+    def _tap(self, x_BTHWC: jax.Array, tap: int) -> jax.Array:
         side = self.kernel.shape[1] // 2
-        frames = x_BTHWC.reshape(-1, *x_BTHWC.shape[2:])
+        frames = rearrange(x_BTHWC, "B T H W C -> (B T) H W C")
         y = _conv2d(frames, self.kernel[...][tap], stride=1, padding=(side, side))
-        return y.reshape(*x_BTHWC.shape[:-1], -1)
+        return rearrange(y, "(B T) H W C -> B T H W C", B=len(x_BTHWC))
 
 
 class GroupNorm(nnx.Module):
@@ -105,6 +110,7 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels, policy.param))
 
     def __call__(self, x: Float[Array, "N *inner C"]) -> Float[Array, "N *inner C"]:
+        """Returns the normed array; each entry of the first axis has its own statistics."""
         wide = x.astype(jnp.float32)
         inner = tuple(range(1, x.ndim - 1))
         mean_NG = self._over_group(jnp.mean(wide, axis=inner))

@@ -6,6 +6,8 @@ statistics span the whole chunk.  The split of a clip into chunks belongs to ``c
 Source: Open-Sora v1.2 vae_temporal.py (VAE_Temporal, Encoder, Decoder, ResBlock).
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -26,29 +28,26 @@ class ResBlock(nnx.Module):
         self.conv1 = CausalConv3D(in_channels, out_channels, kernel_size=3, use_bias=False, policy=policy, rngs=rngs)
         self.norm2 = GroupNorm(out_channels, groups=groups, epsilon=_EPSILON, policy=policy)
         self.conv2 = CausalConv3D(out_channels, out_channels, kernel_size=3, use_bias=False, policy=policy, rngs=rngs)
-        changes = in_channels != out_channels
-        self.conv3 = (
-            CausalConv3D(in_channels, out_channels, kernel_size=1, use_bias=False, policy=policy, rngs=rngs)
-            if changes
-            else None
-        )
+        self.conv3 = None
+        if in_channels != out_channels:
+            self.conv3 = CausalConv3D(in_channels, out_channels, kernel_size=1, use_bias=False, policy=policy, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T H W I"]) -> Float[Array, "B T H W O"]:
+        """Returns the clip's features after the block."""
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = self.conv2(jax.nn.silu(self.norm2(y)))
         return y + (x if self.conv3 is None else self.conv3(x))
 
 
 def _res_blocks(
-    in_channels: int, out_channels: int, config: TemporalVAEConfig, *, policy: DTypePolicy, rngs: nnx.Rngs
+    before: int, width: int, config: TemporalVAEConfig, *, policy: DTypePolicy, rngs: nnx.Rngs
 ) -> nnx.List[ResBlock]:
-    widths = (in_channels, *(out_channels for _ in range(config.num_res_blocks)))
-    pairs = zip(widths, widths[1:], strict=False)
+    pairs = itertools.pairwise((before, *(width,) * config.num_res_blocks))
     return nnx.List([ResBlock(a, b, groups=config.norm_num_groups, policy=policy, rngs=rngs) for a, b in pairs])
 
 
 class TemporalEncoder(nnx.Module):
-    """Spatial latents of one chunk to the mean and log variance of its latent frames.
+    """Scaled spatial latents of one chunk to the mean and log variance of its latent frames.
 
     Time is padded with zeros in front to a multiple of ``config.downsampling``: 17 frames give 5 latents, 1 gives 1.
     """
@@ -61,21 +60,20 @@ class TemporalEncoder(nnx.Module):
             config.in_out_channels, config.filters, kernel_size=3, use_bias=False, policy=policy, rngs=rngs
         )
         levels, downs = [], []
-        for previous, width, halve in zip(
-            [config.filters, *widths], widths, [*config.temporal_downsample, False], strict=False
-        ):
-            levels.append(_res_blocks(previous, width, config, policy=policy, rngs=rngs))
+        inputs, halves = [config.filters, *widths[:-1]], [*config.temporal_downsample, False]
+        for before, width, halve in zip(inputs, widths, halves, strict=True):
+            levels.append(_res_blocks(before, width, config, policy=policy, rngs=rngs))
             downs.append(CausalConv3D(width, width, kernel_size=3, time_stride=2, policy=policy, rngs=rngs) if halve else None)
         self.block_res_blocks = nnx.List(levels)
         self.conv_blocks = nnx.List(downs)
         self.res_blocks = _res_blocks(widths[-1], widths[-1], config, policy=policy, rngs=rngs)
         self.norm1 = GroupNorm(widths[-1], groups=config.norm_num_groups, epsilon=_EPSILON, policy=policy)
-        self.conv2 = CausalConv3D(widths[-1], 2 * config.latent_embed_dim, kernel_size=1, policy=policy, rngs=rngs)
-        self.quant_conv = CausalConv3D(
-            2 * config.latent_embed_dim, 2 * config.embed_dim, kernel_size=1, policy=policy, rngs=rngs
-        )
+        moments = 2 * config.latent_embed_dim
+        self.conv2 = CausalConv3D(widths[-1], moments, kernel_size=1, policy=policy, rngs=rngs)
+        self.quant_conv = CausalConv3D(moments, 2 * config.embed_dim, kernel_size=1, policy=policy, rngs=rngs)
 
-    def __call__(self, x_BtHWC: Float[Array, "B t H W C"]) -> Float[Array, "B T H W 2*C"]:
+    def __call__(self, x_BtHWC: Float[Array, "B t H W C"]) -> Float[Array, "B T H W moments"]:
+        """Returns means, then log variances, of the chunk's latent frames, in the compute dtype."""
         front = -x_BtHWC.shape[1] % self.downsampling
         x = jnp.pad(x_BtHWC.astype(self.policy.compute), ((0, 0), (front, 0), (0, 0), (0, 0), (0, 0)))
         x = self.conv_in(x)
@@ -89,7 +87,7 @@ class TemporalEncoder(nnx.Module):
 
 
 class TemporalDecoder(nnx.Module):
-    """Latent frames of one chunk to its spatial latents; levels are stored from fine to coarse and run in reverse."""
+    """Latent frames of one chunk to its scaled spatial latents; levels are stored from fine to coarse and run in reverse."""
 
     def __init__(self, config: TemporalVAEConfig, *, policy: DTypePolicy = FLOAT32, rngs: nnx.Rngs):
         self.policy = policy
@@ -99,10 +97,9 @@ class TemporalDecoder(nnx.Module):
         self.conv1 = CausalConv3D(config.latent_embed_dim, widths[-1], kernel_size=3, policy=policy, rngs=rngs)
         self.res_blocks = _res_blocks(widths[-1], widths[-1], config, policy=policy, rngs=rngs)
         levels, ups = [], []
-        for previous, width, double in zip(
-            [*widths[1:], widths[-1]], widths, [False, *config.temporal_downsample], strict=True
-        ):
-            levels.append(_res_blocks(previous, width, config, policy=policy, rngs=rngs))
+        inputs, doubles = [*widths[1:], widths[-1]], [False, *config.temporal_downsample]
+        for before, width, double in zip(inputs, widths, doubles, strict=True):
+            levels.append(_res_blocks(before, width, config, policy=policy, rngs=rngs))
             ups.append(CausalConv3D(width, 2 * width, kernel_size=3, policy=policy, rngs=rngs) if double else None)
         self.block_res_blocks = nnx.List(levels)
         self.conv_blocks = nnx.List(ups[1:])

@@ -63,23 +63,6 @@ def compute(folder: Path, case: str) -> Tensors:
     return _KINDS[entry["kind"]](vae, _last(inputs), entry["num_frames"])
 
 
-def compute_wide(state_dict: Mapping[str, np.ndarray], meta: Mapping[str, Any], z: np.ndarray, video: np.ndarray) -> Tensors:
-    """Returns ``out.decode`` and ``out.encode`` of the released widths.
-
-    Args:
-      state_dict: the drawn weights by PyTorch name.
-      meta: the fixture's JSON object.
-      z: normalised latents [B, C, T, H, W].
-      video: pixels [B, 3, t, h, w].
-    """
-    from sora_jax.config import open_sora_1_2
-
-    vae = build(open_sora_1_2.vae, state_dict)
-    decode = jax.jit(lambda vae, z: vae.decode(z, meta["num_frames"]))
-    encode = jax.jit(lambda vae, x: vae.encode(x))
-    return {"out.decode": _first(decode(vae, _last(z))), "out.encode": _first(encode(vae, _last(video)))}
-
-
 def build(config: VAEConfig, state_dict: Mapping[str, np.ndarray]) -> VAE:
     """Returns the module filled with a PyTorch state dict."""
     abstract = jax.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0)))
