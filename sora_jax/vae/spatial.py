@@ -29,9 +29,9 @@ class ResnetBlock(nnx.Module):
         self.conv1 = Conv2D(in_channels, out_channels, kernel_size=3, policy=policy, rngs=rngs)
         self.norm2 = GroupNorm(out_channels, groups=groups, epsilon=_EPSILON, policy=policy)
         self.conv2 = Conv2D(out_channels, out_channels, kernel_size=3, policy=policy, rngs=rngs)
-        self.conv_shortcut = None
-        if in_channels != out_channels:
-            self.conv_shortcut = Conv2D(in_channels, out_channels, kernel_size=1, policy=policy, rngs=rngs)
+        self.conv_shortcut = (
+            Conv2D(in_channels, out_channels, kernel_size=1, policy=policy, rngs=rngs) if in_channels != out_channels else None
+        )
 
     def __call__(self, x: Float[Array, "N h w I"]) -> Float[Array, "N h w O"]:
         """Returns the frames' features after the block."""
@@ -74,9 +74,9 @@ class DownBlock(nnx.Module):
 
     def __init__(self, widths: Sequence[int], *, groups: int, halve: bool, policy: DTypePolicy, rngs: nnx.Rngs):
         self.resnets = _resnets(widths, groups=groups, policy=policy, rngs=rngs)
-        self.downsampler = None
-        if halve:
-            self.downsampler = Conv2D(widths[-1], widths[-1], kernel_size=3, stride=2, padding="end", policy=policy, rngs=rngs)
+        self.downsampler = (
+            Conv2D(widths[-1], widths[-1], kernel_size=3, stride=2, padding="end", policy=policy, rngs=rngs) if halve else None
+        )
 
     def __call__(self, x: Float[Array, "N h w I"]) -> Float[Array, "N H W O"]:
         """Returns the frames' features one level coarser."""
@@ -90,9 +90,7 @@ class UpBlock(nnx.Module):
 
     def __init__(self, widths: Sequence[int], *, groups: int, double: bool, policy: DTypePolicy, rngs: nnx.Rngs):
         self.resnets = _resnets(widths, groups=groups, policy=policy, rngs=rngs)
-        self.upsampler = None
-        if double:
-            self.upsampler = Conv2D(widths[-1], widths[-1], kernel_size=3, policy=policy, rngs=rngs)
+        self.upsampler = Conv2D(widths[-1], widths[-1], kernel_size=3, policy=policy, rngs=rngs) if double else None
 
     def __call__(self, x: Float[Array, "N h w I"]) -> Float[Array, "N H W O"]:
         """Returns the frames' features one level finer."""

@@ -28,9 +28,11 @@ class ResBlock(nnx.Module):
         self.conv1 = CausalConv3D(in_channels, out_channels, kernel_size=3, use_bias=False, policy=policy, rngs=rngs)
         self.norm2 = GroupNorm(out_channels, groups=groups, epsilon=_EPSILON, policy=policy)
         self.conv2 = CausalConv3D(out_channels, out_channels, kernel_size=3, use_bias=False, policy=policy, rngs=rngs)
-        self.conv3 = None
-        if in_channels != out_channels:
-            self.conv3 = CausalConv3D(in_channels, out_channels, kernel_size=1, use_bias=False, policy=policy, rngs=rngs)
+        self.conv3 = (
+            CausalConv3D(in_channels, out_channels, kernel_size=1, use_bias=False, policy=policy, rngs=rngs)
+            if in_channels != out_channels
+            else None
+        )
 
     def __call__(self, x: Float[Array, "B T H W I"]) -> Float[Array, "B T H W O"]:
         """Returns the clip's features after the block."""
