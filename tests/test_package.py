@@ -1,0 +1,59 @@
+"""The package as its users meet it: what importing it brings along, and what the README promises."""
+
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import convert_weights
+import sora_jax
+
+ROOT = Path(__file__).parents[1]
+
+
+def modules(package) -> list[str]:
+    found = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    return [name for name in found if not name.endswith("__main__")]
+
+
+def test_no_module_imports_torch():
+    names = [*modules(sora_jax), *modules(convert_weights)]
+    assert "sora_jax.stdit3" in names
+    program = (
+        "import importlib, sys\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "sys.exit(', '.join({'torch', 'transformers', 'diffusers', 'tensorflow'} & sys.modules.keys()) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_importing_the_package_loads_no_network():
+    program = "import sora_jax, sys; sys.exit(', '.join({'jax', 'flax', 'av', 'tokenizers'} & sys.modules.keys()) or None)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_public_names_resolve():
+    for name in sora_jax.__all__:
+        assert getattr(sora_jax, name) is not None
+    with pytest.raises(AttributeError, match="'sora_jax' has no attribute 'pipline'"):
+        _ = sora_jax.pipline
+
+
+def test_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == sora_jax.__version__
+
+
+def test_readme_opens_with_two_commands_complete_on_a_fresh_machine():
+    install, tests = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[:2]
+    for command in (install, tests):
+        assert command.count("\n") == 1
+        assert command.startswith("python3 -m venv ")
+    assert "sora-jax generate " in install
+    assert '-m pytest -m "not slow"' in tests
