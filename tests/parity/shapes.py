@@ -1,12 +1,12 @@
 """Sizes, lengths and latent sizes against Open-Sora's tables, exactly."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sora_jax import config, sizes
 from sora_jax.vae.codec import latent_size
+from tests.parity.fixtures import read_json
 
 
 def cases(folder: Path) -> dict[str, Path]:
@@ -14,8 +14,8 @@ def cases(folder: Path) -> dict[str, Path]:
 
 
 def check(folder: Path, case: str) -> list[str]:
-    content = json.loads((folder / f"{case}.json").read_text(encoding="utf-8"))
-    differences = []
+    content = read_json(folder / f"{case}.json")
+    differences = [f"section {section} is missing" for section in _SECTIONS if not content.get(section)]
     for section, expected in content.items():
         if section == "description":
             continue

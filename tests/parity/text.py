@@ -27,7 +27,9 @@ def cases(folder: Path) -> dict[str, Path]:
 
 def check(folder: Path, case: str) -> list[str]:
     content = read_json(folder / f"{case}.json")
-    triples = _CHECKS[case](folder, content)
+    triples = list(_CHECKS[case](folder, content))
+    if not triples:
+        return [f"{case}.json holds nothing to compare"]
     return [f"{what}: {_short(got)}, expected {_short(wanted)}" for what, got, wanted in triples if got != wanted]
 
 
@@ -119,6 +121,7 @@ def _check_mask_cases(folder: Path, content: dict[str, Any]) -> _Triples:
 
 
 def _check_prompt_utils(folder: Path, content: dict[str, Any]) -> _Triples:
+    yield "missing sections", [section for section in _PROMPT_SECTIONS if not content.get(section)], []
     for section, entries in content.items():
         if section == "description":
             continue
