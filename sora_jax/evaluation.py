@@ -76,6 +76,14 @@ def guided_velocity(
     return _guided(inputs, v)[0]
 
 
+def reused_velocity(
+    inputs: Inputs, kept: Kept, z: Float[Array, "B ..."], t: Float[Array, ""], active_BT: Bool[Array, "B T"] | None
+) -> Float[Array, "B ..."]:
+    """Returns the guided velocity with a kept residual of all rows in place of the costly part."""
+    v, _ = _call(inputs, z, t, active_BT, rows=_all_rows(inputs), merged=False, residual=kept.residual)
+    return _guided(inputs, v)[0]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Step:
     """The branches of a planned step; each returns the guided velocity and what to keep."""
@@ -101,8 +109,7 @@ class _Step:
     def reuse(self, kept: Kept) -> tuple[Array, Kept]:
         if kept.residual is None:
             return self.carry.v, kept
-        rows, _ = self._called(_all_rows(self.inputs), residual=kept.residual)
-        return _guided(self.inputs, rows)[0], kept
+        return reused_velocity(self.inputs, kept, self.z, self.t, self.active_BT), kept
 
     def reuse_half(self, kept: Kept) -> tuple[Array, Kept]:
         if kept.residual is None:
