@@ -30,6 +30,7 @@ def find_suites(folder: Path) -> dict[str, Path]:
     Raises:
       FixtureError: the folder does not exist, holds no suite, or holds a folder of fixtures that is no suite.
     """
+    folder = folder.resolve()
     if not folder.is_dir():
         raise FixtureError(f"{folder} is not a folder; expected a fixture folder or one of its suites: {', '.join(SUITES)}.")
     found = {suite: folder / suite for suite in SUITES if (folder / suite).is_dir()}
@@ -41,8 +42,8 @@ def find_suites(folder: Path) -> dict[str, Path]:
         if any(folder.glob("manifest_*.json")):
             found[MANIFESTS] = folder
         return found
-    if folder.resolve().name in SUITES:
-        return {folder.resolve().name: folder}
+    if folder.name in SUITES:
+        return {folder.name: folder}
     raise FixtureError(f"{folder} holds no suite and is none; expected folders named {', '.join(SUITES)}.")
 
 

@@ -17,15 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from safetensors.numpy import load_file
 
-import convert_weights
 from sora_jax import positions, stdit3
-from sora_jax.checkpoint import unflatten
 from sora_jax.config import STDiT3Config
 from sora_jax.layers import Linear, RMSNorm
 from sora_jax.merging import Merge
 from tests.parity.fixtures import FixtureError, is_input, read_json, read_tensors
+from tests.parity.weights import build
 
 _PARTS = ("rope", "timestep_embedding", "units")
 _RECORDED = (
@@ -69,9 +67,7 @@ def load_network(folder: Path) -> stdit3.STDiT3:
     if missing:
         raise FixtureError(f"config.json: the network's configuration lacks {', '.join(missing)}.")
     config = STDiT3Config.from_dict({name: source[name] for name in fields})
-    flat = convert_weights.convert("stdit3", load_file(folder / "state_dict.safetensors"), config)
-    abstract = jax.eval_shape(lambda: stdit3.STDiT3(config, rngs=nnx.Rngs(0)))
-    return unflatten(abstract, {name: jnp.asarray(value) for name, value in flat.items()})
+    return build("stdit3", config, read_tensors(folder / "state_dict.safetensors"))
 
 
 def forward(network: stdit3.STDiT3, tensors: dict[str, np.ndarray], *, merge: Merge | None) -> dict[str, np.ndarray]:

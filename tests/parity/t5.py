@@ -1,20 +1,18 @@
 """The T5 encoder against transformers: features, hidden states after each block, position buckets, norms on tiny inputs."""
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 import convert_weights
 from convert_weights.rules import Header
-from sora_jax.checkpoint import unflatten
 from sora_jax.config import T5Config
 from sora_jax.t5 import T5Encoder, position_buckets
 from tests.parity.fixtures import read_json, read_tensors
+from tests.parity.weights import build
 
 
 def cases(folder: Path) -> dict[str, Path]:
@@ -64,12 +62,10 @@ def _units(network: T5Encoder, targets: dict[str, str], tensors: dict[str, np.nd
 
 @functools.lru_cache(maxsize=1)
 def _load(folder: Path) -> tuple[T5Config, T5Encoder, dict[str, str]]:
-    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+    described = read_json(folder / "config.json")["config"]
     config = T5Config(**{name: described[name] for name in T5Config.__dataclass_fields__})
     state_dict = read_tensors(folder / "state_dict.safetensors")
-    flat = convert_weights.convert("t5", state_dict, config)
-    abstract = jax.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0)))
     headers = {name: Header(array.shape, str(array.dtype)) for name, array in state_dict.items()}
     plan = convert_weights.plan("t5", headers, config)
     targets = {assignment.source: assignment.target for assignment in plan.assignments if assignment.target is not None}
-    return config, unflatten(abstract, {name: jax.device_put(array) for name, array in flat.items()}), targets
+    return config, build("t5", config, state_dict), targets

@@ -3,6 +3,7 @@
 Invariant: every tensor comes from the public modules filled through ``convert_weights``; only layouts change here.
 """
 
+import ast
 import functools
 import operator
 import re
@@ -14,13 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from flax import nnx
 
-import convert_weights
-from sora_jax.checkpoint import unflatten
 from sora_jax.config import SpatialVAEConfig, TemporalVAEConfig, VAEConfig
-from sora_jax.vae import VAE, chunks, split_moments
+from sora_jax.vae import VAE, chunks, latent_size, split_moments
 from tests.parity.fixtures import is_input, read_json, read_tensors
+from tests.parity.weights import build
 
 Tensors = dict[str, np.ndarray]
 
@@ -46,9 +45,21 @@ _PATHS = (
 
 
 def cases(folder: Path) -> dict[str, Path]:
-    """Returns the fixture file of every case that config.json promises, and the units."""
+    """Returns the fixture file of every case that config.json promises, the units, and the table of latent sizes."""
     config = read_json(folder / "config.json")
-    return {name: folder / f"{name}.safetensors" for name in (*config["cases"], "units")}
+    files = {name: folder / f"{name}.safetensors" for name in (*config["cases"], "units")}
+    return {**files, "latent_size": folder / "config.json"}
+
+
+def check(folder: Path, case: str) -> list[str]:
+    """Returns the differences from the table of latent sizes in config.json, whose keys are ``(frames, rows, columns)``."""
+    config = read_json(folder / "config.json")
+    differences = [] if config["get_latent_size"] else ["config.json holds no latent sizes"]
+    for size, expected in config["get_latent_size"].items():
+        got = list(latent_size(read_config(config), *ast.literal_eval(size)))
+        if got != expected:
+            differences.append(f"{size}: got {got}, expected {expected}")
+    return differences
 
 
 def compute(folder: Path, case: str) -> Tensors:
@@ -61,13 +72,6 @@ def compute(folder: Path, case: str) -> Tensors:
     entry = config["cases"][case]
     (inputs,) = (array for key, array in tensors.items() if is_input(key))
     return _KINDS[entry["kind"]](vae, _last(inputs), entry["num_frames"])
-
-
-def build(config: VAEConfig, state_dict: Mapping[str, np.ndarray]) -> VAE:
-    """Returns the module filled with a PyTorch state dict."""
-    abstract = jax.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0)))
-    flat = convert_weights.convert("vae", state_dict, config)
-    return unflatten(abstract, {name: jnp.asarray(array) for name, array in flat.items()})
 
 
 def read_config(config: Mapping[str, Any]) -> VAEConfig:
@@ -99,7 +103,7 @@ def read_config(config: Mapping[str, Any]) -> VAEConfig:
 
 @functools.lru_cache(maxsize=1)
 def _load(folder: Path) -> VAE:
-    return build(read_config(read_json(folder / "config.json")), read_tensors(folder / "state_dict.safetensors"))
+    return build("vae", read_config(read_json(folder / "config.json")), read_tensors(folder / "state_dict.safetensors"))
 
 
 def _decode(vae: VAE, z: jax.Array, num_frames: int) -> Tensors:

@@ -6,23 +6,19 @@ are those of the conversion tables, so that a name the table gets wrong draws ot
 
 import re
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 import convert_weights
 from sora_jax import config as presets
-from sora_jax.checkpoint import unflatten
 from sora_jax.config import STDiT3Config, T5Config
 from sora_jax.merging import Merge
 from sora_jax.stdit3 import STDiT3
-from sora_jax.t5 import T5Encoder
-from sora_jax.vae.codec import VAE
 from tests.parity.fixtures import FixtureError, read_json, read_tensors
+from tests.parity.weights import build
 
 _DESCRIPTIONS = {"tdtm_wide": "stdit3_wide"}  # the JSON file of a case, where it is not its own
 
@@ -72,7 +68,7 @@ def _stdit3_call(description: dict[str, Any], tensors: dict[str, np.ndarray]) ->
     }
     config = STDiT3Config(**{**presets.open_sora_1_2.stdit3.to_dict(), **sizes})
     shapes = {name: tuple(shape) for name, shape in description["keys"].items()}
-    network = _filled(STDiT3, "stdit3", config, {name: _weight(seed, name, shape) for name, shape in shapes.items()})
+    network = build("stdit3", config, {name: _weight(seed, name, shape) for name, shape in shapes.items()})
     x, y = (draw(seed, f"in.{name}", description[f"{name}_shape"]) for name in ("x", "y"))
     one = {name: np.asarray([description[name]], np.float32) for name in ("fps", "height", "width")}
     return network, {
@@ -89,10 +85,8 @@ def _stdit3_call(description: dict[str, Any], tensors: dict[str, np.ndarray]) ->
 def _t5(description: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     fields = T5Config.__dataclass_fields__
     config = T5Config(**{name: description[name] for name in fields})
-    names = state_dict_shapes("t5", config)
-    network = _filled(
-        T5Encoder, "t5", config, {name: _t5_weight(description["seed"], name, shape) for name, shape in names.items()}
-    )
+    drawn = {name: _t5_weight(description["seed"], name, shape) for name, shape in state_dict_shapes("t5", config).items()}
+    network = build("t5", config, drawn)
     mask = tensors["in.mask"].astype(bool)
     out = np.asarray(jax.jit(lambda network, *inputs: network(*inputs))(network, tensors["in.ids"].astype(np.int32), mask))
     real = mask[:, :, None]
@@ -103,7 +97,7 @@ def _vae(description: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[st
     seed, config = description["seed"], presets.open_sora_1_2.vae
     given = {name: np.asarray(description[name], np.float32).reshape(1, -1, 1, 1, 1) for name in ("scale", "shift")}
     drawn = {name: _weight(seed, name, shape) for name, shape in state_dict_shapes("vae", config).items() if name not in given}
-    network = _filled(VAE, "vae", config, {**drawn, **given})
+    network = build("vae", config, {**drawn, **given})
     z = draw(seed, "in.z", description["z_shape"]).transpose(0, 2, 3, 4, 1)
     video = np.tanh(draw(seed, "in.video", description["video_shape"])).transpose(0, 2, 3, 4, 1)
     num_frames = description["num_frames"]
@@ -162,12 +156,6 @@ def state_dict_shapes(network: str, config: Any) -> dict[str, tuple[int, ...]]:
 
 def _as_pattern(template: str) -> str:
     return re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(template))
-
-
-def _filled(kind: Any, network: str, config: Any, state_dict: Mapping[str, np.ndarray]) -> Any:
-    flat = convert_weights.convert(network, state_dict, config)
-    abstract = jax.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
-    return unflatten(abstract, {name: jax.device_put(value) for name, value in flat.items()})
 
 
 def _channels_second(x: jax.Array) -> np.ndarray:
