@@ -23,6 +23,7 @@ from sora_jax.vae import VAE, split_moments
 
 CHUNK = 17  # pixel frames of one micro-frame chunk
 SPATIAL_KL, TEMPORAL_KL = 1e-4, 1e-3
+FIRST_LOGVAR = -5.0  # of the temporal posterior: at 0 its noise hides the signal for the first hundreds of steps
 _SPATIAL, _TEMPORAL = ("spatial_encoder", "spatial_decoder"), ("temporal_encoder", "temporal_decoder", "spatial_decoder")
 
 
@@ -79,6 +80,8 @@ def temporal_stage(config: VAEConfig, spatial: Params, *, num_steps: int, batch_
     def init() -> Params:
         vae = VAE(config, rngs=nnx.Rngs(seed))
         fresh = {k: v for k, v in flatten(vae).items() if k.startswith(("temporal_encoder", "temporal_decoder"))}
+        bias = fresh["temporal_encoder.quant_conv.bias"]
+        fresh["temporal_encoder.quant_conv.bias"] = bias.at[len(bias) // 2 :].set(FIRST_LOGVAR)
         return fresh | {k: v for k, v in spatial.items() if k.startswith("spatial_decoder")}
 
     def loss(params: Params, batch: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -89,7 +92,7 @@ def temporal_stage(config: VAEConfig, spatial: Params, *, num_steps: int, batch_
         z_BTHWC = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
         decoded_BtHWC = parts["temporal_decoder"](z_BTHWC, clip_Bthw3.shape[1])
         latent = reconstruction_error(decoded_BtHWC, target_BtHWC)
-        chosen = jax.random.randint(jax.random.fold_in(key, 1), (clip_Bthw3.shape[0], 2), 0, clip_Bthw3.shape[1])
+        chosen = jax.random.randint(jax.random.fold_in(key, 1), (clip_Bthw3.shape[0], 1), 0, clip_Bthw3.shape[1])
         rows = jnp.arange(clip_Bthw3.shape[0])[:, None]
         frames = parts["spatial_decoder"](jnp.concatenate(decoded_BtHWC[rows, chosen] / factor))
         error = reconstruction_error(frames, jnp.concatenate(clip_Bthw3[rows, chosen]))
@@ -107,7 +110,7 @@ def temporal_stage(config: VAEConfig, spatial: Params, *, num_steps: int, batch_
         init=init,
         batch=lambda step: chunk_batch(np.random.default_rng([seed, 4, step]), batch_size),
         loss=loss,
-        learning_rate=optax.warmup_cosine_decay_schedule(0.0, 3e-3, 100, num_steps, 3e-5),
+        learning_rate=optax.warmup_cosine_decay_schedule(0.0, 5e-3, 50, num_steps, 5e-5),
         average=0.995,
         evaluate=evaluate,
         evaluate_every=250,
