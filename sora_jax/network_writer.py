@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -149,6 +149,9 @@ class NetworkWriter:
 
     def _record(self, name: str, parameter: Parameter) -> None:
         with self._lock:
+            if not self._resumable:
+                self.recorded[name] = parameter
+                return
             self._pending.append((name, parameter))
             self._pending_bytes += parameter.nbytes
             if self._pending_bytes >= _BATCH_BYTES or len(self._pending) >= _BATCH_ARRAYS:
@@ -160,8 +163,9 @@ class NetworkWriter:
         Raises:
           ModelDirectoryError: a layer of the configuration has no parameter.
         """
-        self._commit()
         self._wait()
+        self.recorded.update(self._pending)
+        self._pending = []
         order = {layer: i for i, layer in enumerate(self.config.layers)}
         names = sorted(self.recorded, key=lambda name: (order[layer_of(name, self.config.layers)], name))
         parameters = {name: self.recorded[name] for name in names}
@@ -169,8 +173,8 @@ class NetworkWriter:
         empty = [layer for layer in manifest.layers if not manifest.names(layer)]
         if empty:
             raise ModelDirectoryError(f"{self.network}: nothing was written for layers {', '.join(empty)}.")
-        _write_durably(self.partial / NETWORK_FILE, _manifest_text(manifest))
-        _sync_all([*sorted(self._made), self.partial])
+        (self.partial / NETWORK_FILE).write_text(_manifest_text(manifest), "utf-8")
+        _sync_all([*self._files(parameters.items()), self.partial / NETWORK_FILE, *sorted(self._made), self.partial])
         self._replace()
         (self.final / _JOURNAL).unlink()
         update_model_file(self.directory)
@@ -190,7 +194,6 @@ class NetworkWriter:
         if self.final.exists():
             self.final.rename(self._replaced)
         self.partial.rename(self.final)
-        _sync(self.directory)
         shutil.rmtree(self._replaced, ignore_errors=True)
 
     def _restore_replaced(self) -> None:
@@ -206,7 +209,7 @@ class NetworkWriter:
         if entries and entries[0] == self._identity:
             for entry in entries[1:]:
                 parameter = Parameter(tuple(entry["shape"]), entry["dtype"], entry["sha256"], entry.get("source"))
-                chunk = self.partial / array_location(entry["name"], self.config.layers) / chunk_name(parameter.shape)
+                _, chunk = self._files([(entry["name"], parameter)])
                 if chunk.is_file() and chunk.stat().st_size == parameter.nbytes:
                     self.recorded[entry["name"]] = parameter
                     self._made |= {chunk.parent, *(p for p in chunk.parents if self.partial in p.parents)}
@@ -215,7 +218,7 @@ class NetworkWriter:
             shutil.rmtree(self.partial)
         self.partial.mkdir(exist_ok=True)
         lines = [self._identity, *({"name": name, **entry.to_dict()} for name, entry in self.recorded.items())]
-        _write_durably(path, "".join(json.dumps(line) + "\n" for line in lines))
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
         self._journal = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def _make(self, folder: Path) -> None:
@@ -235,12 +238,15 @@ class NetworkWriter:
             done, self._commit_done = self._commit_done, None
             done.result()
 
-    def _journal_batch(self, batch: list[tuple[str, Parameter]]) -> None:
+    def _files(self, arrays: Iterable[tuple[str, Parameter]]) -> list[Path]:
         files = []
-        for name, parameter in batch:
+        for name, parameter in arrays:
             location = self.partial / array_location(name, self.config.layers)
             files += [location / "zarr.json", location / chunk_name(parameter.shape)]
-        _sync_all(files)
+        return files
+
+    def _journal_batch(self, batch: list[tuple[str, Parameter]]) -> None:
+        _sync_all(self._files(batch))
         lines = "".join(json.dumps({"name": name, **parameter.to_dict()}) + "\n" for name, parameter in batch)
         _write_all(self._journal, memoryview(lines.encode()))
         os.fsync(self._journal)
