@@ -91,6 +91,37 @@ def test_an_exception_in_the_code_under_test_is_a_failure(suite):
     assert [row.note for row in runner.run_folder(suite.folder)] == 2 * ["ZeroDivisionError: division by zero"]
 
 
+REAL_CORRUPTIONS = {
+    "weights truncated": lambda t5: (t5 / "state_dict.safetensors").write_bytes(
+        (t5 / "state_dict.safetensors").read_bytes()[:999]
+    ),
+    "weights missing": lambda t5: (t5 / "state_dict.safetensors").unlink(),
+    "a weight missing": lambda t5: alter(t5 / "state_dict.safetensors", **{"encoder.final_layer_norm.weight": None}),
+    "a weight too many": lambda t5: alter(t5 / "state_dict.safetensors", other=np.zeros(3, np.float32)),
+    "a weight NaN": lambda t5: alter(t5 / "state_dict.safetensors", **{"encoder.final_layer_norm.weight": np.full(64, np.nan)}),
+    "ids missing": lambda t5: alter(t5 / "nomask.safetensors", **{"in.input_ids": None}),
+    "config entry missing": lambda t5: (t5 / "config.json").write_text('{"cases": {"nomask": {}}, "config": {"d_model": 64}}'),
+}
+
+
+@pytest.mark.parametrize("corruption", REAL_CORRUPTIONS)
+def test_a_real_suite_fails_on_corrupted_files(tmp_path, corruption):
+    shutil.copytree(GOLDEN / "t5", tmp_path / "t5")
+    REAL_CORRUPTIONS[corruption](tmp_path / "t5")
+    case = next(case for case in runner.list_cases("t5", tmp_path / "t5") if case.name == "nomask")
+    assert {row.verdict for row in runner.run_case(case)} == {runner.FAIL}
+
+
+@pytest.mark.parametrize("change", [{"num_frames": {}}, {"num_frames": {"2s": 52}}, {"image_size": {"144p": {"3:8": None}}}])
+def test_json_fixtures_fail_where_a_value_or_a_section_is_wrong(tmp_path, change):
+    (tmp_path / "shapes").mkdir()
+    content = json.loads((GOLDEN / "shapes" / "shapes.json").read_text())
+    (tmp_path / "shapes" / "shapes.json").write_text(json.dumps(content))
+    assert main([str(tmp_path / "shapes")]) == 0
+    (tmp_path / "shapes" / "shapes.json").write_text(json.dumps({**content, **change}))
+    assert main([str(tmp_path / "shapes")]) == 1
+
+
 def test_pending_fails_unless_allowed(suite, capsys):
     compute = suite.module.compute
 
