@@ -64,7 +64,9 @@ def test_layers_called_one_at_a_time_are_the_encoder(network: T5Encoder) -> None
     for block in network.block:
         x = step(block, x, bias, mask)
     stepped = jax.jit(lambda final, x: final(x))(network.final, x)
-    np.testing.assert_allclose(stepped, forward(network, ids, mask), rtol=0, atol=1e-6)  # fusion across blocks may round differently
+    np.testing.assert_allclose(
+        stepped, forward(network, ids, mask), rtol=0, atol=1e-6
+    )  # fusion across blocks may round differently
 
 
 def test_parameters_belong_to_the_layers_of_the_configuration(network: T5Encoder) -> None:
