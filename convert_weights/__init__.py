@@ -72,7 +72,7 @@ def parameter_shapes(network: str, config: Any) -> Mapping[str, tuple[int, ...]]
     shallow = dataclasses.replace(config, **{_DEPTHS[network]: 1}) if network in _DEPTHS else config
     abstract = jax.eval_shape(lambda: build(shallow, rngs=nnx.Rngs(0)))
     built = {name: tuple(leaf.shape) for name, leaf in flatten(abstract).items()}
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for layer in config.layers:
         first = re.sub(r"\.\d+$", ".0", layer)
         shapes |= {layer + name[len(first) :]: shape for name, shape in built.items() if name.startswith(first + ".")}
