@@ -10,7 +10,7 @@ Source: arXiv 2502.04363 section 3.1, eq. 5; On-device-Sora schedulers/rf comput
 
 import dataclasses
 import math
-from typing import Literal, Self
+from typing import Literal, Self, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +96,7 @@ class Leap:
 
 
 @jax.tree_util.register_dataclass
+@no_type_check  # the tree also holds shapes and paths
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeapState:
     """Per sample: the best cosine so far, and how many more comparisons without a better one it will bear."""
@@ -105,6 +106,7 @@ class LeapState:
 
 
 @jax.tree_util.register_dataclass
+@no_type_check  # the tree also holds shapes and paths
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeapRule:
     """A `Leap` as runtime scalars (int32, float32); ``mode`` and ``extrapolate`` are static."""

@@ -12,7 +12,7 @@ path over a table of measured errors; FasterCache (arXiv 2410.19355) for the kep
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Literal, Self
+from typing import Literal, Self, no_type_check
 
 import jax
 import numpy as np
@@ -87,6 +87,7 @@ class Plan:
 
 
 @jax.tree_util.register_dataclass
+@no_type_check  # the tree also holds shapes and paths
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanRule:
     """A `Plan` as runtime input: int32 codes padded with full steps; ``keep`` and ``halves`` are static."""

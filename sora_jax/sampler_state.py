@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Int
 from sora_jax.leap import LeapRule, LeapState
 from sora_jax.plans import PlanRule
 from sora_jax.schedule import Schedule
-from sora_jax.solvers import Solver
 
 Scalar = np.ndarray | jax.Array
 
@@ -53,7 +52,7 @@ class Inputs:
     noise_NBX: Array | np.ndarray | None
     leap: LeapRule | None
     plan: PlanRule | None
-    solver: Solver = dataclasses.field(metadata={"static": True})
+    solver: str = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

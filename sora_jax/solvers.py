@@ -7,13 +7,10 @@ Invariant: a correction vanishes where velocity is constant, and the functions s
 Heun evaluates twice a step; its second evaluation belongs to the sampler.
 """
 
-from typing import Literal, get_args
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Solver = Literal["euler", "ab2", "dpmpp", "heun"]
-SOLVERS = get_args(Solver)
+SOLVERS = ("euler", "ab2", "dpmpp", "heun")
 
 
 def check_solver(solver: str) -> None:
