@@ -66,12 +66,16 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Returns the tensors of a safetensors file by key.
 
     Raises:
-      FixtureError: the file is missing or damaged.
+      FixtureError: the file is missing or damaged, or holds values that are not finite.
     """
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError, KeyError, ValueError) as fault:
         raise FixtureError(f"{path.name} cannot be read: {fault}") from fault
+    damaged = sorted(key for key, value in tensors.items() if not np.all(np.isfinite(value)))
+    if damaged:
+        raise FixtureError(f"{path.name} holds values that are not finite in {', '.join(damaged)}")
+    return tensors
 
 
 def is_input(key: str) -> bool:
@@ -88,14 +92,15 @@ def is_fixture(path: Path, suite: str) -> bool:
     return path.suffix in (".safetensors", ".json")
 
 
-def missing_outputs(suite: str, case: str, entry: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
-    """Returns the output tensors that a complete fixture of this case has and ``keys`` lacks.
+def missing_tensors(suite: str, case: str, entry: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Returns the tensors that a complete fixture of this case has and ``keys`` lacks.
 
     ``entry`` is the case's entry in config.json, empty where it has none.
     """
     keys = set(keys)
-    required = [f"mid.{name}" for name in entry.get("mids", ())]
+    required = [f"mid.{name}" for name in entry.get("mids", ())] + [f"in.{name}" for name in entry.get("inputs", ())]
     if suite == "rflow":
+        required += ["in.z", "in.y", "in.mask", *(f"in.arg.{name}" for name in ("ar", "fps", "height", "num_frames", "width"))]
         required += ["out.final", "out.timesteps", "out.v"]
         required += ["out.noise", "out.x_mask"] if entry.get("frame_mask") is not None else []
         required += ["out.z_in"] if entry.get("leap_index") is None or "lpl" in entry else []
@@ -113,6 +118,15 @@ def missing_outputs(suite: str, case: str, entry: Mapping[str, Any], keys: Itera
     if all(is_input(key) for key in keys):
         required += ["out"]
     return sorted({pattern for pattern in required if not fnmatch.filter(keys, pattern)})
+
+
+def misfit_inputs(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """Returns the inputs of a network call whose batch is neither 1 nor that of the latents."""
+    latents = next((tensors[key] for key in ("in.x", "in.z") if key in tensors), None)
+    if latents is None:
+        return []
+    inputs = {key: value.shape for key, value in tensors.items() if key.startswith("in.")}
+    return sorted(key for key, shape in inputs.items() if shape[:1] not in ((1,), latents.shape[:1]))
 
 
 # Patterns of the outputs where they are neither a single ``out`` nor named after their inputs.

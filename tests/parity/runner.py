@@ -29,7 +29,8 @@ from tests.parity.fixtures import (
     find_suites,
     is_fixture,
     is_input,
-    missing_outputs,
+    misfit_inputs,
+    missing_tensors,
     read_json,
     read_tensors,
 )
@@ -125,8 +126,10 @@ def run_case(case: Case, dump: Path | None = None) -> list[Row]:
 
 def _judge(case: Case, reference: dict[str, np.ndarray], computed: dict[str, np.ndarray]) -> list[Row]:
     outputs = [key for key in reference if not is_input(key)]
-    missing = missing_outputs(case.suite, case.name, config_entry(case), reference)
+    missing = missing_tensors(case.suite, case.name, config_entry(case), reference)
     rows = [dataclasses.replace(_failure(case, "the fixture lacks this tensor"), tensor=key) for key in missing]
+    misfits = misfit_inputs(reference)
+    rows += [dataclasses.replace(_failure(case, "batch differs from the latents'"), tensor=key) for key in misfits]
     for key in sorted(outputs):
         if key not in computed:
             rows.append(dataclasses.replace(_failure(case, "not computed"), tensor=key))

@@ -47,6 +47,9 @@ def compute(folder: Path, case: str) -> dict[str, np.ndarray]:
     for name in (key.removesuffix(".in") for key in tensors if key.endswith(".in")):
         frames, size = tensors[f"{name}.in"].transpose(0, 2, 3, 1), tensors[f"{name}.out"].shape[2:]
         computed[f"{name}.out"] = conditioning.resize_crop_video(frames, *size).transpose(3, 0, 1, 2)
+    absent = sorted(computed.keys() - tensors.keys())
+    if absent:
+        raise FixtureError(f"{case}.safetensors lacks {', '.join(absent)}")
     return computed
 
 
