@@ -34,7 +34,8 @@ class Stage:
       init: returns the flat parameters at step 0.
       batch: maps a step number to the arrays of one batch; deterministic.
       loss: maps (params, batch, key) to a scalar and a dictionary of scalars to report.
-      learning_rate: maps a step number to the peak-relative rate, in the units of AdamW.
+      learning_rate: maps a step number to the rate, in the units of AdamW.
+      adam_share: rate of the parameters that AdamW updates, as a share of Muon's.
       average: decay of the exponential moving average of the parameters that is judged and shipped.
       evaluate: maps averaged parameters to scores, run every ``evaluate_every`` steps.
       finish: maps the averaged parameters of the complete stage to the shipped ones (rescaling, statistics).
@@ -49,11 +50,12 @@ class Stage:
     average: float
     evaluate: Callable[[Params], dict[str, float]]
     evaluate_every: int
+    adam_share: float = 1.0
     save_every: int = 500
     report_every: int = 50
 
 
-def optimizer(learning_rate: optax.Schedule, params: Params) -> optax.GradientTransformation:
+def optimizer(learning_rate: optax.Schedule, params: Params, *, adam_share: float = 1.0) -> optax.GradientTransformation:
     """Returns Muon on matrices and convolution kernels, AdamW on everything else, with clipped gradients."""
     return optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -63,6 +65,7 @@ def optimizer(learning_rate: optax.Schedule, params: Params) -> optax.GradientTr
             muon_weight_dimension_numbers={name: _matrix_axes(name, value) for name, value in params.items()},
             weight_decay=0.01,
             adam_b2=0.99,
+            adam_learning_rate=lambda step: adam_share * learning_rate(step),
         ),
     )
 
@@ -81,7 +84,7 @@ def fit(stage: Stage, directory: Path, *, seed: int) -> Params:
     """
     directory = directory.absolute()
     params = stage.init()
-    transform = optimizer(stage.learning_rate, params)
+    transform = optimizer(stage.learning_rate, params, adam_share=stage.adam_share)
     state = {"params": params, "average": params, "optimizer": transform.init(params), "step": jnp.zeros((), jnp.int32)}
     root = jax.random.key(seed)
 

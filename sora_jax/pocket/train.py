@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="stored dtype of the model")
     parser.add_argument("--spatial-steps", type=int, default=2400)
-    parser.add_argument("--temporal-steps", type=int, default=1200)
+    parser.add_argument("--temporal-steps", type=int, default=900)
     parser.add_argument("--text-steps", type=int, default=1000)
     parser.add_argument("--clips", type=int, default=4096, help="clips in the cache of latents")
     parser.add_argument("--flow-steps", type=int, default=20000)

@@ -23,6 +23,7 @@ from sora_jax.vae import VAE, split_moments
 
 CHUNK = 17  # pixel frames of one micro-frame chunk
 SPATIAL_KL, TEMPORAL_KL = 1e-4, 1e-3
+PIXELS_FROM = 200  # step of the temporal stage at which the pixel loss sets in; its full weight comes as many steps later
 FIRST_LOGVAR = -5.0  # of the temporal posterior: at 0 its noise hides the signal for the first hundreds of steps
 _SPATIAL, _TEMPORAL = ("spatial_encoder", "spatial_decoder"), ("temporal_encoder", "temporal_decoder", "spatial_decoder")
 
@@ -97,8 +98,14 @@ def temporal_stage(config: VAEConfig, spatial: Params, *, num_steps: int, batch_
         frames = parts["spatial_decoder"](jnp.concatenate(decoded_BtHWC[rows, chosen] / factor))
         error = reconstruction_error(frames, jnp.concatenate(clip_Bthw3[rows, chosen]))
         kl = divergence(mean, logvar)
-        total = 0.3 * (latent["l1"] + latent["mse"]) + error["l1"] + 2 * error["mse"] + TEMPORAL_KL * kl
+        pixels = batch["pixel_weight"] * (error["l1"] + 2 * error["mse"])
+        total = latent["l1"] + latent["mse"] + pixels + TEMPORAL_KL * kl
         return total, error | {"latent_mse": latent["mse"], "kl": kl}
+
+    def batch(step: int) -> dict[str, Any]:
+        # pixels join once the latents are roughly right: before that their gradient is noise
+        weight = np.float32(np.clip((step - PIXELS_FROM) / PIXELS_FROM, 0, 1))
+        return chunk_batch(np.random.default_rng([seed, 4, step]), batch_size) | {"pixel_weight": weight}
 
     def evaluate(params: Params) -> dict[str, float]:
         scenes = sample_scenes(np.random.default_rng([seed, 3]), 24, split="unseen")
@@ -108,9 +115,10 @@ def temporal_stage(config: VAEConfig, spatial: Params, *, num_steps: int, batch_
         name="temporal",
         num_steps=num_steps,
         init=init,
-        batch=lambda step: chunk_batch(np.random.default_rng([seed, 4, step]), batch_size),
+        batch=batch,
         loss=loss,
-        learning_rate=optax.warmup_cosine_decay_schedule(0.0, 5e-3, 50, num_steps, 5e-5),
+        learning_rate=optax.warmup_cosine_decay_schedule(0.0, 2e-3, 50, num_steps, 2e-5),
+        adam_share=0.15,
         average=0.995,
         evaluate=evaluate,
         evaluate_every=250,
