@@ -23,6 +23,7 @@ _SETTINGS = (
     "num_steps guidance leap merge_steps height width resolution aspect_ratio num_frames fps save_fps aes flow camera_motion "
     "loop condition_frame_length condition_frame_edit align dtype"
 ).split()
+_BAR = "{desc} {percentage:3.0f}% |{bar:24}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 _MAX_NAME_BYTES = 200  # file systems take 255; suffixes and temporary names need the rest
 
 
@@ -124,9 +125,7 @@ def plan(options: argparse.Namespace, texts: Sequence[str], *, image: bool) -> l
             number = (options.start_index + i) * options.num_sample + sample
             jobs.append(Job(number=number, text=text, reference=reference, strategy=strategy, path=path))
     for job in jobs:
-        video.clip_format(job.path, 1 if image else 2)
-        if not options.overwrite:
-            files.refuse_existing(job.path, video.sidecar(job.path))
+        video.check_target(job.path, 1 if image else 2, overwrite=options.overwrite)
     if options.save_latents:
         _check_latents_path(options)
     return jobs
@@ -233,9 +232,7 @@ def _decode(options: argparse.Namespace, pipeline: Any) -> None:
         for i, sample in enumerate(parameters)
     ]
     for path in paths:
-        video.clip_format(path, 1 if image else 2)
-        if not options.overwrite:
-            files.refuse_existing(path, video.sidecar(path))
+        video.check_target(path, 1 if image else 2, overwrite=options.overwrite)
     with _progress(options.quiet) as callback:
         clip = pipeline.resume(options.from_latents, callback=callback)
     _save(options, clip, paths)
@@ -262,14 +259,14 @@ def _hint(texts: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _progress(quiet: bool) -> Iterator[Any]:
-    """Yields a pipeline callback that shows stage, step, time and remaining time."""
-    form = "{desc:<8}{percentage:3.0f}% |{bar:24}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
-    with tqdm(desc="start", unit="step", bar_format=form, disable=quiet, file=sys.stderr, total=1) as bar:
+    """Yields a pipeline callback that shows the stage, and while sampling the step, time and remaining time."""
+    with tqdm(total=1, bar_format="{desc}", desc="open", disable=quiet, leave=False) as bar:
 
         def show(progress: Any) -> None:
-            total, done = progress.num_steps * progress.num_loops, progress.loop * progress.num_steps + progress.step
-            if bar.total != total or (progress.stage == "denoise" and done == 0):
-                bar.reset(total)  # remaining time counts from the first step
+            done, total = progress.loop * progress.num_steps + progress.step, progress.num_steps * progress.num_loops
+            if progress.stage == "denoise" and (bar.total != total or done == 0):
+                bar.reset(total)  # the remaining time counts from the first step
+            bar.bar_format = _BAR if progress.stage == "denoise" else "{desc}"
             bar.n = done
             bar.set_description_str(progress.stage)
 

@@ -7,10 +7,11 @@ from the model directory (``defaults`` in model.json) and otherwise from Open-So
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from sora_jax import sizes
 from sora_jax.config import VAEConfig
+from sora_jax.leap import Leap
 
 OFF = "off"  # written for a score that the model would otherwise add by default
 
@@ -28,6 +29,7 @@ OPEN_SORA_DEFAULTS: Mapping[str, Any] = {
     "align": 5,
 }
 _SCORES = ("aes", "flow", "camera_motion")
+_FLOATS = ("guidance", "fps", "save_fps", "aes", "flow", "condition_frame_edit")
 _SIZE_KEYS = ("height", "width", "resolution", "aspect_ratio")
 _MAX_SEED = 2**32 - 1
 
@@ -60,7 +62,7 @@ class Settings:
     num_steps: int
     guidance: float
     seed: int
-    leap: int | str
+    leap: int | str | Leap
     merge_steps: int
     height: int
     width: int
@@ -74,7 +76,7 @@ class Settings:
     condition_frame_length: int
     condition_frame_edit: float
     align: int | None
-    dtype: Literal["float32", "bfloat16"]
+    dtype: str
 
     def __post_init__(self) -> None:
         for name, least in (("num_steps", 1), ("seed", 0), ("merge_steps", 0), ("height", 1), ("width", 1), ("num_frames", 1)):
@@ -138,8 +140,9 @@ class Settings:
         for score in _SCORES:
             fields[score] = None if fields.get(score) == OFF else fields.get(score)
         fields["align"] = None if fields["align"] == OFF else fields["align"]
+        fields |= {name: _as_float(fields[name]) for name in _FLOATS if name in fields}
         fields |= {"height": height, "width": width, "num_frames": sizes.num_frames(fields["num_frames"])}
-        return cls(**{"save_fps": fields["fps"], **fields})
+        return cls(**({"save_fps": fields["fps"]} | fields))
 
     @classmethod
     def field_names(cls) -> list[str]:
@@ -190,6 +193,10 @@ def _size(chosen: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[int, int
 def _whole(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}.")
+
+
+def _as_float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _finite(name: str, value: Any) -> float:

@@ -63,15 +63,11 @@ def save(
       OSError: the file cannot be written (no permission, disk full); nothing half-written stays behind.
     """
     path = Path(path)
-    kind = clip_format(path, len(frames))
+    kind = check_target(path, len(frames), overwrite=overwrite)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"frames are {frames.dtype}{list(frames.shape)}; expected uint8[t, h, w, 3] with t, h, w >= 1.")
     if not 0 < fps < math.inf:
         raise ValueError(f"fps is {fps}; expected a positive number of frames per second.")
-    if not overwrite:
-        files.refuse_existing(path, sidecar(path))
-    elif path.is_dir():
-        _refuse_other_folder(path)
     text = json.dumps(dict(parameters or {}), default=str)
     beside = json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n"
     try:
@@ -85,11 +81,23 @@ def save(
     return path
 
 
-def _refuse_other_folder(path: Path) -> None:
-    """Refuses to replace a folder that holds anything but numbered PNG frames."""
-    others = [entry.name for entry in path.iterdir() if not re.fullmatch(r"\d{4,}\.png", entry.name)]
-    if others or path.suffix:
-        raise IsADirectoryError(f"{path} is a folder that is not a clip of PNG frames{(others and f' ({others[0]})') or ''}.")
+def check_target(path: Path, num_frames: int, *, overwrite: bool) -> str:
+    """Returns the format of ``path`` (see `clip_format`), having seen that a clip may be written there.
+
+    Raises:
+      ValueError: the suffix does not fit.
+      FileExistsError: the file or its JSON exists and ``overwrite`` is False.
+      IsADirectoryError: ``overwrite`` would remove a folder that holds anything but numbered PNG frames.
+    """
+    kind = clip_format(path, num_frames)
+    if not overwrite:
+        files.refuse_existing(path, sidecar(path))
+    elif path.is_dir():
+        others = [entry.name for entry in path.iterdir() if not re.fullmatch(r"\d{4,}\.png", entry.name)]
+        if others or kind != "frames":
+            held = f" (it holds {others[0]})" if others else ""
+            raise IsADirectoryError(f"{path} is a folder, not a clip of PNG frames{held}; choose another name.")
+    return kind
 
 
 def sidecar(path: Path) -> Path:

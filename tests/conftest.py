@@ -5,6 +5,7 @@ JAX_PLATFORMS in the environment overrides the CPU, for the tests marked gpu.
 """
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -16,6 +17,14 @@ import tests.typecheck  # noqa: F401  # the import hook finds the checker by thi
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("sora_jax", "tests.typecheck.check")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model directory at toy width; tests that damage a model copy it first."""
+    from tests.tiny_model import write_model
+
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

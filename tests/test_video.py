@@ -103,6 +103,17 @@ def test_an_existing_clip_is_replaced_only_on_request(tmp_path: Path, name: str)
     assert video.inspect(path).media["frames"] == 5
 
 
+def test_overwriting_never_removes_a_folder_of_other_things(tmp_path: Path) -> None:
+    folder = video.save(moving_square(3), tmp_path / "clip", fps=24)
+    (folder / "letter.txt").write_text("keep me")
+    with pytest.raises(IsADirectoryError, match=r"not a clip of PNG frames \(it holds letter\.txt\)"):
+        video.save(moving_square(3), folder, fps=24, overwrite=True)
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"folder\.mp4 is a folder"):
+        video.save(moving_square(3), tmp_path / "folder.mp4", fps=24, overwrite=True)
+    assert len(list(folder.iterdir())) == 4
+
+
 def test_parameters_are_found_beside_a_file_that_lost_its_comment(tmp_path: Path) -> None:
     path = video.save(moving_square(), tmp_path / "clip.png.mp4", fps=24, parameters=PARAMETERS)
     path.unlink()
