@@ -7,7 +7,7 @@ Source: arXiv 2502.04363 section 3.3; On-device-Sora opensora/models/stdit/merge
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal, get_args, no_type_check
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,7 @@ Odd = Literal["alone", "released"]
 RopePositions = Literal["merged", "mean"]
 
 
+@no_type_check  # a wrong name is answered by __post_init__
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Merge:
     """What is merged, and how; hashable, so that it is a static argument.

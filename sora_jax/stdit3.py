@@ -74,11 +74,11 @@ class STDiT3(nnx.Module):
         z_BTHWC: Float[Array, "B T H W C"],
         t_B: Float[Array, "B"],
         caption_BLE: Float[Array, "B L E"],
-        mask_BL: Bool[Array, "#B L"] | None = None,
+        mask_BL: Bool[Array, "_ L"] | None = None,
         *,
-        fps_B: Float[Array, "#B"],
-        height_px_B: Float[Array, "#B"],
-        width_px_B: Float[Array, "#B"],
+        fps_B: Float[Array, "_"],
+        height_px_B: Float[Array, "_"],
+        width_px_B: Float[Array, "_"],
         frame_mask_BT: Bool[Array, "B T"] | None = None,
         merge: merging.Merge | None = None,
     ) -> Float[Array, "B T H W O"]:
@@ -129,11 +129,11 @@ class Embed(nnx.Module):
         z_BTHWC: Float[Array, "B T H W C"],
         t_B: Float[Array, "B"],
         caption_BLE: Float[Array, "B L E"],
-        mask_BL: Bool[Array, "#B L"] | None,
+        mask_BL: Bool[Array, "_ L"] | None,
         *,
-        fps_B: Float[Array, "#B"],
-        height_px_B: Float[Array, "#B"],
-        width_px_B: Float[Array, "#B"],
+        fps_B: Float[Array, "_"],
+        height_px_B: Float[Array, "_"],
+        width_px_B: Float[Array, "_"],
         frame_mask_BT: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T S D"], Conditioning]:
         """Returns the video tokens and what conditions them."""
@@ -152,7 +152,7 @@ class Embed(nnx.Module):
         return self.tokens(z_BTHWC, height_px_B, width_px_B), conditioning
 
     def tokens(
-        self, z_BTHWC: Float[Array, "B T H W C"], height_px_B: Float[Array, "#B"], width_px_B: Float[Array, "#B"]
+        self, z_BTHWC: Float[Array, "B T H W C"], height_px_B: Float[Array, "_"], width_px_B: Float[Array, "_"]
     ) -> Float[Array, "B T S D"]:
         """Returns embedded patches with their position; odd sizes are padded with zeros at the bottom and the right."""
         x_BTHWD = self.x_embedder(z_BTHWC.astype(self.policy.compute))
