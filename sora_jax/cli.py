@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminate)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        if arguments and arguments[0] == "convert":
+            return _convert(arguments[1:])
         options = _parser().parse_args(arguments)
         debug = options.debug
         options.run(options)
@@ -91,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Makes clips from prompts.",
     )
     _add_generate(generate)
+    commands.add_parser("convert", add_help=False, help="convert PyTorch checkpoints into a model directory")
     inspect = commands.add_parser(
         "inspect", parents=[common], allow_abbrev=False, help="show what a clip or a model directory holds"
     )
@@ -108,8 +112,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--start-index", metavar="N", type=int, default=0, help="first line of the file to use, from 0")
     what.add_argument("--end-index", metavar="N", type=int, help="line of the file to stop before")
     what.add_argument("--num-sample", metavar="N", type=int, default=1, help="clips for each prompt")
-    what.add_argument("--reference-path", metavar="FILE[;FILE]", nargs="+", help="images or videos, one text for each prompt")
-    what.add_argument("--mask-strategy", metavar="GROUPS", nargs="+", help="loop,reference,start,target start,length,edit;...")
+    what.add_argument("--reference-path", metavar="FILE[;FILE]", action="append", help="images or videos; once for each prompt")
+    what.add_argument(
+        "--mask-strategy", metavar="GROUPS", action="append", help="loop,reference,start,target start,length,edit;..."
+    )
     what.add_argument("--from-latents", metavar="NPZ", type=Path, help="decode a file of --save-latents, generate nothing")
     what.add_argument("--model", metavar="DIR", type=Path, help="model directory (default: the embedded pocket model)")
 
@@ -166,6 +172,12 @@ def _score(text: str) -> float | str:
 
 def _align(text: str) -> int | str:
     return text if text == "off" else int(text)
+
+
+def _convert(arguments: Sequence[str]) -> int:
+    from convert_weights.__main__ import main as convert
+
+    return convert(arguments)
 
 
 def _generate(options: argparse.Namespace) -> None:

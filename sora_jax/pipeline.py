@@ -231,7 +231,8 @@ class Pipeline:
         digest = hashlib.sha256()
         for network in NETWORKS:
             digest.update((self.networks.directory / network / model_directory.NETWORK_FILE).read_bytes())
-        return f"{self.networks.directory.resolve().name} {digest.hexdigest()[:16]}"
+        directory = self.networks.directory.resolve()
+        return f"{'pocket' if directory == POCKET.resolve() else directory.name} {digest.hexdigest()[:16]}"
 
 
 def _check_leap(chosen: Settings) -> None:

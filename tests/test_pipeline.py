@@ -58,7 +58,7 @@ def encoded(directory: Path, pixels: np.ndarray) -> np.ndarray:
 def test_a_clip_is_the_sampling_written_out_by_hand(tiny_model: Path, clip: Clip) -> None:
     """Text, guidance, schedule, Euler steps and decoding against a loop that shares only the networks and the noise."""
     ids, mask = Tokenizer.from_file(tiny_model / "tokenizer.json").encode([PROMPT], CONFIG.stdit3.model_max_length)
-    caption = jax.jit(lambda t5: t5(ids, mask))(network(tiny_model, "t5", T5Encoder))
+    caption = jax.jit(lambda t5: t5(jnp.asarray(ids), jnp.asarray(mask)))(network(tiny_model, "t5", T5Encoder))
     stdit3 = network(tiny_model, "stdit3", STDiT3)
     size = {"fps_B": jnp.full(1, 8.0), "height_px_B": jnp.full(1, 32.0), "width_px_B": jnp.full(1, 48.0)}
 
