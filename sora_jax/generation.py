@@ -13,10 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from sora_jax import conditioning, merging, noise, prompt, sizes
+from sora_jax import conditioning, noise, prompt, sizes
 from sora_jax.clip import Timings
 from sora_jax.leap import Leap
 from sora_jax.networks import Networks, call
@@ -27,6 +26,7 @@ from sora_jax.stdit3 import STDiT3
 from sora_jax.t5 import T5Encoder
 from sora_jax.tokenizer import Tokenizer
 from sora_jax.vae.codec import VAE, latent_size
+from sora_jax.velocity import Velocity
 
 FRAME_PIXELS = 2**19  # pixels that the spatial autoencoder holds at a time; its activations are hundreds of bytes for each
 LOOP_SEED_STRIDE = 2654435769  # 2^32 / golden ratio: seeds of later clips stay clear of those of other samples
@@ -246,17 +246,24 @@ class Generation:
             self._report("denoise", settings.num_steps, carry)
             return finish(carry)
 
-    def _velocity(self, stdit3: STDiT3, caption_BLE: np.ndarray, mask_BL: np.ndarray) -> Partial:
-        """Returns the velocity with its conditions; guidance evaluates the caption's rows, then those of the null caption."""
+    def _velocity(self, stdit3: STDiT3, caption_BLE: np.ndarray, mask_BL: np.ndarray) -> Velocity:
+        """Returns the velocity with its conditions; with guidance the null captions follow the prompts' captions."""
         settings = self.settings
         if settings.guidance != 1:
             null_LE = np.asarray(stdit3.null_caption_LE).astype(caption_BLE.dtype)
             caption_BLE = np.concatenate([caption_BLE, np.broadcast_to(null_LE, caption_BLE.shape)])
-            mask_BL = np.concatenate([mask_BL, mask_BL])
-        conditions = sizes.size_conditions(
+        sizes_1 = sizes.size_conditions(
             1, height=settings.height, width=settings.width, num_frames=settings.num_frames, fps=settings.fps
         )
-        return Partial(_velocity, stdit3, jnp.asarray(caption_BLE), jnp.asarray(mask_BL), jax.tree.map(jnp.asarray, conditions))
+        fps, height_px, width_px = (jnp.asarray(sizes_1[name]) for name in ("fps_B", "height_px_B", "width_px_B"))
+        return Velocity(
+            network=stdit3,
+            caption_RLE=jnp.asarray(caption_BLE),
+            mask_BL=jnp.asarray(mask_BL),
+            fps=fps,
+            height_px=height_px,
+            width_px=width_px,
+        )
 
     def _encode_clip(self, vae: VAE, video_Bthw3: np.ndarray) -> np.ndarray:
         size = self.networks.config.vae.micro_frame_size
@@ -307,31 +314,6 @@ def leap_rule(leap: int | str | Leap) -> Leap | None:
     if leap not in named:
         raise ValueError(f"leap is {leap!r}; expected off, dynamic, released, or the number of the step that leaps.")
     return named[leap]
-
-
-def _velocity(
-    stdit3: STDiT3,
-    caption_BLE: Float[Array, "B L E"],
-    mask_BL: Bool[Array, "B L"],
-    conditions: dict[str, Float[Array, "1"]],
-    z_BTHWC: Float[Array, "B T H W C"],
-    t_B: Float[Array, "B"],
-    *,
-    frame_mask_BT: Bool[Array, "B T"] | None = None,
-    merge: bool = False,
-) -> Float[Array, "B T H W C"]:
-    out = stdit3(
-        z_BTHWC,
-        t_B,
-        caption_BLE,
-        mask_BL,
-        fps_B=conditions["fps_B"],
-        height_px_B=conditions["height_px_B"],
-        width_px_B=conditions["width_px_B"],
-        frame_mask_BT=frame_mask_BT,
-        merge=merging.Merge() if merge else None,
-    )
-    return out[..., : stdit3.config.in_channels]
 
 
 def _encode_text(t5: T5Encoder, ids_BL: Int[Array, "B L"], mask_BL: Bool[Array, "B L"]) -> Float[Array, "B L E"]:
