@@ -1,8 +1,9 @@
 """Writes one network into a model directory, atomically and so that an interrupted writer can go on.
 
 Invariant: at every moment ``DIR/<network>`` is absent or complete.  Arrays go to ``DIR/.<network>.partial``; each is
-recorded in a journal after it has reached the disk; the finished directory is renamed.  One process at a time holds the
-lock ``DIR/.<network>.lock``, which the kernel lets go of when the process dies.  Conversion and dtypes are decided elsewhere.
+recorded in ``DIR/.<network>.journal`` after it has reached the disk; the finished directory is renamed.  One process at
+a time holds the lock ``DIR/.<network>.lock``, which the kernel lets go of when the process dies.  Conversion and dtypes
+are decided elsewhere.
 """
 
 import contextlib
@@ -37,7 +38,6 @@ from sora_jax.model_directory import (
     read_model_file,
 )
 
-_JOURNAL = "journal.jsonl"
 _BATCH_BYTES = 64 << 20  # what may be lost and is written again after a power failure
 _BATCH_ARRAYS = 128
 _LARGE_BYTES = 1 << 20
@@ -74,6 +74,7 @@ class NetworkWriter:
         self.directory = Path(directory)
         self.final = self.directory / network
         self.partial = self.directory / f".{network}.partial"
+        self.journal = self.directory / f".{network}.journal"
         self.recorded: dict[str, Parameter] = {}
         # Through JSON and back, so that tuples compare equal to what the journal gives.
         self._identity = json.loads(
@@ -95,7 +96,6 @@ class NetworkWriter:
             if self.final.exists() and not self.overwrite:
                 raise ModelDirectoryError(f"{self.final} exists; pass --overwrite (overwrite=True) to replace it.")
             self._open_journal()
-            stack.callback(os.close, self._journal)
             self._committer = stack.enter_context(ThreadPoolExecutor(1))
             self._resources = stack.pop_all()
         self._commit_done: Future[None] | None = None
@@ -176,7 +176,7 @@ class NetworkWriter:
         (self.partial / NETWORK_FILE).write_text(_manifest_text(manifest), "utf-8")
         _sync_all([*self._files(parameters.items()), self.partial / NETWORK_FILE, *sorted(self._made), self.partial])
         self._replace()
-        (self.final / _JOURNAL).unlink()
+        self.journal.unlink(missing_ok=True)
         update_model_file(self.directory)
         return manifest
 
@@ -185,6 +185,7 @@ class NetworkWriter:
         self._wait()
         self._pending.clear()
         shutil.rmtree(self.partial, ignore_errors=True)
+        self.journal.unlink(missing_ok=True)
 
     @property
     def _replaced(self) -> Path:
@@ -201,11 +202,9 @@ class NetworkWriter:
         if self._replaced.exists() and not self.final.exists():
             self._replaced.rename(self.final)
         shutil.rmtree(self._replaced, ignore_errors=True)
-        (self.final / _JOURNAL).unlink(missing_ok=True)
 
     def _open_journal(self) -> None:
-        path = self.partial / _JOURNAL
-        entries = _read_journal(path) if self._resumable else []
+        entries = _read_journal(self.journal) if self._resumable else []
         if entries and entries[0] == self._identity:
             for entry in entries[1:]:
                 parameter = Parameter(tuple(entry["shape"]), entry["dtype"], entry["sha256"], entry.get("source"))
@@ -217,9 +216,11 @@ class NetworkWriter:
         elif self.partial.exists():
             shutil.rmtree(self.partial)
         self.partial.mkdir(exist_ok=True)
-        lines = [self._identity, *({"name": name, **entry.to_dict()} for name, entry in self.recorded.items())]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-        self._journal = os.open(path, os.O_WRONLY | os.O_APPEND)
+        if self._resumable:
+            lines = [self._identity, *({"name": name, **entry.to_dict()} for name, entry in self.recorded.items())]
+            _write_durably(self.journal, "".join(json.dumps(line) + "\n" for line in lines))
+        else:
+            self.journal.unlink(missing_ok=True)
 
     def _make(self, folder: Path) -> None:
         if folder not in self._made:
@@ -248,8 +249,9 @@ class NetworkWriter:
     def _journal_batch(self, batch: list[tuple[str, Parameter]]) -> None:
         _sync_all(self._files(batch))
         lines = "".join(json.dumps({"name": name, **parameter.to_dict()}) + "\n" for name, parameter in batch)
-        _write_all(self._journal, memoryview(lines.encode()))
-        os.fsync(self._journal)
+        with open(self.journal, "ab", buffering=0) as journal:
+            _write_all(journal.fileno(), memoryview(lines.encode()))
+            os.fsync(journal.fileno())
         self.recorded.update(batch)
 
 

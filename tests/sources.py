@@ -1,5 +1,6 @@
 """Small checkpoints in the layout of the published ones, made of the golden state dicts; for tests of conversion."""
 
+import functools
 import io
 import json
 import pickle
@@ -21,7 +22,12 @@ _STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "B
 
 
 def state_dict(network: str) -> dict[str, np.ndarray]:
-    """Returns the golden state dict of a network, with PyTorch's names and layouts."""
+    """Returns the golden state dict of a network, with PyTorch's names and layouts: a new dictionary of new arrays."""
+    return {name: array.copy() for name, array in _loaded(network).items()}
+
+
+@functools.cache
+def _loaded(network: str) -> dict[str, np.ndarray]:
     return load_file(GOLDEN / network / "state_dict.safetensors")
 
 

@@ -271,7 +271,7 @@ def test_another_source_or_dtype_starts_anew(tmp_path: Path, flat: dict[str, np.
 
 def test_the_journal_is_believed_only_as_far_as_it_goes(tmp_path: Path, flat: dict[str, np.ndarray]) -> None:
     _interrupt(tmp_path, flat, 5)
-    journal = tmp_path / ".t5.partial" / "journal.jsonl"
+    journal = tmp_path / ".t5.journal"
     lines = journal.read_text().splitlines(keepends=True)
     assert len(lines) == 6
     journal.write_text("".join(lines[:4]) + lines[4][:20])  # torn by a power failure
