@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import math
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -129,6 +130,20 @@ class _Pickler(pickle._Pickler):  # the Python one, because it can be taught nam
 def torch_call(module: str, name: str, *arguments: Any) -> Any:
     """Returns a value that a pickle written by ``write_torch_file`` gets by calling a function."""
     return _Call(module, name, *arguments)
+
+
+def torch_program(tensors: Mapping[str, tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """Returns the pickle of a state dict whose contiguous tensors have the given storage key, dtype and shape."""
+    tree = {}
+    for name, (key, dtype, shape) in tensors.items():
+        storage = _StorageOf(key, dtype, math.prod(shape))
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        tree[name] = _Call(
+            "torch._utils", "_rebuild_tensor_v2", storage, 0, shape, strides, False, _Call("collections", "OrderedDict")
+        )
+    program = io.BytesIO()
+    _Pickler(program, protocol=2).dump(tree)
+    return program.getvalue()
 
 
 def write_torch_file(path: Path, tree: Any) -> Path:

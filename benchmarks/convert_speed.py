@@ -1,0 +1,211 @@
+"""The time and memory of converting a checkpoint of real size, beside copying the same bytes.
+
+Source: synthetic checkpoints of the names, shapes, dtypes and shard layout of the published ones (their manifests are in
+tests/golden): T5-v1.1-XXL as two PyTorch zip shards (19 GB), STDiT3-XL/2 and the VAE as safetensors (4.8 and 1.6 GB).
+Command: python benchmarks/convert_speed.py stdit3 --scratch /tmp/convert --json benchmarks/results/convert_stdit3.json
+Cost: two to three times the checkpoint in disk space; a few minutes; nothing is left behind.
+Expect: time within 2 of the rival's; peak memory below 0.5 GB for STDiT3 and 1.5 GB for T5.
+
+The rival is ``cp`` of the same files followed by ``sync``, both from a cold source (the page cache of the files is dropped)
+and alternating with the converter in the same run.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from convert_weights.readers import SAFETENSORS_DTYPES, numpy_dtype
+from convert_weights.source_config import to_upstream
+from sora_jax.config import open_sora_1_2
+from tests.sources import torch_program
+
+GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
+MANIFESTS = {"t5": "t5_v1_1_xxl_encoder", "stdit3": "stdit3_xl2", "vae": "opensora_vae_v1_2"}
+PEAK_GB = {"t5": 1.5, "stdit3": 0.5, "vae": 0.5}
+
+
+def write_checkpoint(folder: Path, network: str, dtype: str) -> None:
+    """Writes a synthetic checkpoint as published; values are drawn once and repeated, which changes no time measured."""
+    folder.mkdir(parents=True)
+    keys = json.loads((GOLDEN / f"manifest_{MANIFESTS[network]}.json").read_text())["keys"]
+    shapes = {name: tuple(entry["shape"]) for name, entry in keys.items()}
+    (folder / "config.json").write_text(json.dumps(to_upstream(network, getattr(open_sora_1_2, network))))
+    if network == "t5":
+        _write_torch_shards(folder, shapes, dtype)
+    else:
+        _write_safetensors(folder / "model.safetensors", shapes, dtype)
+
+
+def _values(name: str, shape: tuple[int, ...], dtype: str, noise: np.ndarray) -> Iterator[memoryview]:
+    """Yields the bytes of an array: slices of ``noise`` from a start that depends on the name."""
+    if name == "rope.freqs":
+        freqs = (10000.0 ** -(np.arange(0, 2 * shape[0], 2) / (2 * shape[0]))).astype(np.float32).astype(numpy_dtype(dtype))
+        yield freqs.view(np.uint8).data
+        return
+    left = int(np.prod(shape))
+    start = zlib.crc32(name.removeprefix("encoder.embed_tokens").removeprefix("shared").encode()) % (noise.size // 2)
+    while left:
+        piece = noise[start : start + min(left, noise.size // 2)]
+        yield piece.view(np.uint8).data
+        left -= piece.size
+
+
+def _noise(dtype: str) -> np.ndarray:
+    return (0.05 * np.random.default_rng(0).standard_normal(1 << 23, dtype=np.float32)).astype(numpy_dtype(dtype))
+
+
+def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
+    label = next(label for label, known in SAFETENSORS_DTYPES.items() if known == dtype)
+    fields: dict[str, Any] = {}
+    offset = 0
+    for name, shape in shapes.items():
+        nbytes = int(np.prod(shape)) * numpy_dtype(dtype).itemsize
+        fields[name] = {"dtype": label, "shape": shape, "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(fields).encode()
+    noise = _noise(dtype)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, shape in shapes.items():
+            for piece in _values(name, shape, dtype, noise):
+                file.write(piece)
+
+
+def _write_torch_shards(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
+    names = list(shapes)
+    total = sum(np.prod(shape) for shape in shapes.values())
+    first, count = [], 0
+    for name in names:
+        if count < total / 2:
+            first.append(name)
+        count += np.prod(shapes[name])
+    weight_map = {}
+    noise = _noise(dtype)
+    for shard, group in enumerate((first, [name for name in names if name not in first]), 1):
+        path = folder / f"pytorch_model-{shard:05d}-of-00002.bin"
+        weight_map.update(dict.fromkeys(group, path.name))
+        tied = {"encoder.embed_tokens.weight": "shared.weight"}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            keys = {name: str(i) for i, name in enumerate(group)}
+            keys |= {name: keys[other] for name, other in tied.items() if name in keys and other in keys}
+            archive.writestr(f"{path.stem}/data.pkl", torch_program({n: (keys[n], dtype, shapes[n]) for n in group}))
+            for name in group:
+                if keys[name] != str(group.index(name)):
+                    continue
+                with archive.open(f"{path.stem}/data/{keys[name]}", "w", force_zip64=True) as entry:
+                    for piece in _values(name, shapes[name], dtype, noise):
+                        entry.write(piece)
+            archive.writestr(f"{path.stem}/version", "3\n")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def drop_caches(folder: Path) -> None:
+    """Makes the files of a folder cold, without privileges and without touching other processes' files."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def copy(source: Path, scratch: Path) -> float:
+    """Returns the seconds of the rival: ``cp -r`` and ``sync``."""
+    drop_caches(source)
+    started = time.monotonic()
+    subprocess.run(["cp", "-r", source, scratch / "copy"], check=True)
+    subprocess.run(["sync"], check=True)
+    seconds = time.monotonic() - started
+    shutil.rmtree(scratch / "copy")
+    return seconds
+
+
+def convert(network: str, source: Path, scratch: Path, dtype: str) -> tuple[float, float]:
+    """Returns the seconds of the converter as a command, interpreter start included, and its peak memory in GB (VmHWM)."""
+    drop_caches(source)
+    program = (
+        "import sys; from convert_weights.__main__ import main; code = main(sys.argv[1:]); "
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')), end=''); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", program, network, source, scratch / "model", "--dtype", dtype, "--quiet"]
+    started = time.monotonic()
+    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+    subprocess.run(["sync"], check=True)
+    seconds = time.monotonic() - started
+    peak_kib = int(re.search(r"VmHWM:\s+(\d+) kB", result.stdout)[1])  # type: ignore[index]
+    return seconds, peak_kib * 1024 / 1e9
+
+
+def main() -> None:
+    """Measures and prints, or writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("network", choices=MANIFESTS)
+    parser.add_argument("--source-dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "int8"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--scratch", type=Path, required=True, help="a folder that does not exist; removed afterwards")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    options.scratch.mkdir(parents=True)
+    try:
+        result = measure(options)
+    finally:
+        shutil.rmtree(options.scratch)
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(text + "\n")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns times, ratio and peak memory, with what they were measured on."""
+    source = options.scratch / "source"
+    write_checkpoint(source, options.network, options.source_dtype)
+    copies, conversions, peaks = [], [], []
+    for _ in range(options.repeats):
+        copies.append(copy(source, options.scratch))
+        seconds, peak_gb = convert(options.network, source, options.scratch, options.dtype)
+        conversions.append(seconds)
+        peaks.append(peak_gb)
+        shutil.rmtree(options.scratch / "model")
+    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "question": "converting a checkpoint beside copying it",
+        "network": options.network,
+        "source_dtype": options.source_dtype,
+        "stored_dtype": options.dtype,
+        "source_gb": sum(path.stat().st_size for path in source.iterdir()) / 1e9,
+        "convert_s": {"min": min(conversions), "median": statistics.median(conversions), "all": conversions},
+        "cp_and_sync_s": {"min": min(copies), "median": statistics.median(copies), "all": copies},
+        "ratio_of_medians": statistics.median(conversions) / statistics.median(copies),
+        "peak_gb": max(peaks),
+        "peak_limit_gb": PEAK_GB[options.network],
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "commit": revision.stdout.strip(),
+    }
+
+
+if __name__ == "__main__":
+    main()
