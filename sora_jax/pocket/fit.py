@@ -35,7 +35,7 @@ class Stage:
       batch: maps a step number to the arrays of one batch; deterministic.
       loss: maps (params, batch, key) to a scalar and a dictionary of scalars to report.
       learning_rate: maps a step number to the rate, in the units of AdamW.
-      adam_share: rate of the parameters that AdamW updates, as a share of Muon's.
+      adam_rate: the same for the parameters that AdamW updates; None: the learning rate.
       average: decay of the exponential moving average of the parameters that is judged and shipped.
       evaluate: maps averaged parameters to scores, run every ``evaluate_every`` steps.
       finish: maps the averaged parameters of the complete stage to the shipped ones (rescaling, statistics).
@@ -50,12 +50,14 @@ class Stage:
     average: float
     evaluate: Callable[[Params], dict[str, float]]
     evaluate_every: int
-    adam_share: float = 1.0
+    adam_rate: optax.Schedule | None = None
     save_every: int = 500
     report_every: int = 50
 
 
-def optimizer(learning_rate: optax.Schedule, params: Params, *, adam_share: float = 1.0) -> optax.GradientTransformation:
+def optimizer(
+    learning_rate: optax.Schedule, params: Params, *, adam_rate: optax.Schedule | None = None
+) -> optax.GradientTransformation:
     """Returns Muon on matrices and convolution kernels, AdamW on everything else, with clipped gradients."""
     return optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -65,7 +67,7 @@ def optimizer(learning_rate: optax.Schedule, params: Params, *, adam_share: floa
             muon_weight_dimension_numbers={name: _matrix_axes(name, value) for name, value in params.items()},
             weight_decay=0.01,
             adam_b2=0.99,
-            adam_learning_rate=lambda step: adam_share * learning_rate(step),
+            adam_learning_rate=adam_rate,
         ),
     )
 
@@ -84,7 +86,7 @@ def fit(stage: Stage, directory: Path, *, seed: int) -> Params:
     """
     directory = directory.absolute()
     params = stage.init()
-    transform = optimizer(stage.learning_rate, params, adam_share=stage.adam_share)
+    transform = optimizer(stage.learning_rate, params, adam_rate=stage.adam_rate)
     state = {"params": params, "average": params, "optimizer": transform.init(params), "step": jnp.zeros((), jnp.int32)}
     root = jax.random.key(seed)
 
@@ -143,4 +145,6 @@ class _Report:
         line |= {name: round(value, 6) for name, value in values.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        logger.info("%s %s", self.stage.name, " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items()))
+        logger.info(
+            "%s %s", self.stage.name, " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items())
+        )

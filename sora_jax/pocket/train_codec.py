@@ -77,6 +77,7 @@ def temporal_stage(config: VAEConfig, spatial: Params, *, num_steps: int, batch_
     """Returns the stage that trains the temporal autoencoder, the spatial decoder along, behind the frozen encoder."""
     encoder = {k: v for k, v in spatial.items() if k.startswith("spatial_encoder")}
     factor = config.spatial.scaling_factor
+    rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 50, num_steps, 2e-5)
 
     def init() -> Params:
         vae = VAE(config, rngs=nnx.Rngs(seed))
@@ -117,8 +118,9 @@ def temporal_stage(config: VAEConfig, spatial: Params, *, num_steps: int, batch_
         init=init,
         batch=batch,
         loss=loss,
-        learning_rate=optax.warmup_cosine_decay_schedule(0.0, 2e-3, 50, num_steps, 2e-5),
-        adam_share=0.15,
+        learning_rate=rate,
+        # the last convolution reads 864 numbers: AdamW at Muon's rate would move its output by more than the signal
+        adam_rate=lambda step: 0.15 * rate(step),
         average=0.995,
         evaluate=evaluate,
         evaluate_every=250,

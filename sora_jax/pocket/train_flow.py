@@ -33,6 +33,7 @@ NUM_FRAMES = 34
 IMAGE_FPS = 120  # what Open-Sora tells the model about single images
 SHARD = 64  # clips a file of the cache
 CAPTION_DROP = 0.1
+FAST_FROM = 1000  # step from which matrices learn 2.5 times faster
 MASKED_SHARE = 0.15  # samples whose first latent frames are given, for image-to-video and extension
 _REVERSED = {"left": "right", "right": "left", "up": "down", "down": "up", "grow": "shrink", "shrink": "grow", "still": "still"}
 
@@ -130,6 +131,7 @@ def flow_stage(
     Times are logit-normal, then shifted by resolution and length, as in Open-Sora 1.2; the target is data minus noise.
     One step in eight is made of images, one of 17-frame clips (a clip's first chunk).
     """
+    slow = optax.warmup_constant_schedule(0.0, 2e-3, 200)
 
     def init() -> Params:
         return flatten(STDiT3(config.stdit3, rngs=nnx.Rngs(seed)))
@@ -187,7 +189,8 @@ def flow_stage(
         init=init,
         batch=batch,
         loss=loss,
-        learning_rate=optax.warmup_constant_schedule(0.0, 2e-3, 200),
+        learning_rate=optax.join_schedules([slow, optax.constant_schedule(5e-3)], [FAST_FROM]),
+        adam_rate=slow,
         average=0.999,
         evaluate=evaluate,
         evaluate_every=evaluate_every,

@@ -53,7 +53,9 @@ def text_stage(config: T5Config, tokenizer: Tokenizer, *, num_steps: int, batch_
     def loss(params: Params, batch: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         mask_BL = batch["mask"]
         losses = [
-            optax.softmax_cross_entropy_with_integer_labels(out, jnp.broadcast_to(batch["labels"][name][:, None], out.shape[:2]))
+            optax.softmax_cross_entropy_with_integer_labels(
+                out, jnp.broadcast_to(batch["labels"][name][:, None], out.shape[:2])
+            )
             for name, out in logits(params, batch["ids"], mask_BL).items()
         ]
         total = sum(jnp.sum(one * mask_BL) / jnp.sum(mask_BL) for one in losses)
