@@ -145,6 +145,5 @@ class _Report:
         line |= {name: round(value, 6) for name, value in values.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        logger.info(
-            "%s %s", self.stage.name, " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items())
-        )
+        words = [f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in line.items()]
+        logger.info("%s %s", self.stage.name, " ".join(words))
