@@ -3,6 +3,7 @@
 Invariant: nothing is changed, no weight is read, and JAX computes nothing.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,7 +54,17 @@ def _describe(manifest: Any) -> Mapping[str, Any]:
         "state": f"damaged: {len(lost)} parameter files are missing, first {lost[0]}" if lost else "complete",
         "dtype": manifest.dtype,
         "arrays": len(sizes),
+        "parameters": sum(
+            math.prod(entry.shape) for name, entry in manifest.parameters.items() if not _is_scale(name, manifest)
+        ),
         "bytes": sum(sizes),
         "layers": len(manifest.layers),
+        "layer_bytes": {layer: sum(manifest.parameters[n].nbytes for n in manifest.names(layer)) for layer in manifest.layers},
+        "sources": {file["name"]: f"sha256 {file['sha256']}" for file in manifest.origin.get("files", ())},
         "config": manifest.config.to_dict(),
     }
+
+
+def _is_scale(name: str, manifest: Any) -> bool:
+    base = name.removesuffix("_scale")
+    return base != name and base in manifest.parameters
