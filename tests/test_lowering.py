@@ -14,8 +14,9 @@ import pytest
 from flax import nnx
 
 from sora_jax.checkpoint import flatten, unflatten
+from sora_jax.config import DTypePolicy
 from sora_jax.merging import Merge
-from sora_jax.stdit3 import STDiT3
+from sora_jax.stdit3 import Conditioning, STDiT3, STDiT3Block
 from sora_jax.t5 import T5Encoder
 from sora_jax.vae.codec import VAE
 from tests.tiny_model import CONFIG
@@ -76,3 +77,27 @@ def test_one_program_for_all_platforms(case: str) -> None:
     assert exported.platforms == PLATFORMS
     assert "custom_call" not in exported.mlir_module()
     assert all(aval.dtype == jnp.float32 for aval in exported.out_avals)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", {"HIGHEST"}), ("bfloat16", {"DEFAULT"})])
+def test_float32_products_stay_float32_on_accelerators(dtype: str, expected: set[str]) -> None:
+    policy = DTypePolicy(param=dtype, compute=dtype, accumulate="float32")
+    shell = jax.eval_shape(lambda: STDiT3Block(CONFIG.stdit3, temporal=True, policy=policy, rngs=nnx.Rngs(0)))
+    width = CONFIG.stdit3.hidden_size
+    float32 = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in (("mod", (1, 1, 6, width)), ("t", (1, width)))}
+    conditioning = Conditioning(
+        caption_BLD=jax.ShapeDtypeStruct((1, 4, width), dtype),
+        mask_BL=None,
+        mod_BF6D=float32["mod"],
+        t_BD=float32["t"],
+        t0_BD=None,
+        frame_mask_BT=None,
+    )
+    x = jax.ShapeDtypeStruct((1, 3, 2, width), dtype)
+    text = jax.jit(lambda block, *given: block(*given)).lower(shell, x, conditioning).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) == 11  # self attention 4, cross attention 5, MLP 2
+    assert {name for line in products for name in ("HIGHEST", "DEFAULT") if name in line} == expected
+    with jax.default_matmul_precision("tensorfloat32"):
+        chosen = jax.jit(lambda block, *given: block(*given)).lower(shell, x, conditioning).as_text()
+    assert "HIGHEST" not in chosen
