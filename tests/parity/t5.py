@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import convert_weights
@@ -56,7 +57,7 @@ def _units(network: T5Encoder, targets: dict[str, str], tensors: dict[str, np.nd
             module: Any = network
             for step in targets[f"{name}.weight"].split(".")[:-1]:
                 module = module[int(step)] if step.isdigit() else getattr(module, step)
-            computed[f"{key.removesuffix('.in')}.out"] = np.asarray(module(x))
+            computed[f"{key.removesuffix('.in')}.out"] = np.asarray(module(jnp.asarray(x)))
     return computed
 
 
