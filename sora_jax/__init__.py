@@ -8,16 +8,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sora_jax.calibration import calibrate
     from sora_jax.clip import Clip
     from sora_jax.leap import Leap
     from sora_jax.pipeline import Pipeline
+    from sora_jax.plans import Plan
     from sora_jax.sampler import sample
     from sora_jax.schedule import Schedule
 
 __version__ = "0.1.0"
-__all__ = ["Clip", "Leap", "Pipeline", "Schedule", "__version__", "sample"]
+__all__ = ["Clip", "Leap", "Pipeline", "Plan", "Schedule", "__version__", "calibrate", "sample"]
 
-_MODULES = {"Clip": "clip", "Leap": "leap", "Pipeline": "pipeline", "Schedule": "schedule", "sample": "sampler"}
+_MODULES = {
+    "Clip": "clip",
+    "Leap": "leap",
+    "Pipeline": "pipeline",
+    "Plan": "plans",
+    "Schedule": "schedule",
+    "calibrate": "calibration",
+    "sample": "sampler",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -69,6 +69,8 @@ class Leap:
 
         One decision for the batch, from rows of channel 0 of frame 0 of sample 0; comparisons begin at step 14 whatever the
         number of steps, with a tolerance of 1e-3.
+
+        Differs from source: with frame weights the leap waits until every frame has joined; the source leaves late frames out.
         """
         return cls(mode="released", tolerance=1e-3)
 

@@ -14,7 +14,7 @@ GENERATOR = "threefry2x32"
 
 def initial_noise(seed: int, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Float[Array, "B ..."]:
     """Returns the starting latents [B, ...]; sample b depends on ``seed + b`` and on the shape of one sample only."""
-    return draw(as_seed(seed), shape, jnp.asarray(0, jnp.uint32), dtype)
+    return _draw_compiled(as_seed(seed), shape, jnp.asarray(0, jnp.uint32), dtype)
 
 
 def as_seed(seed: int) -> UInt[Array, ""]:
@@ -38,3 +38,6 @@ def draw(
         return jax.random.normal(key, shape[1:], dtype)
 
     return jax.vmap(one)(jnp.arange(shape[0], dtype=jnp.uint32))
+
+
+_draw_compiled = jax.jit(draw, static_argnums=(1, 3))

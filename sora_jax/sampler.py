@@ -112,30 +112,7 @@ class Sampler(Inputs):
           ValueError: the latents do not fit the frame weights, the recorded noise or the leap rule.
         """
         _check_latents(self, z.shape)
-        z = jnp.asarray(z)
-        batch, capacity = z.shape[0], len(self.schedule.times) - 1
-        active_BT = None if self.weight_BT is None else frames.begin(jnp.asarray(self.weight_BT))
-        return Carry(
-            step=jnp.asarray(0, jnp.int32),
-            z=z,
-            done_B=jnp.zeros(batch, bool),
-            z_in=jnp.zeros_like(z),
-            v=jnp.zeros_like(z),
-            fresh=jnp.asarray(False),
-            active_BT=active_BT,
-            leap=None if self.leap is None else self.leap.start(batch),
-            kept=empty_kept(self, z, active_BT),
-            evaluations_B=jnp.zeros(batch, jnp.float32),
-            batch_evaluations=jnp.asarray(0, jnp.float32),
-            trace=Trace(
-                time_N=jnp.zeros(capacity, jnp.float32),
-                evaluations_N=jnp.zeros(capacity, jnp.float32),
-                cosine_NB=jnp.zeros((capacity, batch), jnp.float32),
-                reused_N=jnp.zeros(capacity, bool),
-                merged_N=jnp.zeros(capacity, bool),
-                leapt_NB=jnp.zeros((capacity, batch), bool),
-            ),
-        )
+        return _start(self, jnp.asarray(z))
 
     def run(self, carry: Carry, until: int | Int[Array, ""]) -> Carry:
         """Returns the carry after steps ``carry.step`` to ``until - 1``, or earlier once every sample is done."""
@@ -194,7 +171,7 @@ def sample(
     for step in range(num_steps):
         carry = sampler.run(carry, step + 1)
         callback(carry)
-        if bool(jnp.all(carry.done_B)):
+        if np.asarray(carry.done_B).all():
             break
     return finish(carry)
 
@@ -220,6 +197,33 @@ def as_partial(velocity_fn: VelocityFn) -> Partial:
 
 def _call(velocity_fn: VelocityFn, *args: Any, **keywords: Any) -> Any:
     return velocity_fn(*args, **keywords)
+
+
+@jax.jit
+def _start(inputs: Inputs, z: Array) -> Carry:
+    batch, capacity = z.shape[0], len(inputs.schedule.times) - 1
+    active_BT = None if inputs.weight_BT is None else frames.begin(jnp.asarray(inputs.weight_BT))
+    return Carry(
+        step=jnp.asarray(0, jnp.int32),
+        z=z,
+        done_B=jnp.zeros(batch, bool),
+        z_in=jnp.zeros_like(z),
+        v=jnp.zeros_like(z),
+        fresh=jnp.asarray(False),
+        active_BT=active_BT,
+        leap=None if inputs.leap is None else inputs.leap.start(batch),
+        kept=empty_kept(inputs, z, active_BT),
+        evaluations_B=jnp.zeros(batch, jnp.float32),
+        batch_evaluations=jnp.asarray(0, jnp.float32),
+        trace=Trace(
+            time_N=jnp.zeros(capacity, jnp.float32),
+            evaluations_N=jnp.zeros(capacity, jnp.float32),
+            cosine_NB=jnp.zeros((capacity, batch), jnp.float32),
+            reused_N=jnp.zeros(capacity, bool),
+            merged_N=jnp.zeros(capacity, bool),
+            leapt_NB=jnp.zeros((capacity, batch), bool),
+        ),
+    )
 
 
 @jax.jit

@@ -10,7 +10,7 @@ from sora_jax.sampler import Sampler, sample
 from sora_jax.schedule import Schedule
 
 MEAN, WIDTH = jnp.asarray([[0.7, -1.2]]), jnp.asarray([[0.3, 1.6]])
-NOISE = jax.random.normal(jax.random.key(3), (4, 2))
+NOISE = jnp.asarray(np.random.default_rng(3).standard_normal((4, 2)), jnp.float32)
 
 
 def gaussian_velocity(z: jax.Array, t_B: jax.Array) -> jax.Array:
