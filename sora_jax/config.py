@@ -100,10 +100,12 @@ class STDiT3Config(_Config):
 
     @property
     def head_size(self) -> int:
+        """Channels of one attention head."""
         return self.hidden_size // self.num_heads
 
     @property
     def mlp_size(self) -> int:
+        """Hidden units of the MLP."""
         return int(self.hidden_size * self.mlp_ratio)
 
     @property
@@ -182,6 +184,7 @@ class VAEConfig(_Config):
 
     @property
     def layers(self) -> tuple[str, ...]:
+        """Layer names; decoding runs temporal, then spatial decoder."""
         return ("temporal_encoder", "temporal_decoder", "spatial_encoder", "spatial_decoder", "stats")
 
 

@@ -131,7 +131,6 @@ def flow_stage(
     Times are logit-normal, then shifted by resolution and length, as in Open-Sora 1.2; the target is data minus noise.
     One step in eight is made of images, one of 17-frame clips (a clip's first chunk).
     """
-    slow = optax.warmup_constant_schedule(0.0, 2e-3, 200)
 
     def init() -> Params:
         return flatten(STDiT3(config.stdit3, rngs=nnx.Rngs(seed)))
@@ -189,13 +188,24 @@ def flow_stage(
         init=init,
         batch=batch,
         loss=loss,
-        learning_rate=optax.join_schedules([slow, optax.constant_schedule(5e-3)], [FAST_FROM]),
-        adam_rate=slow,
-        average=0.999,
+        learning_rate=_rate(num_steps),
+        adam_rate=lambda step: jnp.minimum(_rate(num_steps)(step), 2e-3),
+        average=0.99,
         evaluate=evaluate,
         evaluate_every=evaluate_every,
         save_every=250,
     )
+
+
+def _rate(num_steps: int) -> optax.Schedule:
+    """Returns Muon's rate: a slow start, a fast middle, and a linear decay over the last fifth."""
+    decay = num_steps // 5
+    parts = [
+        optax.warmup_constant_schedule(0.0, 2e-3, 200),
+        optax.constant_schedule(5e-3),
+        optax.linear_schedule(5e-3, 1e-4, decay),
+    ]
+    return optax.join_schedules(parts, [FAST_FROM, num_steps - decay])
 
 
 def _given_frames(rng: np.random.Generator, num: int, num_latents: int) -> np.ndarray:
