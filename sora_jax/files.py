@@ -8,7 +8,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -71,10 +71,10 @@ def remove_partial(*folders: str | os.PathLike[str]) -> None:
                 _remove(path)
 
 
-def numbered(path: Path) -> Path:
-    """Returns ``path`` itself, or the first of ``name_2``, ``name_3``, ... that does not exist."""
+def numbered(path: Path, beside: Callable[[Path], Path] = lambda path: path) -> Path:
+    """Returns the first of ``path``, ``name_2``, ``name_3``, ... that is free, as is the file ``beside`` it."""
     candidate, number = path, 2
-    while candidate.exists() or candidate.is_symlink():
+    while any(taken.exists() or taken.is_symlink() for taken in (candidate, beside(candidate))):
         candidate = path.with_name(f"{path.stem}_{number}{path.suffix}")
         number += 1
     return candidate

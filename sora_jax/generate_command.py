@@ -55,8 +55,13 @@ def run(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in _SETTINGS}
     settings = pipeline.resolve({**given, "seed": options.seed})
     jobs = plan(options, texts, image=settings.num_frames == 1)
-    if options.model is None and not options.quiet:
-        _hint(texts)
+    if not options.quiet:
+        if len(jobs) < len(texts) * options.num_sample:
+            _note(
+                f"{len(texts) * options.num_sample - len(jobs)} clips exist already or are asked for twice; making {len(jobs)}."
+            )
+        if options.model is None:
+            _hint(texts)
     for batch in batches(jobs, options.batch_size):
         with _progress(options.quiet) as callback:
             clip = pipeline(
@@ -115,17 +120,19 @@ def plan(options: argparse.Namespace, texts: Sequence[str], *, image: bool) -> l
         raise ValueError(f"--output names one file, but {len(rows) * options.num_sample} clips are asked for; use --save-dir.")
     if options.save_latents and len(rows) * options.num_sample > options.batch_size:
         raise ValueError("--save-latents names one file, for one batch; raise --batch-size to the number of clips.")
-    files.refuse_unwritable(options.output.parent if options.output else options.save_dir)
-    jobs = []
+    jobs: list[Job] = []
+    planned: set[Path] = set()
     for i, (text, reference, strategy) in enumerate(rows):
         for sample in range(options.num_sample):
             path = options.output or _numbered_path(options, options.start_index + i, text, sample, image)
-            if options.prompt_as_path and path.exists() and not options.overwrite:
+            if options.prompt_as_path and (path in planned or (path.exists() and not options.overwrite)):
                 continue
+            planned.add(path)
             number = (options.start_index + i) * options.num_sample + sample
             jobs.append(Job(number=number, text=text, reference=reference, strategy=strategy, path=path))
     for job in jobs:
         video.check_target(job.path, 1 if image else 2, overwrite=options.overwrite)
+    files.refuse_unwritable(options.output.parent if options.output else options.save_dir)
     if options.save_latents:
         _check_latents_path(options)
     return jobs
@@ -156,10 +163,11 @@ def use_compile_cache(choice: str | None) -> None:
     folder = choice or os.environ.get("JAX_COMPILATION_CACHE_DIR") or _user_cache()
     try:
         files.refuse_unwritable(folder)
-    except OSError:
+    except OSError as error:
         if choice:
             raise
-        return  # no home to write to: compile every time, as with "off"
+        warnings.warn(f"compiled programs are not kept: {error.strerror}; --compile-cache names another folder", stacklevel=2)
+        return
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -193,7 +201,7 @@ def _numbered_path(options: argparse.Namespace, index: int, text: str, sample: i
         sample=sample,
     )
     path = options.save_dir / (_short(name) + suffix)
-    return path if options.prompt_as_path or options.overwrite else files.numbered(path)
+    return path if options.prompt_as_path or options.overwrite else files.numbered(path, video.sidecar)
 
 
 def _short(name: str) -> str:
@@ -225,7 +233,6 @@ def _decode(options: argparse.Namespace, pipeline: Any) -> None:
     _, parameters = load_latents(options.from_latents)
     if options.output and len(parameters) > 1:
         raise ValueError(f"--output names one file, but {options.from_latents} holds {len(parameters)} clips; use --save-dir.")
-    files.refuse_unwritable(options.output.parent if options.output else options.save_dir)
     image = all(sample.get("num_frames") == 1 for sample in parameters)
     paths = [
         options.output or _numbered_path(options, options.start_index + i, str(sample.get("prompt", "")), 0, image)
@@ -233,6 +240,7 @@ def _decode(options: argparse.Namespace, pipeline: Any) -> None:
     ]
     for path in paths:
         video.check_target(path, 1 if image else 2, overwrite=options.overwrite)
+    files.refuse_unwritable(options.output.parent if options.output else options.save_dir)
     with _progress(options.quiet) as callback:
         clip = pipeline.resume(options.from_latents, callback=callback)
     _save(options, clip, paths)

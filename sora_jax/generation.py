@@ -91,8 +91,8 @@ def read_inputs(
         raise ValueError(f"num_samples is {num_samples}; expected at least 1.")
     parts = [prompt.extract_json(*given) for given in zip(prompts, reference_paths, strategies, strict=True)]
     samples = [(text, paths, strategy or ("0" if paths else "")) for text, paths, strategy in parts for _ in range(num_samples)]
-    for _, _, strategy in samples:
-        _check_strategy(strategy)
+    for _, paths, strategy in samples:
+        _check_strategy(strategy, len(_split(paths)))
     pixels = {
         path: conditioning.read_reference(path, settings.height, settings.width)
         for path in dict.fromkeys(path for _, paths, _ in samples for path in _split(paths))
@@ -112,12 +112,14 @@ def read_inputs(
     )
 
 
-def _check_strategy(strategy: str) -> None:
+def _check_strategy(strategy: str, num_references: int) -> None:
     for entry in conditioning.parse_mask_strategy(strategy):
         if not 0 <= entry.edit_ratio <= 1:
             raise ValueError(
                 f"mask strategy {strategy!r} has edit ratio {entry.edit_ratio}; expected 0 (keep) to 1 (generate)."
             )
+        if entry.loop == 0 and not -num_references <= entry.reference < num_references:
+            raise ValueError(f"mask strategy {strategy!r} names reference {entry.reference}; the prompt has {num_references}.")
 
 
 def _split(paths: str) -> list[str]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import sora_jax
-from sora_jax import model_directory, settings, video
+from sora_jax import merging, model_directory, settings, video
 from sora_jax.clip import Clip, Timings, load_latents, save_latents
 from sora_jax.config import NETWORKS
 from sora_jax.generation import Callback, Generation, Inputs, leap_rule, read_inputs
@@ -23,6 +23,7 @@ from sora_jax.networks import Networks
 from sora_jax.sampler import Trace
 from sora_jax.settings import Settings
 from sora_jax.tokenizer import Tokenizer
+from sora_jax.vae.codec import latent_size
 
 POCKET = Path(__file__).parent / "pocket" / "weights"
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
@@ -145,7 +146,7 @@ class Pipeline:
             "dtype": dtype,
         }
         chosen, timings = self.resolve(given), Timings()
-        _check_leap(chosen)
+        self._check_sampling(chosen)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         inputs = read_inputs(texts, _each(references, texts), _each(mask_strategies, texts), num_samples, chosen)
         parameters = self._parameters(inputs, chosen)
@@ -207,6 +208,15 @@ class Pipeline:
             settings.check_multiple(self.config.vae, self.config.stdit3.patch_size[1], given["height"], given["width"])
         return Settings.resolve(self.defaults, given)
 
+    def _check_sampling(self, chosen: Settings) -> None:
+        """Refuses a leap or a merge that cannot be sampled, before anything is loaded."""
+        rule = leap_rule(chosen.leap)
+        if rule is not None:
+            rule.rule(chosen.num_steps)
+        if chosen.merge_steps:
+            num_latents, _, _ = latent_size(self.config.vae, chosen.num_frames, chosen.height, chosen.width)
+            merging.check_frames(num_latents or 0, "alone")
+
     def _parameters(self, inputs: Inputs, chosen: Settings) -> list[dict[str, Any]]:
         """Returns for each sample what it is made from, JSON-ready."""
         made_by = {"sora_jax": sora_jax.__version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
@@ -233,13 +243,6 @@ class Pipeline:
             digest.update((self.networks.directory / network / model_directory.NETWORK_FILE).read_bytes())
         directory = self.networks.directory.resolve()
         return f"{'pocket' if directory == POCKET.resolve() else directory.name} {digest.hexdigest()[:16]}"
-
-
-def _check_leap(chosen: Settings) -> None:
-    """Refuses a leap that does not fit the number of steps, before anything is loaded."""
-    rule = leap_rule(chosen.leap)
-    if rule is not None:
-        rule.rule(chosen.num_steps)
 
 
 def _each(values: str | Sequence[str] | None, prompts: Sequence[str]) -> list[str]:

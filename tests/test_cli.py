@@ -68,6 +68,12 @@ def test_a_prompt_becomes_a_file_that_knows_how_it_was_made(generate: Run, run: 
     assert "  seed: 3" in run("inspect", "clip.mp4")[2].splitlines()
 
 
+def test_equal_prompts_named_by_themselves_are_made_once(generate: Run) -> None:
+    arguments = ("a", "a", "--prompt-as-path", "--num-frames", 1, "--steps", 1)
+    assert generate(*arguments) == (0, [], "a.png\n")
+    assert generate(*arguments) == (0, [], "")
+
+
 def test_the_same_command_makes_the_same_bytes(generate: Run, tmp_path: Path) -> None:
     generate(PROMPT, "-o", "a.mp4")
     generate(PROMPT, "-o", "b.mp4")
@@ -137,7 +143,7 @@ def test_overwrite_replaces(generate: Run) -> None:
 
 def test_progress_names_step_time_and_remaining_time(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "clip.npz"
-    code, errors, _ = run("generate", PROMPT, "--model", tiny_model, "-o", output, "--compile-cache", tmp_path / "cache")
+    code, errors, _ = run("generate", PROMPT, "--model", tiny_model, "-o", output, "--compile-cache", "off")
     assert code == 0
     assert any("4/4" in line and "<" in line for line in errors)
     assert errors[-1].startswith("sora-jax: ")
@@ -191,6 +197,7 @@ def test_the_compile_cache_is_filled_and_can_be_off(run: Run, tiny_model: Path, 
         ((PROMPT, "--reference-path", "broken.mp4"), 2, "Reference broken.mp4 is not a readable video"),
         ((PROMPT, "--reference-path", "prompts.txt"), 2, "Reference prompts.txt has suffix '.txt'"),
         ((PROMPT, "--reference-path", "a.png", "--reference-path", "b.png"), 2, "--reference-path got 2 texts for 1 prompts"),
+        ((PROMPT, "--mask-strategy", "0"), 2, "mask strategy '0' names reference 0; the prompt has 0"),
         ((PROMPT, "--mask-strategy", "0,0,0,0,1,0,0"), 2, "has 7 fields; expected at most 6"),
         ((PROMPT, "-o", "clip.avi"), 2, "unknown suffix .avi; expected .mp4, .gif, .png, .npz"),
         ((PROMPT, "-o", "clip.png"), 2, "do not fit one PNG"),

@@ -251,6 +251,7 @@ def test_several_samples_get_numbered_files(pipe: Pipeline, tmp_path: Path) -> N
         ({"num_samples": 0}, "num_samples is 0"),
         ({"mask_strategies": "0,x"}, "mask strategy '0,x' is malformed"),
         ({"mask_strategies": "0,0,0,0,1,7"}, "edit ratio 7.0; expected 0"),
+        ({"mask_strategies": "0"}, "names reference 0; the prompt has 0"),
         ({"mask_strategies": ["", ""]}, "got 2 mask strategies for 1 prompts"),
         ({"references": "gone.png"}, r"Reference gone.png does not exist"),
         ({"prompts": []}, "no prompt given"),
