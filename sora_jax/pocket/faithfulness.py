@@ -1,49 +1,238 @@
-"""Clips of a model for captions of unseen combinations, with what each caption asked for.
+"""Captions of unseen combinations, and clips for them: rendered, through the codec, or made by the model.
 
-Invariant: captions depend on the seed alone, so two models, or two samplers, are asked the same.  Measuring and scoring
-are ``sora_jax.pocket.measure``'s and ``judge``'s work.
+Invariant: caption ``i`` depends on the seed and ``i`` alone, so two models, or two samplers, are asked the same, and a
+short list is the beginning of a longer one.  Measuring and scoring are ``measure``'s and ``scores``' work.
 """
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import UInt8
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+from PIL import Image
 
-from sora_jax.pipeline import Pipeline
+from sora_jax import video
+from sora_jax.checkpoint import load_network, unflatten
+from sora_jax.config import BFLOAT16, FLOAT32
+from sora_jax.leap import Leap
+from sora_jax.pipeline import POCKET, Pipeline
 from sora_jax.pocket.captions import caption
-from sora_jax.pocket.scenes import sample_scenes
+from sora_jax.pocket.scenes import Scenes, all_frames, render_uint8, sample_scenes
+from sora_jax.pocket.world import NUM_FRAMES, SIZE_PX
+from sora_jax.sampler import Trace
+from sora_jax.vae.codec import VAE
 
-BATCH = 16  # captions generated at a time
+BATCH = 16  # clips rendered, coded or generated at a time
+
+_OTHER_SPEED = {"slowly": "quickly", "gently": "rapidly", "quickly": "slowly", "rapidly": "gently", "fast": "slowly"}
+
+ModelPath = str | os.PathLike[str] | None  # None: the embedded model
+Frames = UInt8[np.ndarray, "t h w 3"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """One caption, the attributes it names, and the seed of its noise."""
+    """One caption.
+
+    Attributes:
+      text: the caption.
+      attributes: what it names.
+      seed: of the noise that the clip is made from.
+      scene: a batch of one scene that the caption describes.
+    """
 
     text: str
     attributes: Mapping[str, str]
     seed: int
+    scene: Scenes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How clips are sampled, in ``Pipeline``'s words; None is the model's default."""
+
+    num_steps: int | None = None
+    guidance: float | None = None
+    leap: int | str | Leap | None = None
+    merge_steps: int | None = None
+    dtype: str | None = None
+
+
+MODEL_DEFAULTS = Sampling()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Made:
+    """One generated clip.
+
+    Attributes:
+      asked: the caption.
+      frames_thw3: the clip.
+      cosine_N: cosine of each step's velocity and the one before; NaN where the two cannot be compared or no step was taken.
+      evaluations: velocity evaluations that went into the clip.
+      parameters: everything it was made from, as the pipeline records it.
+    """
+
+    asked: Asked
+    frames_thw3: Frames
+    cosine_N: Float[np.ndarray, " N"]
+    evaluations: float
+    parameters: Mapping[str, Any]
 
 
 def captions(num: int, *, seed: int) -> list[Asked]:
-    """Returns captions of scenes whose combinations were kept out of training."""
-    rng = np.random.default_rng([seed, 9])
-    scenes = sample_scenes(rng, num, split="unseen")
-    worded = [caption(scenes.attributes(i), rng) for i in range(num)]
-    return [Asked(text=text, attributes=named, seed=seed + i) for i, (text, named) in enumerate(worded)]
+    """Returns the first ``num`` captions of a seed, of scenes whose combinations were kept out of training."""
+    return [_caption(i, stream=9, seed=seed) for i in range(num)]
+
+
+def speed_pairs(num: int, *, seed: int) -> tuple[list[Asked], list[Asked]]:
+    """Returns captions with a slow and with a fast motion; two of a pair differ in that one word and share their noise.
+
+    The scene of both is that of the caption that was drawn first.
+    """
+    slow: list[Asked] = []
+    fast: list[Asked] = []
+    index = 0
+    while len(slow) < num:
+        one = _caption(index, stream=10, seed=seed)
+        index += 1
+        if "speed" in one.attributes:
+            one = dataclasses.replace(one, seed=seed + len(slow))
+            pair = sorted((one, with_other_speed(one)), key=lambda asked: asked.attributes["speed"] == "fast")
+            slow.append(pair[0])
+            fast.append(pair[1])
+    return slow, fast
+
+
+def with_other_speed(asked: Asked) -> Asked:
+    """Returns the same caption but for the word that names its speed."""
+    text = re.sub("|".join(_OTHER_SPEED), lambda word: _OTHER_SPEED[word.group()], asked.text)
+    speed = {"slow": "fast", "fast": "slow"}[asked.attributes["speed"]]
+    return dataclasses.replace(asked, text=text, attributes={**asked.attributes, "speed": speed})
+
+
+def _caption(index: int, *, stream: int, seed: int) -> Asked:
+    rng = np.random.default_rng([seed, stream, index])
+    scene = sample_scenes(rng, 1, split="unseen")
+    text, named = caption(scene.attributes(0), rng)
+    return Asked(text=text, attributes=named, seed=seed + index, scene=scene)
+
+
+def rendered(asked: Sequence[Asked]) -> Iterator[Frames]:
+    """Yields the clip of each caption's scene as the renderer draws it."""
+    for start in range(0, len(asked), BATCH):
+        batch = asked[start : start + BATCH]
+        yield from np.asarray(render_uint8(_joined([one.scene for one in batch]), all_frames()))
+
+
+def reconstructed(model: ModelPath, asked: Sequence[Asked], *, dtype: str | None = None) -> Iterator[tuple[Frames, Frames]]:
+    """Yields each rendered clip and what the model's codec makes of it; other networks need not be there.
+
+    Raises:
+      ModelDirectoryError: the codec is missing or damaged.
+    """
+    config, flat = load_network(POCKET if model is None else model, "vae")
+    policy = BFLOAT16 if dtype == "bfloat16" else FLOAT32
+    vae = unflatten(jax.eval_shape(lambda: VAE(config, policy=policy, rngs=nnx.Rngs(0))), flat)
+    vae = jax.device_put(vae)
+    for start in range(0, len(asked), BATCH):
+        clips = np.stack(list(rendered(asked[start : start + BATCH])))
+        coded = np.asarray(_code(vae, clips.astype(np.float32) / np.float32(127.5) - 1))
+        yield from zip(clips, video.quantise(coded), strict=True)
+
+
+@jax.jit
+def _code(vae: VAE, video_Bthw3: Float[Array, "B t h w 3"]) -> Float[Array, "B t h w 3"]:
+    return vae.decode(vae.encode(video_Bthw3), video_Bthw3.shape[1])
 
 
 def clips(
-    model: str | os.PathLike[str] | None, asked: list[Asked], **settings: Any
-) -> Iterator[tuple[Asked, UInt8[np.ndarray, "t h w 3"]]]:
-    """Yields every caption with the clip that the model makes of it; ``settings`` are those of ``Pipeline``."""
+    model: ModelPath,
+    asked: Sequence[Asked],
+    sampling: Sampling = MODEL_DEFAULTS,
+    *,
+    first_frames: Sequence[Frames] | None = None,
+) -> Iterator[Made]:
+    """Yields the clip that the model makes of each caption, at the world's size and length.
+
+    ``first_frames`` holds for each caption an image (a clip of one frame) to begin with.
+
+    Raises:
+      ModelDirectoryError: the model is incomplete or damaged.
+      ValueError: a setting is out of range.
+    """
     pipeline = Pipeline.from_pretrained(model)
-    for start in range(0, len(asked), BATCH):
-        batch = asked[start : start + BATCH]
-        # An incomplete batch is filled up with its last caption, so that nothing compiles anew.
-        texts = [one.text for one in batch] + [batch[-1].text] * (BATCH - len(batch))
-        made = pipeline(texts, seed=batch[0].seed, **settings)
-        yield from zip(batch, np.asarray(made.frames), strict=False)
+    with _reference_files(first_frames, len(asked)) as paths:
+        size = min(BATCH, len(asked))
+        for batch in _batches(asked, size):
+            # An incomplete batch is filled up with its last caption, so that nothing compiles anew.
+            chosen = [*batch, *[batch[-1]] * (size - len(batch))]
+            made = pipeline(
+                [asked[i].text for i in chosen],
+                seed=asked[batch[0]].seed,
+                num_steps=sampling.num_steps,
+                guidance=sampling.guidance,
+                leap=sampling.leap,
+                merge_steps=sampling.merge_steps,
+                dtype=sampling.dtype,
+                height=SIZE_PX,
+                width=SIZE_PX,
+                num_frames=NUM_FRAMES,
+                references=None if paths is None else [paths[i] for i in chosen],
+            )
+            cosine_NB = _comparable_cosines(made.trace)
+            for row, i in enumerate(batch):
+                yield Made(
+                    asked=asked[i],
+                    frames_thw3=np.asarray(made.frames[row]),
+                    cosine_N=cosine_NB[:, row],
+                    evaluations=float(made.parameters[row]["evaluations"]),
+                    parameters=made.parameters[row],
+                )
+
+
+def _batches(asked: Sequence[Asked], size: int) -> list[list[int]]:
+    """Returns indices in batches whose seeds follow each other, as the samples of a pipeline's batch do."""
+    batches: list[list[int]] = []
+    for i, one in enumerate(asked):
+        if batches and len(batches[-1]) < size and one.seed == asked[i - 1].seed + 1:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _comparable_cosines(trace: Trace | None) -> Float[np.ndarray, "N B"]:
+    """Returns the cosines without those of samples that had leapt to their end before."""
+    if trace is None:
+        raise ValueError("the clip has no trace; expected one that was sampled, not decoded from latents.")
+    leapt_NB = np.asarray(trace.leapt_NB)
+    ended_NB = np.cumsum(leapt_NB, axis=0) - leapt_NB > 0
+    return np.where(ended_NB, np.nan, np.asarray(trace.cosine_NB)).astype(np.float32)
+
+
+@contextlib.contextmanager
+def _reference_files(first_frames: Sequence[Frames] | None, num: int) -> Iterator[list[str] | None]:
+    """Yields the paths of the images as files, for as long as they are needed."""
+    if first_frames is None:
+        yield None
+        return
+    if len(first_frames) != num:
+        raise ValueError(f"{len(first_frames)} first frames for {num} captions; expected as many.")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [str(Path(folder) / f"{i}.png") for i in range(num)]
+        for path, frame_1hw3 in zip(paths, first_frames, strict=True):
+            Image.fromarray(frame_1hw3[0]).save(path)
+        yield paths
+
+
+def _joined(scenes: Sequence[Scenes]) -> Scenes:
+    return jax.tree.map(lambda *fields: np.concatenate(fields), *scenes)

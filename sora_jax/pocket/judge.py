@@ -1,157 +1,279 @@
-"""Scores of clips against what was asked for, and the command that prints them.
+"""The command that judges clips: ``python -m sora_jax.pocket.judge [MODEL_DIR] --captions 200 --seed 0``.
 
-Invariant: only what a caption names is scored; an attribute that could not be measured counts as wrong.  What a clip
-shows is ``sora_jax.pocket.measure``'s work.
+Clips are rendered (``--real``: how good the judge itself is), coded and decoded (``--codec``), made from captions
+(``--captions``) or from captions and a first frame (``--given-frame``); each kind has its tables, all go to one JSON file.
+Invariant: for one seed all kinds are about the same scenes.  Measuring, scoring and making clips is done elsewhere.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float
+from tqdm import tqdm
 
+from sora_jax import files
+from sora_jax.cli import describe
+from sora_jax.pocket import faithfulness
+from sora_jax.pocket.faithfulness import Asked, Made, ModelPath, Sampling
 from sora_jax.pocket.measure import Measurement, measure
-from sora_jax.pocket.scenes import Scenes, all_frames, render_uint8, sample_scenes
+from sora_jax.pocket.scores import Attributes, Pair, Rate, confusions, confusions_text, kept, rates_text, score
 from sora_jax.pocket.world import ATTRIBUTES
 
-__all__ = ["Rate", "confusion", "main", "measure", "score"]
+__all__ = ["judge_captions", "judge_codec", "judge_given_frames", "judge_real", "main", "measure", "score"]
 
-Asked = Mapping[str, str]
-_FOUR = ("colour", "background", "shape", "motion")
-_BATCH = 16  # clips rendered at a time
+PAIRS_SHARE = 0.25  # pairs of a slow and a fast clip for each caption, unless given
+_BAND = (0.05, 0.95)  # quantiles between which the band of cosines lies
+_PER_CLIP = {"prompt", "caption", "seed", "references", "mask_strategy", "evaluations"}
+_VERSIONS = ("sora_jax", "jax", "device")
 
-
-@dataclasses.dataclass(frozen=True)
-class Rate:
-    """So many of so many."""
-
-    count: int
-    total: int
-
-    @property
-    def share(self) -> float:
-        """Share in 0..1; NaN of nothing."""
-        return self.count / self.total if self.total else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % interval of the share.
-
-        Source: E. B. Wilson, JASA 22 (1927) 209.
-        """
-        if not self.total:
-            return math.nan, math.nan
-        z2 = 1.96**2 / self.total
-        middle = (self.share + z2 / 2) / (1 + z2)
-        half = math.sqrt(self.share * (1 - self.share) * z2 + z2**2 / 4) / (1 + z2)
-        return max(middle - half, 0.0), min(middle + half, 1.0)
+Item = TypeVar("Item")
 
 
-def score(measurements: Sequence[Measurement], asked: Sequence[Asked]) -> dict[str, Rate]:
-    """Returns the rates by name.
+def judge_real(num: int, *, seed: int, shuffle: bool = False) -> dict[str, Any]:
+    """Returns the tables of rendered clips, scored against all attributes of their scenes, JSON-ready."""
+    asked = faithfulness.captions(num, seed=seed)
+    seen = [measure(clip) for clip in _watched(faithfulness.rendered(asked), num, "real")]
+    return _tables(seen, _ask(_all_attributes(asked), seed, shuffle))
 
-    Each attribute: right among the clips that were asked for it.  ``all four``: colour, background, shape and motion.
-    ``swapped``: object and background in each other's colour.  ``slow < fast``: of the first slow and the first fast clip of
-    a motion, the second ones and so on, the pairs in which the slow one is slower.
 
-    Raises:
-      ValueError: the two sequences differ in length.
+def judge_codec(model: ModelPath, num: int, *, seed: int, dtype: str | None = None, shuffle: bool = False) -> dict[str, Any]:
+    """Returns the tables of rendered clips that went through the codec, and its PSNR in dB (of 8-bit levels).
+
+    ``psnr_db`` is that of the mean squared error of all clips; ``psnr_worst_clip_db`` that of the worst clip.
     """
-    if len(measurements) != len(asked):
-        raise ValueError(f"{len(measurements)} measurements for {len(asked)} captions; expected as many.")
-    clips = list(zip(measurements, asked, strict=True))
-    rates = {name: _rate([getattr(seen, name) == ask[name] for seen, ask in clips if name in ask]) for name in ATTRIBUTES}
-    complete = [(seen, ask) for seen, ask in clips if all(name in ask for name in _FOUR)]
-    rates["all four"] = _rate([all(getattr(seen, name) == ask[name] for name in _FOUR) for seen, ask in complete])
-    coloured = [(seen, ask) for seen, ask in clips if "colour" in ask and "background" in ask]
-    rates["swapped"] = _rate([(seen.colour, seen.background) == (ask["background"], ask["colour"]) for seen, ask in coloured])
-    rates["slow < fast"] = _rate(_slower(clips))
-    return rates
+    asked = faithfulness.captions(num, seed=seed)
+    seen, errors = [], []
+    for clip, coded in _watched(faithfulness.reconstructed(model, asked, dtype=dtype), num, "codec"):
+        errors.append(float(np.mean((clip.astype(np.float32) - coded) ** 2)))
+        seen.append(measure(coded))
+    fidelity = {"psnr_db": _psnr(float(np.mean(errors))), "psnr_worst_clip_db": _psnr(max(errors))}
+    return fidelity | _tables(seen, _ask(_all_attributes(asked), seed, shuffle))
 
 
-def _rate(outcomes: Sequence[bool]) -> Rate:
-    return Rate(sum(outcomes), len(outcomes))
+def judge_captions(
+    model: ModelPath,
+    num: int,
+    *,
+    seed: int,
+    sampling: Sampling = faithfulness.MODEL_DEFAULTS,
+    num_pairs: int | None = None,
+    cosines: bool = False,
+    shuffle: bool = False,
+) -> dict[str, Any]:
+    """Returns the tables of clips made from captions of unseen combinations, and how they were made, JSON-ready.
+
+    ``num_pairs`` slow and fast clips that share caption and noise (a quarter of ``num`` if None) are made besides.
+    """
+    began = time.perf_counter()
+    made = list(_watched(faithfulness.clips(model, faithfulness.captions(num, seed=seed), sampling), num, "captions"))
+    seconds = time.perf_counter() - began
+    seen = [measure(one.frames_thw3) for one in made]
+    pairs = _paired(model, math.ceil(num * PAIRS_SHARE) if num_pairs is None else num_pairs, seed, sampling)
+    tables = _tables(seen, _ask([one.asked.attributes for one in made], seed, shuffle), pairs=pairs)
+    result = _made_by(made) | {"seconds": round(seconds, 1)} | tables
+    return result | ({"cosines": _cosine_band(made)} if cosines else {})
 
 
-def _slower(clips: Sequence[tuple[Measurement, Asked]]) -> list[bool]:
-    paces: dict[tuple[str, str], list[float]] = {}
-    for seen, ask in clips:
-        if "motion" in ask and "speed" in ask:
-            paces.setdefault((ask["motion"], ask["speed"]), []).append(seen.pace)
-    motions = ATTRIBUTES["motion"]
-    pairs = (zip(paces.get((motion, "slow"), ()), paces.get((motion, "fast"), ()), strict=False) for motion in motions)
-    return [slow < fast for motion in pairs for slow, fast in motion]
+def judge_given_frames(
+    model: ModelPath,
+    num: int,
+    *,
+    seed: int,
+    sampling: Sampling = faithfulness.MODEL_DEFAULTS,
+    shuffle: bool = False,
+) -> dict[str, Any]:
+    """Returns the tables of clips made from captions and the first frame of a rendered clip each, JSON-ready."""
+    asked = faithfulness.captions(num, seed=seed)
+    frames = [clip[:1] for clip in faithfulness.rendered(asked)]
+    made = list(_watched(faithfulness.clips(model, asked, sampling, first_frames=frames), num, "given frame"))
+    seen = [measure(one.frames_thw3) for one in made]
+    # What the frame shows is asked for even where the caption does not name it.
+    shown = [{**one.attributes, "shading": one.scene.attributes(0)["shading"]} for one in asked]
+    start_px = np.array([[float(one.scene.x_px[0]), float(one.scene.y_px[0])] for one in asked])
+    order = _order(num, seed, shuffle)
+    wanted = [shown[i] for i in order]
+    return _made_by(made) | _tables(seen, wanted, further=kept(seen, wanted, start_px[order]))
 
 
-def confusion(measurements: Sequence[Measurement], asked: Sequence[Asked], attribute: str) -> Int[np.ndarray, "asked seen"]:
-    """Returns how often each asked word (rows) was seen as each word (columns; the last one: not to be measured)."""
-    names = ATTRIBUTES[attribute]
-    counts = np.zeros((len(names), len(names) + 1), int)
-    for seen, ask in zip(measurements, asked, strict=True):
-        if attribute in ask:
-            value = getattr(seen, attribute)
-            counts[names.index(ask[attribute]), names.index(value) if value else -1] += 1
-    return counts
+def _paired(model: ModelPath, num: int, seed: int, sampling: Sampling) -> list[Pair]:
+    if not num:
+        return []
+    slow, fast = faithfulness.speed_pairs(num, seed=seed)
+    made = _watched(faithfulness.clips(model, [*slow, *fast], sampling), 2 * num, "pairs")
+    seen = [measure(one.frames_thw3) for one in made]
+    return list(zip(seen[:num], seen[num:], strict=True))
 
 
-def report(measurements: Sequence[Measurement], asked: Sequence[Asked]) -> str:
-    """Returns the rates and the confusion tables as text."""
-    lines = [f"{'':14}{'share':>7}  95 % interval   count"]
-    for name, rate in score(measurements, asked).items():
-        low, high = rate.interval
-        lines.append(f"{name:14}{rate.share:7.3f}   {low:.3f} .. {high:.3f}   {rate.count} of {rate.total}")
-    for name, words in ATTRIBUTES.items():
-        lines += [
-            "",
-            f"{name}: asked (rows), seen (columns)",
-            " " * 12 + "".join(f"{word[:8]:>9}" for word in (*words, "none")),
-        ]
-        rows = zip(words, confusion(measurements, asked, name), strict=True)
-        lines += [f"{word:12}" + "".join(f"{count:9d}" for count in row) for word, row in rows]
-    return "\n".join(lines)
+def _all_attributes(asked: Sequence[Asked]) -> list[Attributes]:
+    return [one.scene.attributes(0) for one in asked]
 
 
-def as_json(measurements: Sequence[Measurement], asked: Sequence[Asked]) -> dict[str, object]:
-    """Returns the rates, their intervals and the confusion tables as JSON-ready values."""
-    rates = score(measurements, asked)
+def _ask(attributes: Sequence[Attributes], seed: int, shuffle: bool) -> list[Attributes]:
+    return [attributes[i] for i in _order(len(attributes), seed, shuffle)]
+
+
+def _order(num: int, seed: int, shuffle: bool) -> list[int]:
+    return np.random.default_rng([seed, 11]).permutation(num).tolist() if shuffle else list(range(num))
+
+
+def _tables(
+    seen: Sequence[Measurement],
+    asked: Sequence[Attributes],
+    *,
+    pairs: Sequence[Pair] | None = None,
+    further: Mapping[str, Rate] | None = None,
+) -> dict[str, Any]:
+    rates = score(seen, asked, pairs=pairs) | dict(further or {})
     return {
-        "rates": {k: {"count": v.count, "total": v.total, "share": v.share if v.total else None} for k, v in rates.items()},
-        "intervals": {k: v.interval if v.total else None for k, v in rates.items()},
-        "confusion": {
-            name: {"words": [*words, "none"], "counts": confusion(measurements, asked, name).tolist()}
-            for name, words in ATTRIBUTES.items()
-        },
+        "clips": len(seen),
+        "rates": {name: rate.to_dict() for name, rate in rates.items()},
+        "confusion": confusions(seen, asked),
     }
 
 
-def measure_real(scenes: Scenes) -> list[Measurement]:
-    """Returns the measurements of rendered clips: the judge's own accuracy."""
-    batches = (scenes[i : i + _BATCH] for i in range(0, len(scenes), _BATCH))
-    return [measure(clip) for batch in batches for clip in np.asarray(render_uint8(batch, all_frames()))]
+def _made_by(made: Sequence[Made]) -> dict[str, Any]:
+    """Returns model, settings and versions, which all clips share, and the velocity evaluations of a clip."""
+    parameters = {name: value for name, value in made[0].parameters.items() if name not in _PER_CLIP}
+    evaluations = [one.evaluations for one in made]
+    return {
+        "model": parameters.pop("model"),
+        "versions": {name: parameters.pop(name) for name in _VERSIONS},
+        "settings": parameters,
+        "evaluations": {"mean": float(np.mean(evaluations)), "min": min(evaluations), "max": max(evaluations)},
+    }
+
+
+def _cosine_band(made: Sequence[Made]) -> dict[str, list[float | None]]:
+    """Returns mean and band of the cosine of each step's velocity and the one before; None where no clip has one."""
+    steps = max(len(one.cosine_N) for one in made)
+    cosine_BN = np.full((len(made), steps), np.nan, np.float32)
+    for row, one in zip(cosine_BN, made, strict=True):
+        row[: len(one.cosine_N)] = one.cosine_N
+    columns = [column[np.isfinite(column)] for column in cosine_BN.T]
+    return {
+        "mean": [_number(column, np.mean) for column in columns],
+        "low": [_number(column, lambda values: np.quantile(values, _BAND[0])) for column in columns],
+        "high": [_number(column, lambda values: np.quantile(values, _BAND[1])) for column in columns],
+    }
+
+
+def _number(values: Float[np.ndarray, " n"], statistic: Callable[[np.ndarray], Any]) -> float | None:
+    return round(float(statistic(values)), 6) if len(values) else None
+
+
+def _psnr(mse: float) -> float:
+    return round(10 * math.log10(255**2 / max(mse, 1e-9)), 3)
+
+
+def _watched(items: Iterable[Item], total: int, name: str) -> Iterable[Item]:
+    """Returns the items behind a progress bar, which a file or a pipe does not get."""
+    return tqdm(items, total=total, desc=name, unit="clip", disable=None, leave=False)
+
+
+def text(title: str, tables: Mapping[str, Any]) -> str:
+    """Returns the tables of one kind of clips for people."""
+    lines = [f"== {title}: {tables['clips']} clips"]
+    if "settings" in tables:
+        shown = ", ".join(f"{name} {value}" for name, value in tables["settings"].items() if value is not None)
+        lines += [f"model {tables['model']}; {shown}", f"evaluations: {tables['evaluations']['mean']:.2f} a clip"]
+    if "psnr_db" in tables:
+        lines.append(f"PSNR {tables['psnr_db']:.2f} dB, worst clip {tables['psnr_worst_clip_db']:.2f} dB")
+    rates = {name: Rate(one["count"], one["total"]) for name, one in tables["rates"].items()}
+    lines += ["", rates_text(rates), "", confusions_text(tables["confusion"])]
+    if "cosines" in tables:
+        lines += ["", "cosine of a step's velocity and the one before: step, mean, 5 % .. 95 % of clips"]
+        rows = zip(*(tables["cosines"][name] for name in ("mean", "low", "high")), strict=True)
+        lines += [f"{i:4d} {row[0]:9.5f}   {row[1]:.5f} .. {row[2]:.5f}" for i, row in enumerate(rows) if row[0] is not None]
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs ``python -m sora_jax.pocket.judge``."""
-    parser = argparse.ArgumentParser(prog="python -m sora_jax.pocket.judge", description=__doc__.splitlines()[0])
-    parser.add_argument("--real", type=int, required=True, metavar="N", help="judge N rendered clips of unseen combinations")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the clips (default 0)")
-    parser.add_argument("--shuffle", action="store_true", help="score every clip against another one's caption: chance level")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables there as well")
+    """Runs ``python -m sora_jax.pocket.judge``; exits with 2 and one line where the arguments or the model are bad."""
+    parser = _parser()
     options = parser.parse_args(arguments)
-    rng = np.random.default_rng(options.seed)
-    scenes = sample_scenes(rng, options.real, split="unseen")
-    asked = [scenes.attributes(i) for i in range(len(scenes))]
-    if options.shuffle:
-        asked = [asked[i] for i in rng.permutation(len(asked))]
-    measurements = measure_real(scenes)
-    sys.stdout.write(report(measurements, asked) + "\n")
-    if options.json:
-        options.json.write_text(json.dumps(as_json(measurements, asked), indent=1) + "\n")
+    if not any((options.real, options.codec, options.captions, options.given_frame)):
+        parser.error("nothing to judge; give --captions N, --given-frame N, --codec N or --real N.")
+    if options.json and not options.json.absolute().parent.is_dir():
+        parser.error(f"the folder of {options.json} does not exist; create it first.")
+    report: dict[str, Any] = {"seed": options.seed, "shuffled": options.shuffle, "attributes": list(ATTRIBUTES)}
+    try:
+        for name, tables in _parts(options):
+            report[name] = tables
+            sys.stdout.write(text(name.replace("_", " "), tables) + "\n")
+        if options.json:
+            files.write_text(options.json, json.dumps(report, indent=1) + "\n", overwrite=True)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {describe(error)}\n")
+
+
+def _parts(options: argparse.Namespace) -> Iterable[tuple[str, dict[str, Any]]]:
+    seed, shuffle, model = options.seed, options.shuffle, options.model
+    sampling = Sampling(
+        num_steps=options.steps,
+        guidance=options.guidance,
+        leap=options.leap,
+        merge_steps=options.merge_steps,
+        dtype=options.dtype,
+    )
+    if options.real:
+        yield "real", judge_real(options.real, seed=seed, shuffle=shuffle)
+    if options.codec:
+        yield "codec", judge_codec(model, options.codec, seed=seed, dtype=options.dtype, shuffle=shuffle)
+    if options.captions:
+        yield (
+            "captions",
+            judge_captions(
+                model,
+                options.captions,
+                seed=seed,
+                sampling=sampling,
+                num_pairs=options.pairs,
+                cosines=options.cosines,
+                shuffle=shuffle,
+            ),
+        )
+    if options.given_frame:
+        yield "given_frame", judge_given_frames(model, options.given_frame, seed=seed, sampling=sampling, shuffle=shuffle)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sora_jax.pocket.judge", description=__doc__.splitlines()[0])
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path, nargs="?", help="default: the embedded model")
+    what = parser.add_argument_group("what is judged (unseen combinations)")
+    what.add_argument("--captions", type=_count, default=0, metavar="N", help="N clips made from captions")
+    what.add_argument("--pairs", type=_count, metavar="N", help="of --captions: slow and fast clips besides (default: N / 4)")
+    what.add_argument("--cosines", action="store_true", help="of --captions: cosines of consecutive velocities by step")
+    what.add_argument("--given-frame", type=_count, default=0, metavar="N", help="N clips made from a caption and a frame")
+    what.add_argument("--codec", type=_count, default=0, metavar="N", help="N rendered clips through the codec")
+    what.add_argument("--real", type=_count, default=0, metavar="N", help="N rendered clips: the judge's own accuracy")
+    what.add_argument("--seed", type=_count, default=0, metavar="S", help="of captions, scenes and noise (default 0)")
+    what.add_argument("--shuffle", action="store_true", help="score every clip against another one's caption: chance level")
+    what.add_argument("--json", type=Path, metavar="FILE", help="write the tables there as well, replacing the file")
+    how = parser.add_argument_group("how clips are made (defaults are the model's)")
+    how.add_argument("--steps", type=int, metavar="N", help="sampling steps")
+    how.add_argument("--guidance", type=float, metavar="G", help="weight of the caption")
+    how.add_argument("--leap", type=_leap, metavar="off|N|dynamic|released", help="linear proportional leap")
+    how.add_argument("--merge-steps", type=int, metavar="K", help="first steps with merged temporal tokens")
+    how.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
+    return parser
+
+
+def _count(given: str) -> int:
+    number = int(given)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{given} is negative; expected 0 or more")
+    return number
+
+
+def _leap(given: str) -> int | str:
+    return int(given) if given.isdigit() else given
 
 
 if __name__ == "__main__":

@@ -7,16 +7,22 @@ interruptions.
 """
 
 import argparse
+import json
 import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
+import sora_jax
 from sora_jax.checkpoint import save_network
 from sora_jax.config import pocket
 from sora_jax.network_writer import update_model_file
 from sora_jax.pocket import faithfulness, train_codec, train_flow, train_text
 from sora_jax.pocket.fit import Params, fit
-from sora_jax.pocket.judge import score
 from sora_jax.pocket.measure import measure
+from sora_jax.pocket.scores import score
 from sora_jax.pocket.vocabulary import write_tokenizer
 from sora_jax.pocket.world import FPS, NUM_FRAMES, SIZE_PX
 from sora_jax.tokenizer import Tokenizer
@@ -27,15 +33,17 @@ TRAINING_SEED = 1_000_000  # of the captions that watch training, apart from tho
 
 def codec_stages(args: argparse.Namespace) -> Params:
     """Returns the complete codec: both autoencoders and the statistics of its latents."""
-    stage = train_codec.spatial_stage(pocket.vae, num_steps=args.spatial_steps, batch_size=16, seed=args.seed)
+    stage = train_codec.spatial_stage(pocket.vae, num_steps=args.spatial_steps, batch_size=args.spatial_batch, seed=args.seed)
     spatial = train_codec.unit_variance(fit(stage, args.work, seed=args.seed), pocket.vae, seed=args.seed)
-    stage = train_codec.temporal_stage(pocket.vae, spatial, num_steps=args.temporal_steps, batch_size=8, seed=args.seed)
+    stage = train_codec.temporal_stage(
+        pocket.vae, spatial, num_steps=args.temporal_steps, batch_size=args.temporal_batch, seed=args.seed
+    )
     return train_codec.with_stats(spatial | fit(stage, args.work, seed=args.seed), pocket.vae, seed=args.seed)
 
 
 def text_encoder(args: argparse.Namespace, tokenizer: Tokenizer) -> Params:
     """Returns the complete text encoder."""
-    stage = train_text.text_stage(pocket.t5, tokenizer, num_steps=args.text_steps, batch_size=128, seed=args.seed)
+    stage = train_text.text_stage(pocket.t5, tokenizer, num_steps=args.text_steps, batch_size=args.text_batch, seed=args.seed)
     return train_text.encoder_params(fit(stage, args.work, seed=args.seed))
 
 
@@ -45,7 +53,7 @@ def transformer(args: argparse.Namespace, model: Path, codec: Params, text: Para
     def evaluate(params: Params) -> dict[str, float]:
         save_network(model, "stdit3", pocket.stdit3, params, dtype=args.dtype, overwrite=True)
         asked = faithfulness.captions(args.judged, seed=TRAINING_SEED)
-        seen = [measure(clip) for _, clip in faithfulness.clips(model, asked)]
+        seen = [measure(made.frames_thw3) for made in faithfulness.clips(model, asked)]
         return {name: rate.share for name, rate in score(seen, [one.attributes for one in asked]).items()}
 
     clips = train_flow.cache_clips(codec, pocket, args.work / "latents", num_clips=args.clips, seed=args.seed)
@@ -63,22 +71,43 @@ def transformer(args: argparse.Namespace, model: Path, codec: Params, text: Para
     return fit(stage, args.work, seed=args.seed)
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the arguments of the command; they and the code are the whole recipe."""
     parser = argparse.ArgumentParser(prog="python -m sora_jax.pocket.train", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("training"), help="folder of checkpoints, reports and the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="stored dtype of the model")
     parser.add_argument("--spatial-steps", type=int, default=2400)
+    parser.add_argument("--spatial-batch", type=int, default=16, help="frames in one step of the spatial autoencoder")
     parser.add_argument("--temporal-steps", type=int, default=900)
+    parser.add_argument("--temporal-batch", type=int, default=8, help="chunks in one step of the temporal autoencoder")
     parser.add_argument("--text-steps", type=int, default=1000)
-    parser.add_argument("--clips", type=int, default=4096, help="clips in the cache of latents")
-    parser.add_argument("--flow-steps", type=int, default=20000)
+    parser.add_argument("--text-batch", type=int, default=128, help="captions in one step of the text encoder")
+    parser.add_argument("--clips", type=int, default=2048, help="clips in the cache of latents")
+    parser.add_argument("--flow-steps", type=int, default=2800)
     parser.add_argument("--batch", type=int, default=32, help="clips in one step of the transformer")
     parser.add_argument("--judge-every", type=int, default=500, help="steps of the transformer between evaluations")
     parser.add_argument("--judged", type=int, default=48, help="captions in one evaluation")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    return parser.parse_args(arguments)
 
+
+def record_run(args: argparse.Namespace) -> None:
+    """Adds a line to ``runs.jsonl`` in the work folder: arguments, versions and device of one start."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    arguments = {name: value for name, value in vars(args).items() if name != "work"}
+    machine = {"device": jax.devices()[0].device_kind, "cpus": os.cpu_count()}
+    line = {"arguments": arguments, "sora_jax": sora_jax.__version__, "jax": jax.__version__, **machine}
+    with (args.work / "runs.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    """Runs ``python -m sora_jax.pocket.train``."""
+    args = parse()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file
+
+    record_run(args)
     model = args.work / "model"
     model.mkdir(parents=True, exist_ok=True)
     write_tokenizer(model / "tokenizer.json")

@@ -1,0 +1,200 @@
+"""What the training of the pocket model took: ``python benchmarks/pocket_report.py --work training``.
+
+Reads the reports that training wrote (one JSON line each in ``<stage>.jsonl``), the arguments of its starts
+(``runs.jsonl``) and the manifests of its model, and writes ``benchmarks/results/pocket_training.json``: settings of every
+stage, time, loss and scores over time.  Invariant: every number comes from a file or from the training code; none is typed
+in.  Cost: seconds, no network is run.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from sora_jax.config import pocket
+from sora_jax.model_directory import open_network, present_networks
+from sora_jax.pocket import train, train_codec, train_flow, train_text, world
+from sora_jax.pocket.fit import Stage
+from sora_jax.pocket.train_flow import Clips
+
+RESULTS = Path(__file__).parent / "results" / "pocket_training.json"
+STAGES: dict[str, ModuleType] = {"spatial": train_codec, "temporal": train_codec, "text": train_text, "flow": train_flow}
+POINTS = 40  # of a loss curve
+RATE_POINTS = 9  # of a learning rate's curve
+BEST_BY = ("all four", "motion", "shape")  # the best checkpoint by the first of these scores; the next ones decide ties
+_CLOCK = ("step", "of", "seconds", "step_s", "remaining_s")
+_RATES = ("learning_rate", "adam_rate")
+
+
+def report(work: Path) -> dict[str, Any]:
+    """Returns everything about the training in a folder, JSON-ready.
+
+    Raises:
+      FileNotFoundError: no stage has reported anything there.
+    """
+    curves = {name: read_lines(work / f"{name}.jsonl") for name in STAGES}
+    if not any(curves.values()):
+        raise FileNotFoundError(f"{work} has no reports; expected one of {', '.join(f'{name}.jsonl' for name in STAGES)}.")
+    runs = read_lines(work / "runs.jsonl")
+    arguments = {**vars(train.parse([])), **(runs[-1]["arguments"] if runs else {})}
+    arguments |= {f"{name}_steps": lines[-1]["of"] for name, lines in curves.items() if lines}
+    settings = stage_settings(argparse.Namespace(**arguments))
+    stages = {name: stage_report(curves[name], settings[name], STAGES[name]) for name in STAGES if curves[name]}
+    return {
+        "commit": _commit(),
+        "arguments": {name: value for name, value in arguments.items() if name != "work"},
+        "arguments_from": "runs.jsonl" if runs else "the command's defaults",
+        "starts": [{name: value for name, value in run.items() if name != "arguments"} for run in runs],
+        "world": _constants(world),
+        "seconds": round(sum(stage["seconds"] for stage in stages.values())),
+        "stages": stages,
+        "model": model_report(work / "model"),
+    }
+
+
+def stage_report(lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], module: ModuleType) -> dict[str, Any]:
+    """Returns settings, time, loss and scores of one stage; scores that nothing was asked for are None."""
+    rows = timeline(lines)
+    losses = [row for row in rows if "loss" in row]
+    scores = [row for row in rows if "loss" not in row]
+    result = {
+        "steps": lines[-1]["of"],
+        "steps_done": rows[-1]["step"],
+        "seconds": round(max(row["seconds"] for row in rows)),
+        "settings": dict(settings),
+        "constants": _constants(module),
+        "loss": columns(thinned(losses, POINTS)),
+        "scores": columns(scores),
+    }
+    judged = [row for row in scores if all(isinstance(row.get(name), float) for name in BEST_BY)]
+    if judged:
+        result["best"] = max(judged, key=lambda row: [row[name] for name in BEST_BY])
+    return result
+
+
+def timeline(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the lines by step, with ``seconds`` counted over all starts.
+
+    The clock of a start begins at 0.  Steps that were repeated after a checkpoint count twice in the time, once in the rows.
+    """
+    before, last = 0.0, 0.0
+    rows: dict[tuple[int, bool], dict[str, Any]] = {}
+    for line in lines:
+        if line["seconds"] < last:
+            before += last
+        last = line["seconds"]
+        values = {name: _finite(value) for name, value in line.items() if name not in _CLOCK}
+        rows[line["step"], "loss" in line] = {"step": line["step"], "seconds": round(before + last, 1), **values}
+    return sorted(rows.values(), key=lambda row: row["step"])
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Returns rows as columns, which take less room."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def thinned(rows: Sequence[Any], num: int) -> list[Any]:
+    """Returns at most ``num`` rows at equal distances, the first and the last among them."""
+    if len(rows) <= num:
+        return list(rows)
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, num).round().astype(int)]
+
+
+def stage_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Returns the settings of every stage, as the training code makes them from the arguments."""
+    no_clips = Clips(np.empty(0), np.empty(0), [])
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = train_text.shipped_tokenizer(Path(folder) / "tokenizer.json")
+    spatial = {"num_steps": args.spatial_steps, "batch_size": args.spatial_batch, "seed": args.seed}
+    temporal = {"num_steps": args.temporal_steps, "batch_size": args.temporal_batch, "seed": args.seed}
+    text = {"num_steps": args.text_steps, "batch_size": args.text_batch, "seed": args.seed}
+    flow = {"num_steps": args.flow_steps, "batch_size": args.batch, "seed": args.seed}
+    judged = {"evaluate": lambda params: {}, "evaluate_every": args.judge_every}
+    stages = {
+        "spatial": (train_codec.spatial_stage(pocket.vae, **spatial), spatial),
+        "temporal": (train_codec.temporal_stage(pocket.vae, {}, **temporal), temporal),
+        "text": (train_text.text_stage(pocket.t5, tokenizer, **text), text),
+        "flow": (train_flow.flow_stage(pocket, no_clips, {}, tokenizer, **flow, **judged), flow),
+    }
+    return {name: _described(stage) | {"batch": given["batch_size"]} for name, (stage, given) in stages.items()}
+
+
+def _described(stage: Stage) -> dict[str, Any]:
+    """Returns the numbers of a stage and its rates at a few steps; a rate that is None is the learning rate."""
+    values = {field.name: getattr(stage, field.name) for field in dataclasses.fields(stage)}
+    steps = np.linspace(0, stage.num_steps - 1, RATE_POINTS).round().astype(int).tolist()
+    rates = {
+        name: {"step": steps, "rate": [float(f"{float(values[name](step)):.4g}") for step in steps]}
+        for name in _RATES
+        if values[name] is not None
+    }
+    return {name: value for name, value in values.items() if isinstance(value, int | float)} | rates
+
+
+def model_report(directory: Path) -> dict[str, Any]:
+    """Returns parameters, bytes and stored dtype of each network that the folder holds."""
+    networks = {}
+    for network in present_networks(directory):
+        manifest = open_network(directory, network)
+        stored = manifest.parameters.values()
+        networks[network] = {
+            "dtype": manifest.dtype,
+            "parameters": sum(math.prod(one.shape) for one in stored),
+            "bytes": sum(one.nbytes for one in stored),
+        }
+    return networks
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file of JSON lines; none where there is no file, nor of a last line still being written."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _constants(module: ModuleType) -> dict[str, Any]:
+    public = {name: value for name, value in vars(module).items() if name.isupper() and not name.startswith("_")}
+    return {name: value for name, value in public.items() if isinstance(value, int | float | tuple)}
+
+
+def compact(value: Any) -> str:
+    """Returns indented JSON in which lists of numbers and words are one line each."""
+    flat_list = re.compile(r"\[\s+([^\[\]{}]+?)\s+\]")
+    return flat_list.sub(lambda match: f"[{' '.join(match[1].split())}]", json.dumps(value, indent=1)) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the report and prints a line for each stage."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("training"), help="folder that training worked in")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"file to write (default {RESULTS.name} in results)")
+    options = parser.parse_args(arguments)
+    made = report(options.work)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(compact(made))
+    for name, stage in made["stages"].items():
+        last = {score: values[-1] for score, values in stage["scores"].items() if score not in _CLOCK}
+        print(f"{name}: {stage['steps_done']} of {stage['steps']} steps, {stage['seconds'] / 60:.1f} min, {last}")
+
+
+if __name__ == "__main__":
+    main()
