@@ -84,7 +84,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text-steps", type=int, default=1000)
     parser.add_argument("--text-batch", type=int, default=128, help="captions in one step of the text encoder")
     parser.add_argument("--clips", type=int, default=2048, help="clips in the cache of latents")
-    parser.add_argument("--flow-steps", type=int, default=2800)
+    parser.add_argument("--flow-steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32, help="clips in one step of the transformer")
     parser.add_argument("--judge-every", type=int, default=500, help="steps of the transformer between evaluations")
     parser.add_argument("--judged", type=int, default=48, help="captions in one evaluation")

@@ -33,7 +33,6 @@ NUM_FRAMES = 34
 IMAGE_FPS = 120  # what Open-Sora tells the model about single images
 SHARD = 64  # clips a file of the cache
 CAPTION_DROP = 0.1
-FAST_FROM = 1000  # step from which matrices learn 2.5 times faster
 MASKED_SHARE = 0.15  # samples whose first latent frames are given, for image-to-video and extension
 _REVERSED = {"left": "right", "right": "left", "up": "down", "down": "up", "grow": "shrink", "shrink": "grow", "still": "still"}
 
@@ -189,8 +188,7 @@ def flow_stage(
         batch=batch,
         loss=loss,
         learning_rate=_rate(num_steps),
-        adam_rate=lambda step: jnp.minimum(_rate(num_steps)(step), 2e-3),
-        average=0.99,
+        average=0.995,
         evaluate=evaluate,
         evaluate_every=evaluate_every,
         save_every=250,
@@ -198,14 +196,10 @@ def flow_stage(
 
 
 def _rate(num_steps: int) -> optax.Schedule:
-    """Returns Muon's rate: a slow start, a fast middle, and a linear decay over the last fifth."""
+    """Returns the learning rate: constant after a warm-up, then a linear decay over the last fifth."""
     decay = num_steps // 5
-    parts = [
-        optax.warmup_constant_schedule(0.0, 2e-3, 200),
-        optax.constant_schedule(5e-3),
-        optax.linear_schedule(5e-3, 1e-4, decay),
-    ]
-    return optax.join_schedules(parts, [FAST_FROM, num_steps - decay])
+    parts = [optax.warmup_constant_schedule(0.0, 2e-3, 200), optax.linear_schedule(2e-3, 2e-5, decay)]
+    return optax.join_schedules(parts, [num_steps - decay])
 
 
 def _given_frames(rng: np.random.Generator, num: int, num_latents: int) -> np.ndarray:
