@@ -61,7 +61,7 @@ def precision_of(dtype: DTypeLike) -> jax.lax.Precision | None:
     Accelerators would silently round float32 operands (TF32, bfloat16); ``jax.default_matmul_precision`` is the way to
     choose that.
     """
-    chosen = jax.config.jax_default_matmul_precision is not None
+    chosen = jax.config.jax_default_matmul_precision is not None  # type: ignore[attr-defined]  # defined at run time
     return None if chosen or dtype != jnp.float32 else jax.lax.Precision.HIGHEST
 
 
@@ -82,6 +82,11 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
         return normed.astype(x.dtype) * lifted(self.scale[...], x.ndim).astype(x.dtype)
+
+
+def gelu(x: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
+    """Returns the GELU in its tanh approximation, computed in float32; in bfloat16 a CPU would round after every step."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
 def layer_norm(x: Float[Array, "*batch D"], *, epsilon: float) -> Float[Array, "*batch D"]:

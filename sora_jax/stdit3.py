@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 from sora_jax import merging
 from sora_jax.config import FLOAT32, DTypePolicy, STDiT3Config
-from sora_jax.layers import Linear, RMSNorm, attention, layer_norm, lifted, linear
+from sora_jax.layers import Linear, RMSNorm, attention, gelu, layer_norm, lifted, linear
 from sora_jax.positions import SINUSOID_SIZE, position_embedding, rotate, sinusoid
 
 NORM_EPSILON = 1e-6
@@ -230,7 +230,7 @@ class CaptionEmbedder(nnx.Module):
 
     def __call__(self, caption_BLE: Float[Array, "B L E"]) -> Float[Array, "B L D"]:
         """Returns text features at the model's width."""
-        return self.fc2(jax.nn.gelu(self.fc1(caption_BLE), approximate=True))
+        return self.fc2(gelu(self.fc1(caption_BLE)))
 
 
 class STDiT3Block(nnx.Module):
@@ -373,7 +373,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTSD: Float[Array, "B T S D"]) -> Float[Array, "B T S D"]:
         """Returns every token's own update."""
-        return self.fc2(jax.nn.gelu(self.fc1(x_BTSD), approximate=True))
+        return self.fc2(gelu(self.fc1(x_BTSD)))
 
 
 class Final(nnx.Module):
