@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import convert_weights
@@ -70,16 +71,17 @@ def _stdit3_call(description: dict[str, Any], tensors: dict[str, np.ndarray]) ->
     shapes = {name: tuple(shape) for name, shape in description["keys"].items()}
     network = build("stdit3", config, {name: _weight(seed, name, shape) for name, shape in shapes.items()})
     x, y = (draw(seed, f"in.{name}", description[f"{name}_shape"]) for name in ("x", "y"))
-    one = {name: np.asarray([description[name]], np.float32) for name in ("fps", "height", "width")}
-    return network, {
+    one = {name: jnp.asarray([description[name]], jnp.float32) for name in ("fps", "height", "width")}
+    call = {
         "positional": (
-            x.transpose(0, 2, 3, 4, 1),
-            np.asarray(description["timestep"], np.float32),
-            y[:, 0],
-            tensors["in.mask"].astype(bool),
+            jnp.asarray(x.transpose(0, 2, 3, 4, 1)),
+            jnp.asarray(description["timestep"], jnp.float32),
+            jnp.asarray(y[:, 0]),
+            jnp.asarray(tensors["in.mask"] != 0),
         ),
         "named": {"fps_B": one["fps"], "height_px_B": one["height"], "width_px_B": one["width"]},
     }
+    return network, jax.device_put(call)
 
 
 def _t5(description: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
