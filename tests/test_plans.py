@@ -175,9 +175,22 @@ def test_the_residual_of_the_block_stack_stands_for_it(transformer: Velocity) ->
 
 
 def test_plans_drive_the_transformer(transformer: Velocity) -> None:
+    """One full, one reused and one half step, against the three evaluations written out."""
     z = jnp.asarray(np.random.default_rng(4).standard_normal((2, 2, 4, 4, 4)), jnp.float32)
-    plan = Plan.evaluate_at([0, 1, 3, 5], 8).with_half_steps(4)
-    truth = sample(transformer, z, SCHEDULE, guidance=2.0)
-    got = sample(transformer, z, SCHEDULE, guidance=2.0, plan=plan)
-    assert got.batch_evaluations == 3.5
-    assert 0 < jnp.linalg.norm(got.z - truth.z) < 0.2 * jnp.linalg.norm(truth.z - z)
+    times = [1000.0, 600.0, 300.0]
+    got = sample(transformer, z, Schedule.from_times(times), guidance=2.0, plan=Plan(codes=(FULL, REUSE, HALF)))
+
+    @jax.jit
+    def written_out(velocity: Velocity, z: jax.Array) -> jax.Array:
+        def both(z: jax.Array, t: float, **options: Any) -> Any:
+            return velocity(jnp.concatenate([z, z]), jnp.full(4, t), **options)
+
+        rows, residual = both(z, times[0], keep_residual=True)
+        difference = rows[:2] - rows[2:]
+        z = z + (rows[2:] + 2 * difference) * 0.4
+        rows = both(z, times[1], residual=residual)
+        z = z + (rows[2:] + 2 * (rows[:2] - rows[2:])) * 0.3
+        return z + (velocity(z, jnp.full(2, times[2])) + difference) * 0.3
+
+    np.testing.assert_allclose(got.z, written_out(transformer, z), rtol=0, atol=2e-5)  # float32 network, values near 5
+    assert got.evaluations_B.tolist() == [1.5, 1.5]
