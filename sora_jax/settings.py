@@ -89,7 +89,7 @@ class Settings:
             raise ValueError(f"seed is {self.seed}; expected at most {_MAX_SEED}.")
         for name in ("fps", "save_fps"):
             if _finite(name, getattr(self, name)) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number of frames per second.")
+                raise ValueError(f"{name} is {getattr(self, name):g}; expected a positive number of frames per second.")
         _finite("guidance", self.guidance)
         for name in ("aes", "flow"):
             if getattr(self, name) is not None:

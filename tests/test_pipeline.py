@@ -48,7 +48,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def network(directory: Path, name: str, build: Any) -> Any:
     config, flat = load_network(directory, name)
-    return unflatten(jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))), flat)
+    return jax.device_put(unflatten(jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))), flat))
 
 
 def encoded(directory: Path, pixels: np.ndarray) -> np.ndarray:
