@@ -52,14 +52,20 @@ def test_clips_of_a_batch_are_those_of_their_scenes():
 
 
 def test_a_clip_follows_its_own_seed_whatever_it_is_batched_with(tiny_model):
-    asked = faithfulness.captions(4, seed=3)
+    asked = faithfulness.captions(2, seed=3)
     together = list(faithfulness.clips(tiny_model, asked, TWO_STEPS))
-    apart = list(faithfulness.clips(tiny_model, [asked[0], asked[2], asked[3]], TWO_STEPS))
-    assert [one.asked.text for one in apart] == [asked[i].text for i in (0, 2, 3)]
-    for one, other in zip(apart, (together[i] for i in (0, 2, 3)), strict=True):
+    apart = list(faithfulness.clips(tiny_model, asked[::-1], TWO_STEPS))
+    assert [one.asked.text for one in apart] == [one.text for one in asked[::-1]]
+    for one, other in zip(apart[::-1], together, strict=True):
         # the same sums in another order may round to the next of 256 levels
         assert abs(one.frames_thw3.astype(int) - other.frames_thw3).max() <= 1
     assert abs(together[0].frames_thw3.astype(int) - together[1].frames_thw3).max() > 1
+
+
+def test_batches_hold_seeds_that_follow_each_other():
+    asked = faithfulness.captions(7, seed=0)
+    chosen = [asked[i] for i in (0, 1, 2, 4, 5, 5, 3)]
+    assert faithfulness._batches(chosen, 2) == [[0, 1], [2], [3, 4], [5], [6]]
 
 
 def test_settings_reach_the_sampler(tiny_model):
@@ -139,11 +145,11 @@ def test_a_perfect_model_with_shuffled_captions_is_not(perfect_model):
 
 
 def test_command_prints_and_writes_every_table(tiny_model, tmp_path, capsys):
-    kinds = "--captions 3 --pairs 1 --cosines --given-frame 2 --codec 2 --real 8 --seed 3"
+    kinds = "--captions 2 --pairs 1 --cosines --given-frame 2 --codec 2 --real 8 --seed 3"
     judge.main([str(tiny_model), *f"{kinds} --steps 2 --guidance 1 --json {tmp_path / 'judged.json'}".split()])
     text, written = capsys.readouterr().out, json.loads((tmp_path / "judged.json").read_text())
     assert [line for line in text.splitlines() if line.startswith("==")] == [
-        "== real: 8 clips", "== codec: 2 clips", "== captions: 3 clips", "== given frame: 2 clips",
+        "== real: 8 clips", "== codec: 2 clips", "== captions: 2 clips", "== given frame: 2 clips",
     ]  # fmt: skip
     assert written["real"]["rates"]["colour"]["count"] == 8
     assert "8 of 8" in text
