@@ -50,7 +50,11 @@ def main() -> None:
     if options.threads:
         os.sched_setaffinity(0, range(options.threads))
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    report = {"setting": vars(options) | {"out": str(options.out)}, "environment": environment(), "results": {}}
+    report = {
+        "setting": {name: value for name, value in vars(options).items() if name != "out"},
+        "environment": environment(),
+        "results": {},
+    }
     for dtype in options.dtypes:
         candidates = prepare(options, dtype)
         report["results"][dtype] = measure(candidates, options)
