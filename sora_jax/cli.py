@@ -6,12 +6,13 @@ to standard error.  Work is done elsewhere; heavy imports wait until the argumen
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,16 +30,13 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; ``arguments`` default to those of the process."""
-    debug = False
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _terminate)
-        arguments = sys.argv[1:] if arguments is None else arguments
         if arguments and arguments[0] == "convert":
             return _convert(arguments[1:])
         options = _parser().parse_args(arguments)
-        debug = options.debug
-        options.run(options)
+        with _sigterm_ends_the_program():
+            options.run(options)
         return OK
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
@@ -46,9 +44,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
-        if debug:
+        if "--debug" in arguments:
             raise
         return _fail(describe(error), BAD_INPUT if _is_input(error) else FAILED)
+
+
+@contextlib.contextmanager
+def _sigterm_ends_the_program() -> Iterator[None]:
+    """Turns SIGTERM into SystemExit meanwhile, so that clean-up runs; signals belong to the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def describe(error: BaseException) -> str:

@@ -47,9 +47,8 @@ class Networks:
         Raises:
           ModelDirectoryError: a network is missing or damaged.
         """
-        present = model_directory.present_networks(directory)
-        missing = [network for network in NETWORKS if network not in present and not (Path(directory) / network).exists()]
-        if present and len(missing) > 1:
+        missing = [network for network in NETWORKS if not (Path(directory) / network).exists()]
+        if 1 < len(missing) < len(NETWORKS):
             commands = " and ".join(f"sora-jax convert {network} SOURCE {directory}" for network in missing)
             raise ModelDirectoryError(f"{directory} has no {' and no '.join(missing)}; add them with: {commands}")
         manifests = {network: model_directory.open_network(directory, network) for network in NETWORKS}

@@ -89,6 +89,8 @@ def check_target(path: Path, num_frames: int, *, overwrite: bool) -> str:
       FileExistsError: the file or its JSON exists and ``overwrite`` is False.
       IsADirectoryError: ``overwrite`` would remove a folder that holds anything but numbered PNG frames.
     """
+    if not path.name:
+        raise IsADirectoryError(f"{path} is a folder; name a file in it.")
     kind = clip_format(path, num_frames)
     if not overwrite:
         files.refuse_existing(path, sidecar(path))
