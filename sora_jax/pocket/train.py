@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 
 import sora_jax
-from sora_jax.checkpoint import save_network
+from sora_jax.checkpoint import load_network, save_network
 from sora_jax.config import pocket
 from sora_jax.network_writer import update_model_file
 from sora_jax.pocket import faithfulness, train_codec, train_flow, train_text
@@ -77,6 +77,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("training"), help="folder of checkpoints, reports and the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="stored dtype of the model")
+    parser.add_argument("--base", type=Path, help="model directory whose codec and text encoder are kept, not trained")
     parser.add_argument("--spatial-steps", type=int, default=2400)
     parser.add_argument("--spatial-batch", type=int, default=16, help="frames in one step of the spatial autoencoder")
     parser.add_argument("--temporal-steps", type=int, default=900)
@@ -94,7 +95,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def record_run(args: argparse.Namespace) -> None:
     """Adds a line to ``runs.jsonl`` in the work folder: arguments, versions and device of one start."""
     args.work.mkdir(parents=True, exist_ok=True)
-    arguments = {name: value for name, value in vars(args).items() if name != "work"}
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "work"}
     machine = {"device": jax.devices()[0].device_kind, "cpus": os.cpu_count()}
     line = {"arguments": arguments, "sora_jax": sora_jax.__version__, "jax": jax.__version__, **machine}
     with (args.work / "runs.jsonl").open("a") as file:
@@ -112,8 +113,8 @@ def main() -> None:
     model.mkdir(parents=True, exist_ok=True)
     write_tokenizer(model / "tokenizer.json")
     tokenizer = Tokenizer.from_file(model / "tokenizer.json")
-    codec = codec_stages(args)
-    text = text_encoder(args, tokenizer)
+    codec = load_network(args.base, "vae", dtype="float32")[1] if args.base else codec_stages(args)
+    text = load_network(args.base, "t5", dtype="float32")[1] if args.base else text_encoder(args, tokenizer)
     save_network(model, "vae", pocket.vae, codec, dtype=args.dtype, overwrite=True)
     save_network(model, "t5", pocket.t5, text, dtype=args.dtype, overwrite=True)
     update_model_file(model, tokenizer="tokenizer.json", defaults=DEFAULTS)
