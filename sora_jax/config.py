@@ -16,11 +16,16 @@ NETWORKS = ("t5", "stdit3", "vae")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DTypePolicy:
-    """Which dtype parameters are stored in, activations are computed in, and reductions accumulate in."""
+    """Which dtype parameters are stored in, activations are computed in, and reductions accumulate in.
+
+    ``half_range`` is for programs that a converter turns into float16 throughout, float32 statistics included: norms scale
+    their input first and attention keeps its sums small, so that nothing leaves float16's range.  Equal in exact arithmetic.
+    """
 
     param: DTypeLike
     compute: DTypeLike
     accumulate: DTypeLike
+    half_range: bool = False
 
 
 FLOAT32 = DTypePolicy(param=jnp.float32, compute=jnp.float32, accumulate=jnp.float32)

@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float
 
 from sora_jax.config import DTypePolicy
 
+_HIDDEN = -3e4  # added to the logits of keys that may not be seen, within float16's range
+
 
 class Linear(nnx.Module):
     """Affine map of the last axis; the kernel is stored (in, out)."""
@@ -75,12 +77,12 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, size: int, *, epsilon: float, policy: DTypePolicy):
         self.epsilon = epsilon
+        self.half_range = policy.half_range
         self.scale = nnx.Param(jnp.ones(size, policy.param))
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Returns the normalised features; the scale is applied in the dtype of ``x``."""
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        normed = _unit_power(x.astype(jnp.float32), epsilon=self.epsilon, half_range=self.half_range)
         return normed.astype(x.dtype) * lifted(self.scale[...], x.ndim).astype(x.dtype)
 
 
@@ -89,12 +91,28 @@ def gelu(x: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
-def layer_norm(x: Float[Array, "*batch D"], *, epsilon: float) -> Float[Array, "*batch D"]:
-    """Layer norm of the last axis without learned parameters."""
+def layer_norm(x: Float[Array, "*batch D"], *, epsilon: float, half_range: bool = False) -> Float[Array, "*batch D"]:
+    """Layer norm of the last axis without learned parameters; ``half_range`` as in `DTypePolicy`."""
     wide = x.astype(jnp.float32)
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
-    return normed.astype(x.dtype)
+    return _unit_power(centred, epsilon=epsilon, half_range=half_range).astype(x.dtype)
+
+
+def _unit_power(x: Array, *, epsilon: float, half_range: bool) -> Array:
+    """Returns ``x`` over its root mean square along the last axis."""
+    if not half_range:
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+    largest = magnitude(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    scaled = x / largest
+    return scaled * jax.lax.rsqrt(jnp.mean(scaled * scaled, axis=-1, keepdims=True) + jnp.square(epsilon**0.5 / largest))
+
+
+def magnitude(largest: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """Returns what a norm divides by first where float16's range must do: the largest magnitude, but at least 2**-8.
+
+    Squares then lie in [0, 1] and a row of zeros stays one; the epsilon, divided too, is at least a float16 number there.
+    """
+    return jnp.maximum(largest, 2.0**-8)
 
 
 def attention(
@@ -105,18 +123,25 @@ def attention(
     scale: float,
     bias: Float[Array, "#B #N #S L"] | None = None,
     mask: Bool[Array, "#B #N #S L"] | None = None,
+    half_range: bool = False,
 ) -> Float[Array, "B N S K"]:
     """Softmax attention; ``mask`` is True where a key may be seen, ``bias`` is added to the float32 logits.
 
     The weights are normalised after the product with the values, which is cheaper by L/K and equal in exact arithmetic.
+    With ``half_range`` (see `DTypePolicy`) before it, as the sum of values may be large, and the mask is added, as a number
+    that float16 holds and at the mask's own shape: converters know this form, and the others write the mask out in full.
     """
     product = functools.partial(jnp.einsum, precision=precision_of(q_BNSK.dtype), preferred_element_type=jnp.float32)
     logits = product("bnsk,bnlk->bnsl", q_BNSK * jnp.asarray(scale, q_BNSK.dtype), k_BNLK)
     if bias is not None:
         logits = logits + bias
-    if mask is not None:
+    if mask is not None and half_range:
+        logits = logits + jnp.where(mask, 0.0, _HIDDEN)
+    elif mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    if half_range:
+        return product("bnsl,bnlk->bnsk", (weights / total).astype(v_BNLK.dtype), v_BNLK).astype(q_BNSK.dtype)
     out = product("bnsl,bnlk->bnsk", weights.astype(v_BNLK.dtype), v_BNLK)
     return (out / total).astype(q_BNSK.dtype)

@@ -9,6 +9,7 @@ guidance, schedules or files.
 """
 
 import dataclasses
+import functools
 import math
 from typing import no_type_check
 
@@ -243,6 +244,7 @@ class STDiT3Block(nnx.Module):
         # The source starts temporal blocks as the identity: an image model that learns motion.
         out_init = jax.nn.initializers.zeros if temporal else None
         self.temporal = temporal
+        self.half_range = policy.half_range
         self.attn = SelfAttention(config, temporal=temporal, policy=policy, rngs=rngs, out_init=out_init)
         self.cross_attn = CrossAttention(config, policy=policy, rngs=rngs, out_init=out_init)
         self.mlp = MLP(config, policy=policy, rngs=rngs, out_init=out_init)
@@ -257,9 +259,10 @@ class STDiT3Block(nnx.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = jnp.split(mod_BF6D, 6, axis=2)
         merge_self = merge if merge is not None and (merge.temporal if self.temporal else merge.spatial) else None
         merge_cross = merge if merge is not None and merge.cross and not merge.keys_values_only else None
-        x_BTSD = _gated(x_BTSD, gate_attn, self.attn(_modulated(x_BTSD, shift_attn, scale_attn), merge=merge_self))
+        modulated = functools.partial(_modulated, half_range=self.half_range)
+        x_BTSD = _gated(x_BTSD, gate_attn, self.attn(modulated(x_BTSD, shift_attn, scale_attn), merge=merge_self))
         x_BTSD = x_BTSD + self._cross(x_BTSD, conditioning, merge_cross)
-        return _gated(x_BTSD, gate_mlp, self.mlp(_modulated(x_BTSD, shift_mlp, scale_mlp)))
+        return _gated(x_BTSD, gate_mlp, self.mlp(modulated(x_BTSD, shift_mlp, scale_mlp)))
 
     def _cross(self, x_BTSD: Array, conditioning: Conditioning, merge: merging.Merge | None) -> Array:
         if merge is None:
@@ -285,6 +288,7 @@ class SelfAttention(nnx.Module):
         out_init: jax.nn.initializers.Initializer | None,
     ):
         self.temporal = temporal
+        self.half_range = policy.half_range
         self.head_size = config.head_size
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, policy=policy, rngs=rngs)
         self.q_norm = RMSNorm(config.head_size, epsilon=NORM_EPSILON, policy=policy) if config.qk_norm else None
@@ -320,7 +324,7 @@ class SelfAttention(nnx.Module):
         k = k if self.k_norm is None else self.k_norm(k)
         if self.temporal:
             q, k = rotate(q, q_positions), rotate(k, k_positions)
-        out = attention(q, k, v, scale=self.head_size**-0.5)
+        out = attention(q, k, v, scale=self.head_size**-0.5, half_range=self.half_range)
         join = "(b s) n t k -> b t s (n k)" if self.temporal else "(b t) n s k -> b t s (n k)"
         sizes = {"b": batch, "s": places} if self.temporal else {"b": batch, "t": frames}
         return self.proj(rearrange(out, join, **sizes))
@@ -341,6 +345,7 @@ class CrossAttention(nnx.Module):
         out_init: jax.nn.initializers.Initializer | None,
     ):
         width = config.hidden_size
+        self.half_range = policy.half_range
         self.head_size = config.head_size
         self.q_linear = Linear(width, width, policy=policy, rngs=rngs)
         self.kv_linear = Linear(width, 2 * width, policy=policy, rngs=rngs)
@@ -353,7 +358,7 @@ class CrossAttention(nnx.Module):
         q = rearrange(self.q_linear(x_BTSD), "b t s (n k) -> b n (t s) k", k=self.head_size)
         k, v = rearrange(self.kv_linear(caption_BLD), "b l (two n k) -> two b n l k", two=2, k=self.head_size)
         mask = None if mask_BL is None else mask_BL[:, None, None, :]
-        out = attention(q, k, v, scale=self.head_size**-0.5, mask=mask)
+        out = attention(q, k, v, scale=self.head_size**-0.5, mask=mask, half_range=self.half_range)
         return self.proj(rearrange(out, "b n (t s) k -> b t s (n k)", t=x_BTSD.shape[1]))
 
 
@@ -384,6 +389,7 @@ class Final(nnx.Module):
 
     def __init__(self, config: STDiT3Config, *, policy: DTypePolicy, rngs: nnx.Rngs):
         self.config = config
+        self.half_range = policy.half_range
         init = jax.nn.initializers.normal(config.hidden_size**-0.5)
         self.scale_shift_table = nnx.Param(init(rngs.params(), (2, config.hidden_size), policy.param))
         self.linear = Linear(config.hidden_size, math.prod(config.patch_size) * config.out_channels, policy=policy, rngs=rngs)
@@ -404,10 +410,10 @@ class Final(nnx.Module):
         checkpoints were trained with it.
         """
         shift, scale = self._modulation(conditioning.t_BD)
-        out_BTSD = _modulated(x_BTSD, shift, scale)
+        out_BTSD = _modulated(x_BTSD, shift, scale, half_range=self.half_range)
         if conditioning.frame_mask_BT is not None and conditioning.t0_BD is not None:
             shift0, scale0 = self._modulation(conditioning.t0_BD)
-            frozen_BTSD = _modulated(out_BTSD, shift0, scale0)
+            frozen_BTSD = _modulated(out_BTSD, shift0, scale0, half_range=self.half_range)
             out_BTSD = jnp.where(conditioning.frame_mask_BT[:, :, None, None], out_BTSD, frozen_BTSD)
         return self.linear(out_BTSD)
 
@@ -416,8 +422,8 @@ class Final(nnx.Module):
         return mod_B12D[:, :, :1], mod_B12D[:, :, 1:]
 
 
-def _modulated(x_BTSD: Array, shift_BF1D: Array, scale_BF1D: Array) -> Array:
-    normed = layer_norm(x_BTSD.astype(jnp.float32), epsilon=NORM_EPSILON)
+def _modulated(x_BTSD: Array, shift_BF1D: Array, scale_BF1D: Array, *, half_range: bool) -> Array:
+    normed = layer_norm(x_BTSD.astype(jnp.float32), epsilon=NORM_EPSILON, half_range=half_range)
     return (normed * (1 + scale_BF1D) + shift_BF1D).astype(x_BTSD.dtype)
 
 

@@ -64,6 +64,7 @@ class T5Attention(nnx.Module):
 
     def __init__(self, config: T5Config, *, policy: DTypePolicy, rngs: nnx.Rngs):
         self.num_heads = config.num_heads
+        self.half_range = policy.half_range
         width, inner = config.d_model, config.num_heads * config.d_kv
         self.q = _linear(width, inner, fan_in=width * config.d_kv, policy=policy, rngs=rngs)
         self.k = _linear(width, inner, fan_in=width, policy=policy, rngs=rngs)
@@ -79,7 +80,8 @@ class T5Attention(nnx.Module):
         """Returns what each token gathers from the real tokens (``mask_BL`` True)."""
         q, k, v = (rearrange(f(x_BLE), "b l (n k) -> b n l k", n=self.num_heads) for f in (self.q, self.k, self.v))
         mask = None if mask_BL is None else mask_BL[:, None, None, :]
-        return self.o(rearrange(attention(q, k, v, scale=1.0, bias=bias_1NLL, mask=mask), "b n l k -> b l (n k)"))
+        out = attention(q, k, v, scale=1.0, bias=bias_1NLL, mask=mask, half_range=self.half_range)
+        return self.o(rearrange(out, "b n l k -> b l (n k)"))
 
 
 class T5MLP(nnx.Module):

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sora_jax.config import DTypePolicy
-from sora_jax.layers import lifted
+from sora_jax.layers import lifted, magnitude
 
 Padding = Literal["same", "end"]
 
@@ -101,12 +101,14 @@ class GroupNorm(nnx.Module):
     """Norm over groups of channels and every axis between the first and the last, with learned scale and bias.
 
     Mean and mean square are taken in one float32 pass, then folded with scale and bias into one multiply-add a channel.
-    The variance is their difference: a group whose mean is m deviations from zero loses m^2 float32 roundings.
+    The variance is their difference: a group whose mean is m deviations from zero loses m^2 float32 roundings.  With the
+    policy's ``half_range`` the mean is taken away first, and the rest divided by its largest magnitude before it is squared.
     """
 
     def __init__(self, channels: int, *, groups: int, epsilon: float, policy: DTypePolicy):
         self.groups = groups
         self.epsilon = epsilon
+        self.half_range = policy.half_range
         self.scale = nnx.Param(jnp.ones(channels, policy.param))
         self.bias = nnx.Param(jnp.zeros(channels, policy.param))
 
@@ -114,17 +116,33 @@ class GroupNorm(nnx.Module):
         """Returns the normed array; each entry of the first axis has its own statistics."""
         wide = x.astype(jnp.float32)
         inner = tuple(range(1, x.ndim - 1))
+        scale_1C, bias_1C = (lifted(param[...].astype(jnp.float32), 2) for param in (self.scale, self.bias))
         mean_NG = self._over_group(jnp.mean(wide, axis=inner))
+        if self.half_range:
+            centred = wide - jnp.expand_dims(self._by_channel(mean_NG), inner)
+            normed = self._unit_power(centred) * jnp.expand_dims(scale_1C, inner) + jnp.expand_dims(bias_1C, inner)
+            return normed.astype(x.dtype)
         square_NG = self._over_group(jnp.mean(wide * wide, axis=inner))
         inverse_NG = jax.lax.rsqrt(jnp.maximum(square_NG - mean_NG * mean_NG, 0) + self.epsilon)
-        size = x.shape[-1] // self.groups
-        gain_NC = jnp.repeat(inverse_NG, size, axis=-1) * lifted(self.scale[...].astype(jnp.float32), 2)
-        offset_NC = lifted(self.bias[...].astype(jnp.float32), 2) - jnp.repeat(mean_NG, size, axis=-1) * gain_NC
+        gain_NC = self._by_channel(inverse_NG) * scale_1C
+        offset_NC = bias_1C - self._by_channel(mean_NG) * gain_NC
         normed = wide * jnp.expand_dims(gain_NC, inner) + jnp.expand_dims(offset_NC, inner)
         return normed.astype(x.dtype)
 
+    def _unit_power(self, centred: Float[Array, "N *inner C"]) -> Float[Array, "N *inner C"]:
+        inner = tuple(range(1, centred.ndim - 1))
+        per_channel_NC = jnp.max(jnp.abs(centred), axis=inner)
+        largest_NG = magnitude(jnp.max(per_channel_NC.reshape(len(centred), self.groups, -1), axis=-1))
+        scaled = centred / jnp.expand_dims(self._by_channel(largest_NG), inner)
+        square_NG = self._over_group(jnp.mean(scaled * scaled, axis=inner))
+        inverse_NG = jax.lax.rsqrt(square_NG + jnp.square(self.epsilon**0.5 / largest_NG))
+        return scaled * jnp.expand_dims(self._by_channel(inverse_NG), inner)
+
     def _over_group(self, x_NC: Float[Array, "N C"]) -> Float[Array, "N G"]:
         return jnp.mean(x_NC.reshape(x_NC.shape[0], self.groups, -1), axis=-1)
+
+    def _by_channel(self, x_NG: Float[Array, "N G"]) -> Float[Array, "N C"]:
+        return jnp.repeat(x_NG, self.scale.shape[0] // self.groups, axis=-1)
 
 
 def _conv2d(x: jax.Array, kernel_HWIO: jax.Array, *, stride: int, padding: tuple[int, int]) -> jax.Array:

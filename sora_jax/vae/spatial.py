@@ -44,6 +44,7 @@ class AttentionBlock(nnx.Module):
     """Single-head attention among the cells of one frame, added to its input."""
 
     def __init__(self, channels: int, *, groups: int, policy: DTypePolicy, rngs: nnx.Rngs):
+        self.half_range = policy.half_range
         self.group_norm = GroupNorm(channels, groups=groups, epsilon=_EPSILON, policy=policy)
         self.to_q = Linear(channels, channels, policy=policy, rngs=rngs)
         self.to_k = Linear(channels, channels, policy=policy, rngs=rngs)
@@ -53,7 +54,8 @@ class AttentionBlock(nnx.Module):
     def __call__(self, x: Float[Array, "N h w C"]) -> Float[Array, "N h w C"]:
         """Returns the frames' features with every cell having seen all others."""
         y_N1SC = rearrange(self.group_norm(x), "N h w C -> N 1 (h w) C")
-        y_N1SC = attention(self.to_q(y_N1SC), self.to_k(y_N1SC), self.to_v(y_N1SC), scale=x.shape[-1] ** -0.5)
+        q, k, v = self.to_q(y_N1SC), self.to_k(y_N1SC), self.to_v(y_N1SC)
+        y_N1SC = attention(q, k, v, scale=x.shape[-1] ** -0.5, half_range=self.half_range)
         return x + self.to_out(y_N1SC).reshape(x.shape)
 
 
