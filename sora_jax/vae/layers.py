@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sora_jax.config import DTypePolicy
-from sora_jax.layers import lifted, magnitude
+from sora_jax.layers import lifted, magnitude, precision_of
 
 Padding = Literal["same", "end"]
 
@@ -147,5 +147,10 @@ class GroupNorm(nnx.Module):
 
 def _conv2d(x: jax.Array, kernel_HWIO: jax.Array, *, stride: int, padding: tuple[int, int]) -> jax.Array:
     return jax.lax.conv_general_dilated(
-        x, kernel_HWIO.astype(x.dtype), (stride, stride), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        kernel_HWIO.astype(x.dtype),
+        (stride, stride),
+        (padding, padding),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision_of(x.dtype),
     )
