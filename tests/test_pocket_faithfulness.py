@@ -10,7 +10,7 @@ import pytest
 from sora_jax.pocket import captions, faithfulness, judge
 from sora_jax.pocket.faithfulness import Made, Sampling
 from sora_jax.pocket.scenes import all_frames, render_uint8
-from sora_jax.pocket.world import ATTRIBUTES, is_unseen
+from sora_jax.pocket.world import ATTRIBUTES, NUM_FRAMES, is_unseen
 from sora_jax.sampler import Trace
 
 TWO_STEPS = Sampling(num_steps=2, guidance=1.0)
@@ -114,7 +114,8 @@ def perfect_model(monkeypatch):
         for one in asked:
             speed = ATTRIBUTES["speed"].index(one.attributes.get("speed", one.scene.attributes(0).get("speed", "slow")))
             scene = dataclasses.replace(one.scene, speed=np.array([speed]))
-            frames = np.asarray(render_uint8(scene, all_frames())[0])
+            num_frames = NUM_FRAMES + 17 if sampling is not None and sampling.loop == 2 else NUM_FRAMES
+            frames = np.asarray(render_uint8(scene, all_frames(num_frames))[0])
             made_from = {"model": "perfect", "sora_jax": "0", "jax": "0", "device": "none", "num_steps": 3}
             yield Made(
                 asked=one, frames_thw3=frames, cosine_N=np.array([np.nan, 0.5, 1.0]), evaluations=3.0, parameters=made_from
@@ -142,6 +143,30 @@ def test_a_perfect_model_with_shuffled_captions_is_not(perfect_model):
         assert tables["rates"]["colour"]["share"] < 0.5
         assert tables["rates"]["all four"]["share"] < 0.2
     assert judge.judge_given_frames(None, 24, seed=0, shuffle=True)["rates"]["position kept"]["share"] < 0.5
+
+
+def test_a_clip_that_goes_on_is_told_from_one_that_jumps(perfect_model, monkeypatch):
+    rates = judge.judge_extensions(None, 24, seed=0)["rates"]
+    assert rates["position kept"]["share"] == rates["background kept"]["share"] == 1.0
+    assert rates["colour, shape, position kept"]["share"] > 0.8  # some objects leave the frame
+    goes_on = faithfulness.clips
+
+    def jumps(model, asked, sampling=None):
+        made = list(goes_on(model, asked, sampling))
+        for one, other in zip(made, made[1:] + made[:1], strict=True):
+            frames = np.concatenate([one.frames_thw3[:NUM_FRAMES], other.frames_thw3[NUM_FRAMES:]])
+            yield dataclasses.replace(one, frames_thw3=frames)
+
+    monkeypatch.setattr(faithfulness, "clips", jumps)
+    rates = judge.judge_extensions(None, 24, seed=0)["rates"]
+    assert rates["position kept"]["share"] < 0.5
+    assert rates["colour, shape, position kept"]["share"] < 0.2
+
+
+def test_clips_that_ignore_the_seed_have_no_variety(perfect_model):
+    rates = judge.judge_variety(None, 8, seed=0)["rates"]
+    assert rates["same seed, same clip"]["share"] == 1.0
+    assert rates["other seed, other place"]["share"] == 0.0
 
 
 def test_command_prints_and_writes_every_table(tiny_model, tmp_path, capsys):

@@ -64,6 +64,7 @@ class Sampling:
     leap: int | str | Leap | None = None
     merge_steps: int | None = None
     dtype: str | None = None
+    loop: int | None = None
 
 
 MODEL_DEFAULTS = Sampling()
@@ -183,6 +184,7 @@ def clips(
                 leap=sampling.leap,
                 merge_steps=sampling.merge_steps,
                 dtype=sampling.dtype,
+                loop=sampling.loop,
                 height=SIZE_PX,
                 width=SIZE_PX,
                 num_frames=NUM_FRAMES,

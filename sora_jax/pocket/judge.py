@@ -1,11 +1,13 @@
 """The command that judges clips: ``python -m sora_jax.pocket.judge [MODEL_DIR] --captions 200 --seed 0``.
 
 Clips are rendered (``--real``: how good the judge itself is), coded and decoded (``--codec``), made from captions
-(``--captions``) or from captions and a first frame (``--given-frame``); each kind has its tables, all go to one JSON file.
+(``--captions``), from captions and a first frame (``--given-frame``), continued (``--extension``) or made again with another
+seed (``--variety``); each kind has its tables, all go to one JSON file.
 Invariant: for one seed all kinds are about the same scenes.  Measuring, scoring and making clips is done elsewhere.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -23,10 +25,31 @@ from sora_jax.cli import describe
 from sora_jax.pocket import faithfulness
 from sora_jax.pocket.faithfulness import Asked, Made, ModelPath, Sampling
 from sora_jax.pocket.measure import Measurement, measure
-from sora_jax.pocket.scores import Attributes, Pair, Rate, confusions, confusions_text, kept, rates_text, score
-from sora_jax.pocket.world import ATTRIBUTES
+from sora_jax.pocket.scores import (
+    Attributes,
+    Pair,
+    Rate,
+    confusions,
+    confusions_text,
+    continued,
+    kept,
+    rates_text,
+    score,
+    varied,
+)
+from sora_jax.pocket.world import ATTRIBUTES, NUM_FRAMES
 
-__all__ = ["judge_captions", "judge_codec", "judge_given_frames", "judge_real", "main", "measure", "score"]
+__all__ = [
+    "judge_captions",
+    "judge_codec",
+    "judge_extensions",
+    "judge_given_frames",
+    "judge_real",
+    "judge_variety",
+    "main",
+    "measure",
+    "score",
+]
 
 PAIRS_SHARE = 0.25  # pairs of a slow and a fast clip for each caption, unless given
 _BAND = (0.05, 0.95)  # quantiles between which the band of cosines lies
@@ -100,6 +123,34 @@ def judge_given_frames(
     order = _order(num, seed, shuffle)
     wanted = [shown[i] for i in order]
     return _made_by(made) | _tables(seen, wanted, further=kept(seen, wanted, start_px[order]))
+
+
+def judge_extensions(
+    model: ModelPath, num: int, *, seed: int, sampling: Sampling = faithfulness.MODEL_DEFAULTS
+) -> dict[str, Any]:
+    """Returns the tables of clips continued by a second one (``loop`` 2): its new frames, and what they keep, JSON-ready."""
+    asked = faithfulness.captions(num, seed=seed)
+    looped = dataclasses.replace(sampling, loop=2)
+    made = list(_watched(faithfulness.clips(model, asked, looped), num, "extension"))
+    before = [measure(one.frames_thw3[:NUM_FRAMES]) for one in made]
+    after = [measure(one.frames_thw3[NUM_FRAMES:]) for one in made]
+    return _made_by(made) | _tables(after, [one.attributes for one in asked], further=continued(before, after))
+
+
+def judge_variety(model: ModelPath, num: int, *, seed: int, sampling: Sampling = faithfulness.MODEL_DEFAULTS) -> dict[str, Any]:
+    """Returns how clips of one caption differ with the seed, and that they do not with the same seed, JSON-ready."""
+    asked = faithfulness.captions(num, seed=seed)
+    others = [dataclasses.replace(one, seed=one.seed + num) for one in asked]
+    made, again, other = (
+        list(_watched(faithfulness.clips(model, chosen, sampling), num, "variety")) for chosen in (asked, asked, others)
+    )
+    seen = [measure(one.frames_thw3) for one in other]
+    same = [bool((one.frames_thw3 == twin.frames_thw3).all()) for one, twin in zip(made, again, strict=True)]
+    rates = {
+        "same seed, same clip": Rate(sum(same), num),
+        "other seed, other place": varied([measure(one.frames_thw3) for one in made], seen),
+    }
+    return _made_by(made) | _tables(seen, [one.attributes for one in asked], further=rates)
 
 
 def _paired(model: ModelPath, num: int, seed: int, sampling: Sampling) -> list[Pair]:
@@ -198,8 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs ``python -m sora_jax.pocket.judge``; exits with 2 and one line where the arguments or the model are bad."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if not any((options.real, options.codec, options.captions, options.given_frame)):
-        parser.error("nothing to judge; give --captions N, --given-frame N, --codec N or --real N.")
+    kinds = (options.real, options.codec, options.captions, options.given_frame, options.extension, options.variety)
+    if not any(kinds):
+        parser.error("nothing to judge; give --captions N, --given-frame N, --extension N, --variety N, --codec N or --real N.")
     if options.json and not options.json.absolute().parent.is_dir():
         parser.error(f"the folder of {options.json} does not exist; create it first.")
     report: dict[str, Any] = {"seed": options.seed, "shuffled": options.shuffle, "attributes": list(ATTRIBUTES)}
@@ -241,6 +293,10 @@ def _parts(options: argparse.Namespace) -> Iterable[tuple[str, dict[str, Any]]]:
         )
     if options.given_frame:
         yield "given_frame", judge_given_frames(model, options.given_frame, seed=seed, sampling=sampling, shuffle=shuffle)
+    if options.extension:
+        yield "extension", judge_extensions(model, options.extension, seed=seed, sampling=sampling)
+    if options.variety:
+        yield "variety", judge_variety(model, options.variety, seed=seed, sampling=sampling)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -251,6 +307,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--pairs", type=_count, metavar="N", help="of --captions: slow and fast clips besides (default: N / 4)")
     what.add_argument("--cosines", action="store_true", help="of --captions: cosines of consecutive velocities by step")
     what.add_argument("--given-frame", type=_count, default=0, metavar="N", help="N clips made from a caption and a frame")
+    what.add_argument("--extension", type=_count, default=0, metavar="N", help="N clips continued by a second one")
+    what.add_argument("--variety", type=_count, default=0, metavar="N", help="N captions with two seeds each")
     what.add_argument("--codec", type=_count, default=0, metavar="N", help="N rendered clips through the codec")
     what.add_argument("--real", type=_count, default=0, metavar="N", help="N rendered clips: the judge's own accuracy")
     what.add_argument("--seed", type=_count, default=0, metavar="S", help="of captions, scenes and noise (default 0)")

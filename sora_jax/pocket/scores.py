@@ -102,6 +102,25 @@ def kept(
     return {"position kept": _rate(near), "colour, shape, position kept": _rate(both)}
 
 
+def continued(before: Sequence[Measurement], after: Sequence[Measurement]) -> dict[str, Rate]:
+    """Returns how many clips go on as they ended: measurements of the frames before and after the joint.
+
+    ``position kept``: the centre of the object's first frame is at most ``POSITION_PX`` from that of the last one before.
+    """
+    parts = list(zip(before, after, strict=True))
+    near = [math.dist(one.centre_px[-1], other.centre_px[0]) <= POSITION_PX for one, other in parts]
+    same = [(one.colour, one.shape) == (other.colour, other.shape) and other.shape is not None for one, other in parts]
+    both = [one and other for one, other in zip(near, same, strict=True)]
+    ground = [one.background == other.background for one, other in parts]
+    return {"background kept": _rate(ground), "position kept": _rate(near), "colour, shape, position kept": _rate(both)}
+
+
+def varied(measurements: Sequence[Measurement], others: Sequence[Measurement]) -> Rate:
+    """Returns how many clips of one caption begin at different places, more than ``POSITION_PX`` apart, with another seed."""
+    parts = zip(measurements, others, strict=True)
+    return _rate([math.dist(one.centre_px[0], other.centre_px[0]) > POSITION_PX for one, other in parts])
+
+
 def _all_right(clips: Sequence[tuple[Measurement, Attributes]], names: Sequence[str]) -> Rate:
     asked = [(seen, ask) for seen, ask in clips if all(name in ask for name in names)]
     return _rate([all(getattr(seen, name) == ask[name] for name in names) for seen, ask in asked])

@@ -47,6 +47,10 @@ def text_encoder(args: argparse.Namespace, tokenizer: Tokenizer) -> Params:
     return train_text.encoder_params(fit(stage, args.work, seed=args.seed))
 
 
+def _stored(model: Path, network: str) -> Params:
+    return jax.device_put(load_network(model, network, dtype="float32")[1])
+
+
 def transformer(args: argparse.Namespace, model: Path, codec: Params, text: Params, tokenizer: Tokenizer) -> Params:
     """Returns the transformer; every evaluation writes it to the model directory and judges clips made from there."""
 
@@ -113,8 +117,8 @@ def main() -> None:
     model.mkdir(parents=True, exist_ok=True)
     write_tokenizer(model / "tokenizer.json")
     tokenizer = Tokenizer.from_file(model / "tokenizer.json")
-    codec = load_network(args.base, "vae", dtype="float32")[1] if args.base else codec_stages(args)
-    text = load_network(args.base, "t5", dtype="float32")[1] if args.base else text_encoder(args, tokenizer)
+    codec = _stored(args.base, "vae") if args.base else codec_stages(args)
+    text = _stored(args.base, "t5") if args.base else text_encoder(args, tokenizer)
     save_network(model, "vae", pocket.vae, codec, dtype=args.dtype, overwrite=True)
     save_network(model, "t5", pocket.t5, text, dtype=args.dtype, overwrite=True)
     update_model_file(model, tokenizer="tokenizer.json", defaults=DEFAULTS)

@@ -128,7 +128,8 @@ def flow_stage(
 ) -> Stage:
     """Returns the stage that trains the transformer.
 
-    Times are ``training_times``; the target is data minus noise.  One step in eight is made of images, one of 17-frame clips (a clip's first chunk).
+    Times are ``training_times``; the target is data minus noise.  One step in eight is made of images, one of 17-frame
+    clips (a clip's first chunk).
     """
 
     def init() -> Params:
@@ -194,7 +195,7 @@ def flow_stage(
     )
 
 
-def training_times(key: jax.Array, num: int, ratio: float) -> Float[Array, "B"]:
+def training_times(key: jax.Array, num: int, ratio: float | np.ndarray) -> Float[Array, "B"]:
     """Returns the noise shares t in (0, 1) of one batch.
 
     Half of them are Open-Sora 1.2's: logit-normal, then shifted by resolution and length.  At 64 x 64 pixels that shift
