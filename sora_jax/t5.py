@@ -1,8 +1,9 @@
 """The T5 v1.1 encoder: token ids to caption features.
 
 The relative position bias depends on the sequence length only, so it is computed once, by ``embed``, and handed to every
-block.  ``embed``, each ``block[i]`` and ``final`` can be called one at a time: streaming and export do.  There is no
-decoder, no dropout and no cache here, and this module reads no file.
+block.  ``embed``, each ``block[i]`` and ``final`` can be called one at a time, as export does; `T5Encoder.segments` are the
+halves of blocks that the host loop runs one at a time.  There is no decoder, no dropout and no cache here, and this module
+reads no file.
 """
 
 import math
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax.config import FLOAT32, DTypePolicy, T5Config
 from sora_jax.layers import Linear, RMSNorm, attention
+from sora_jax.segments import Segment, run
 
 
 def position_buckets(length: int, config: T5Config) -> Int[np.ndarray, "L L"]:
@@ -51,12 +53,12 @@ class T5Embed(nnx.Module):
     def __call__(self, ids_BL: Int[Array, "B L"]) -> tuple[Float[Array, "B L E"], Float[Array, "1 N L L"]]:
         """Returns the embedded tokens, not scaled, in the compute dtype, and the float32 position bias."""
         x_BLE = jnp.take(self.embedding[...], ids_BL, axis=0).astype(self.policy.compute)
-        return x_BLE, self.position_bias(ids_BL.shape[1])
+        return x_BLE, position_bias(self.relative_attention_bias[...], ids_BL.shape[1], self.config)
 
-    def position_bias(self, length: int) -> Float[Array, "1 N L L"]:
-        """Returns what is added to the attention logits of every block, in float32."""
-        table_RN = self.relative_attention_bias[...].astype(jnp.float32)
-        return rearrange(table_RN[position_buckets(length, self.config)], "q k n -> 1 n q k")
+
+def position_bias(table_RN: Float[Array, "R N"], length: int, config: T5Config) -> Float[Array, "1 N L L"]:
+    """Returns what is added to the attention logits of every block, in float32, from the table of learned biases."""
+    return rearrange(table_RN.astype(jnp.float32)[position_buckets(length, config)], "q k n -> 1 n q k")
 
 
 class T5Attention(nnx.Module):
@@ -113,8 +115,15 @@ class T5Block(nnx.Module):
         mask_BL: Bool[Array, "B L"] | None,
     ) -> Float[Array, "B L E"]:
         """Returns the hidden states after this block, in the dtype of ``x_BLE``."""
-        x_BLE = x_BLE + self.attn(self.attn_norm(x_BLE), bias_1NLL, mask_BL)
-        return x_BLE + self.mlp(self.mlp_norm(x_BLE))
+        return run(self, self.segments(), x_BLE, bias_1NLL, mask_BL)
+
+    @staticmethod
+    def segments(prefix: str = "") -> list[Segment]:
+        """Returns the two halves of a block, whose submodules have names that begin with ``prefix``."""
+        return [
+            Segment((f"{prefix}attn_norm", f"{prefix}attn"), _attended),
+            Segment((f"{prefix}mlp_norm", f"{prefix}mlp"), _fed_forward),
+        ]
 
 
 class T5Encoder(nnx.Module):
@@ -139,9 +148,29 @@ class T5Encoder(nnx.Module):
             their own, as in the source; ``None`` means that all tokens are real.
         """
         x_BLE, bias_1NLL = self.embed(ids_BL)
-        for block in self.block:
-            x_BLE = block(x_BLE, bias_1NLL, mask_BL)
-        return self.final(x_BLE)
+        return run(self, self.segments(self.config), x_BLE, bias_1NLL, mask_BL)
+
+    @staticmethod
+    def segments(config: T5Config) -> list[Segment]:
+        """Returns what follows ``embed``; every segment takes hidden states, position bias and mask."""
+        halves = [segment for i in range(config.num_layers) for segment in T5Block.segments(f"block.{i}.")]
+        return [*halves, Segment(("final",), _normed)]
+
+
+def _attended(
+    norm: RMSNorm, attn: T5Attention, x_BLE: Array, bias_1NLL: Array, mask_BL: Bool[Array, "B L"] | None
+) -> Float[Array, "B L E"]:
+    return x_BLE + attn(norm(x_BLE), bias_1NLL, mask_BL)
+
+
+def _fed_forward(
+    norm: RMSNorm, mlp: T5MLP, x_BLE: Array, bias_1NLL: Array, mask_BL: Bool[Array, "B L"] | None
+) -> Float[Array, "B L E"]:
+    return x_BLE + mlp(norm(x_BLE))
+
+
+def _normed(final: RMSNorm, x_BLE: Array, bias_1NLL: Array, mask_BL: Bool[Array, "B L"] | None) -> Float[Array, "B L E"]:
+    return final(x_BLE)
 
 
 def _linear(in_features: int, out_features: int, *, fan_in: int, policy: DTypePolicy, rngs: nnx.Rngs) -> Linear:

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sora_jax.config import FLOAT32, DTypePolicy, TemporalVAEConfig
+from sora_jax.segments import Segment, run
 from sora_jax.vae.layers import CausalConv3D, GroupNorm
 
 _EPSILON = 1e-5
@@ -55,8 +56,7 @@ class TemporalEncoder(nnx.Module):
     """
 
     def __init__(self, config: TemporalVAEConfig, *, policy: DTypePolicy = FLOAT32, rngs: nnx.Rngs):
-        self.policy = policy
-        self.downsampling = config.downsampling
+        self.config, self.policy = config, policy
         widths = [config.filters * multiplier for multiplier in config.channel_multipliers]
         self.conv_in = CausalConv3D(
             config.in_out_channels, config.filters, kernel_size=3, use_bias=False, policy=policy, rngs=rngs
@@ -76,24 +76,30 @@ class TemporalEncoder(nnx.Module):
 
     def __call__(self, x_BtHWC: Float[Array, "B t H W C"]) -> Float[Array, "B T H W moments"]:
         """Returns means, then log variances, of the chunk's latent frames, in the compute dtype."""
-        front = -x_BtHWC.shape[1] % self.downsampling
-        x = jnp.pad(x_BtHWC.astype(self.policy.compute), ((0, 0), (front, 0), (0, 0), (0, 0), (0, 0)))
-        x = self.conv_in(x)
-        for blocks, down in zip(self.block_res_blocks, self.conv_blocks, strict=True):
-            for block in blocks:
-                x = block(x)
-            x = x if down is None else down(x)
-        for block in self.res_blocks:
-            x = block(x)
-        return self.quant_conv(self.conv2(jax.nn.silu(self.norm1(x))))
+        return run(self, self.segments(self.config), self.padded(x_BtHWC, self.config).astype(self.policy.compute))
+
+    @staticmethod
+    def padded(x_BtHWC: Float[Array, "B t H W C"], config: TemporalVAEConfig) -> Float[Array, "B T H W C"]:
+        """Returns a chunk with zeros in front, so that it has a multiple of ``config.downsampling`` frames."""
+        front = -x_BtHWC.shape[1] % config.downsampling
+        return jnp.pad(x_BtHWC, ((0, 0), (front, 0), (0, 0), (0, 0), (0, 0)))
+
+    @staticmethod
+    def segments(config: TemporalVAEConfig) -> list[Segment]:
+        """Returns what follows the padding; every segment takes and returns features of the chunk."""
+        segments = [Segment(("conv_in",), _called)]
+        for level, halve in enumerate([*config.temporal_downsample, False]):
+            segments += _block_segments(f"block_res_blocks.{level}", config)
+            segments += [Segment((f"conv_blocks.{level}",), _called)] if halve else []
+        segments += _block_segments("res_blocks", config)
+        return [*segments, Segment(("norm1", "conv2", "quant_conv"), _to_moments)]
 
 
 class TemporalDecoder(nnx.Module):
     """Latent frames of one chunk to its scaled spatial latents; levels are stored from fine to coarse and run in reverse."""
 
     def __init__(self, config: TemporalVAEConfig, *, policy: DTypePolicy = FLOAT32, rngs: nnx.Rngs):
-        self.policy = policy
-        self.downsampling = config.downsampling
+        self.config, self.policy = config, policy
         widths = [config.filters * multiplier for multiplier in config.channel_multipliers]
         self.post_quant_conv = CausalConv3D(config.embed_dim, config.latent_embed_dim, kernel_size=1, policy=policy, rngs=rngs)
         self.conv1 = CausalConv3D(config.latent_embed_dim, widths[-1], kernel_size=3, policy=policy, rngs=rngs)
@@ -114,19 +120,48 @@ class TemporalDecoder(nnx.Module):
         Raises:
           ValueError: ``num_frames`` frames do not have T latents.
         """
-        num_latents = -(-num_frames // self.downsampling)
+        step = self.config.downsampling
+        num_latents = -(-num_frames // step)
         if num_latents != z_BTHWC.shape[1]:
-            most = z_BTHWC.shape[1] * self.downsampling
+            most = z_BTHWC.shape[1] * step
             raise ValueError(
                 f"num_frames {num_frames} of a chunk has {num_latents} latent frames, got {z_BTHWC.shape[1]}; "
-                f"expected num_frames {most - self.downsampling + 1} to {most}."
+                f"expected num_frames {most - step + 1} to {most}."
             )
-        x = self.conv1(self.post_quant_conv(z_BTHWC.astype(self.policy.compute)))
-        for block in self.res_blocks:
-            x = block(x)
-        for blocks, up in zip(reversed(self.block_res_blocks), reversed([None, *self.conv_blocks]), strict=True):
-            for block in blocks:
-                x = block(x)
-            x = x if up is None else rearrange(up(x), "B T H W (C s) -> B (T s) H W C", s=2)
-        x = self.conv_out(jax.nn.silu(self.norm1(x)))
+        x = run(self, self.segments(self.config), z_BTHWC.astype(self.policy.compute))
         return x[:, x.shape[1] - num_frames :]
+
+    @staticmethod
+    def segments(config: TemporalVAEConfig) -> list[Segment]:
+        """Returns the network up to the frames of the encoder's padding, which are still to be dropped."""
+        segments = [Segment(("post_quant_conv", "conv1"), _entered), *_block_segments("res_blocks", config)]
+        doubles = [False, *config.temporal_downsample]
+        for level in reversed(range(len(doubles))):
+            segments += _block_segments(f"block_res_blocks.{level}", config)
+            # conv_blocks[i] belongs to level i + 1; where time is not doubled it is None and has no parameters
+            segments += [Segment((f"conv_blocks.{level - 1}",), _doubled)] if doubles[level] else []
+        return [*segments, Segment(("norm1", "conv_out"), _left)]
+
+
+def _block_segments(prefix: str, config: TemporalVAEConfig) -> list[Segment]:
+    return [Segment((f"{prefix}.{i}",), _called) for i in range(config.num_res_blocks)]
+
+
+def _called(module: ResBlock | CausalConv3D, x: Array) -> Array:
+    return module(x)
+
+
+def _to_moments(norm: GroupNorm, conv: CausalConv3D, quant_conv: CausalConv3D, x: Array) -> Array:
+    return quant_conv(conv(jax.nn.silu(norm(x))))
+
+
+def _entered(post_quant_conv: CausalConv3D, conv: CausalConv3D, x: Array) -> Array:
+    return conv(post_quant_conv(x))
+
+
+def _doubled(up: CausalConv3D, x: Array) -> Array:
+    return rearrange(up(x), "B T H W (C s) -> B (T s) H W C", s=2)
+
+
+def _left(norm: GroupNorm, conv: CausalConv3D, x: Array) -> Array:
+    return conv(jax.nn.silu(norm(x)))
