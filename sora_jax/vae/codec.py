@@ -142,8 +142,19 @@ class VAE(nnx.Module):
         """
         self._check_chunk(video_Bthw3.shape[1])
         spatial_key, temporal_key = (None, None) if key is None else jax.random.split(key)
-        x_BtHWC = self.scale_spatial(sample_posterior(self.spatial_moments(video_Bthw3, frame_batch=frame_batch), spatial_key))
-        return self.stats.normalise(sample_posterior(self.temporal_encoder(x_BtHWC), temporal_key))
+        return self.encode_latents(self.encode_frames(video_Bthw3, key=spatial_key, frame_batch=frame_batch), key=temporal_key)
+
+    def encode_frames(
+        self, video_Bthw3: Float[Array, "B t h w 3"], *, key: PRNGKeyArray | None = None, frame_batch: int | None = None
+    ) -> Float[Array, "B t H W C"]:
+        """Returns scaled spatial latents, frame by frame: the first half of ``encode_chunk``."""
+        return self.scale_spatial(sample_posterior(self.spatial_moments(video_Bthw3, frame_batch=frame_batch), key))
+
+    def encode_latents(
+        self, x_BtHWC: Float[Array, "B t H W C"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B T H W C"]:
+        """Returns normalised latents of a chunk's scaled spatial latents: the second half of ``encode_chunk``."""
+        return self.stats.normalise(sample_posterior(self.temporal_encoder(x_BtHWC), key))
 
     def decode_chunk(
         self, z_BTHWC: Float[Array, "B T H W C"], num_frames: int, *, frame_batch: int | None = None
@@ -154,8 +165,11 @@ class VAE(nnx.Module):
           ValueError: the chunk is longer than ``micro_frame_size`` frames, or does not have T latents.
         """
         self._check_chunk(num_frames)
-        x_BtHWC = self.temporal_decoder(self.stats.restore(z_BTHWC), num_frames).astype(jnp.float32)
-        return self.decode_frames(x_BtHWC, frame_batch=frame_batch)
+        return self.decode_frames(self.decode_latents(z_BTHWC, num_frames), frame_batch=frame_batch)
+
+    def decode_latents(self, z_BTHWC: Float[Array, "B T H W C"], num_frames: int) -> Float[Array, "B t H W C"]:
+        """Returns scaled spatial latents of a chunk's normalised latents: the first half of ``decode_chunk``."""
+        return self.temporal_decoder(self.stats.restore(z_BTHWC), num_frames).astype(jnp.float32)
 
     def spatial_moments(
         self, video_Bthw3: Float[Array, "B t h w 3"], *, frame_batch: int | None = None

@@ -1,0 +1,148 @@
+"""What each stage computes: a network's own forward, between named plain arrays.
+
+Invariant: no arithmetic of a network is written here; a function takes modules apart from the arrays they are called on and
+names what they return.  Functions take ``modules`` (by prefix of their parameters) and named inputs.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from sora_jax.checkpoint import unflatten
+from sora_jax.layers import lifted
+from sora_jax.merging import Merge
+from sora_jax.stdit3 import Conditioning
+
+Modules = Mapping[str, Any]
+Outputs = dict[str, Array]
+
+
+def bound(body: Callable[..., Outputs], shells: Modules) -> Callable[..., Outputs]:
+    """Returns ``call(params, **inputs)``: the body on modules filled from parameters by local name."""
+
+    def call(params: Mapping[str, Array], **inputs: Array) -> Outputs:
+        return body({prefix: unflatten(shell, _under(params, prefix)) for prefix, shell in shells.items()}, **inputs)
+
+    return call
+
+
+def t5_embed(modules: Modules, *, ids_BL: Array) -> Outputs:
+    """Returns embedded tokens and the position bias that all blocks share."""
+    x_BLE, bias_1NLL = modules[""](ids_BL)
+    return {"x_BLE": x_BLE, "bias_1NLL": bias_1NLL}
+
+
+def t5_block(modules: Modules, *, x_BLE: Array, bias_1NLL: Array, mask_BL: Array) -> Outputs:
+    """Returns the hidden states after one block."""
+    return {"x_BLE": modules[""](x_BLE, bias_1NLL, _is_real(mask_BL))}
+
+
+def t5_final(modules: Modules, *, x_BLE: Array) -> Outputs:
+    """Returns the caption features."""
+    return {"caption_BLE": modules[""](x_BLE)}
+
+
+def front(
+    modules: Modules,
+    *,
+    z_BTHWC: Array,
+    t_B: Array,
+    caption_BLE: Array,
+    mask_BL: Array,
+    fps_B: Array,
+    height_px_B: Array,
+    width_px_B: Array,
+    frame_mask_BT: Array | None = None,
+) -> Outputs:
+    """Returns tokens and conditioning of the rows [conditional, unconditional]; the latter have the null caption."""
+    embed = modules[""]
+    null_BLE = jnp.broadcast_to(lifted(embed.y_embedder.y_embedding[...], 3).astype(caption_BLE.dtype), caption_BLE.shape)
+    x_RTSD, given = embed(
+        _twice(z_BTHWC),
+        _twice(t_B),
+        jnp.concatenate([caption_BLE, null_BLE]),
+        _is_real(mask_BL),
+        fps_B=fps_B,
+        height_px_B=height_px_B,
+        width_px_B=width_px_B,
+        frame_mask_BT=None if frame_mask_BT is None else _is_real(_twice(frame_mask_BT)),
+    )
+    outputs = {"x_RTSD": x_RTSD, "caption_RLD": given.caption_BLD, "mask_RL": _twice(mask_BL), "mod_RF6D": given.mod_BF6D}
+    outputs["t_RD"] = given.t_BD
+    if frame_mask_BT is not None:
+        outputs |= {"t0_RD": given.t0_BD, "frame_mask_RT": _twice(frame_mask_BT)}
+    return outputs
+
+
+def pair(
+    merge: Merge | None, modules: Modules, *, x_RTSD: Array, caption_RLD: Array, mask_RL: Array, mod_RF6D: Array
+) -> Outputs:
+    """Returns the tokens after a spatial and a temporal block, which do not read the time itself."""
+    conditioning = Conditioning(
+        caption_BLD=caption_RLD,
+        mask_BL=_is_real(mask_RL),
+        mod_BF6D=mod_RF6D,
+        t_BD=jnp.zeros((len(x_RTSD), 0)),
+        t0_BD=None,
+        frame_mask_BT=None,
+    )
+    x_RTSD = modules["spatial"](x_RTSD, conditioning, merge=merge)
+    return {"x_RTSD": modules["temporal"](x_RTSD, conditioning, merge=merge)}
+
+
+def final(
+    latent: tuple[int, int, int],
+    modules: Modules,
+    *,
+    x_RTSD: Array,
+    t_RD: Array,
+    t0_RD: Array | None = None,
+    frame_mask_RT: Array | None = None,
+) -> Outputs:
+    """Returns the velocity of all rows, its unused channels left out; ``latent`` is rows, columns and channels."""
+    height, width, channels = latent
+    conditioning = Conditioning(
+        caption_BLD=jnp.zeros((len(x_RTSD), 0, x_RTSD.shape[-1]), x_RTSD.dtype),
+        mask_BL=None,
+        mod_BF6D=jnp.zeros((len(x_RTSD), 0, 6, x_RTSD.shape[-1])),
+        t_BD=t_RD,
+        t0_BD=t0_RD,
+        frame_mask_BT=None if frame_mask_RT is None else _is_real(frame_mask_RT),
+    )
+    return {"v_RTHWC": modules[""](x_RTSD, conditioning, height=height, width=width)[..., :channels]}
+
+
+def decode_latents(num_frames: int, modules: Modules, *, z_BTHWC: Array) -> Outputs:
+    """Returns scaled spatial latents of one chunk."""
+    return {"x_BtHWC": modules[""].decode_latents(z_BTHWC, num_frames)}
+
+
+def decode_frames(modules: Modules, *, x_BtHWC: Array) -> Outputs:
+    """Returns pixels."""
+    return {"frames_Bthw3": modules[""].decode_frames(x_BtHWC)}
+
+
+def encode_frames(modules: Modules, *, frames_Bthw3: Array) -> Outputs:
+    """Returns scaled spatial latents, the means of their posterior."""
+    return {"x_BtHWC": modules[""].encode_frames(frames_Bthw3)}
+
+
+def encode_latents(modules: Modules, *, x_BtHWC: Array) -> Outputs:
+    """Returns normalised latents of one chunk, the means of their posterior."""
+    return {"z_BTHWC": modules[""].encode_latents(x_BtHWC)}
+
+
+def _under(params: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    if not prefix:
+        return dict(params)
+    return {name[len(prefix) + 1 :]: array for name, array in params.items() if name.startswith(prefix + ".")}
+
+
+def _is_real(mask: Array) -> Array:
+    return mask > 0.5
+
+
+def _twice(x: Array) -> Array:
+    return jnp.concatenate([x, x])

@@ -1,0 +1,183 @@
+"""StableHLO: jax.export artefacts for cpu, cuda and tpu, their weights as arguments in safetensors files beside them.
+
+Stages of one program share an artefact, and lengths that its arithmetic does not depend on are symbolic: one file serves all
+pairs of blocks, every batch, caption length and (for the same number of frames) resolution.  An artefact needs jax and numpy::
+
+    import json, jax, numpy as np
+
+    def weights(path):
+        data = open(path, "rb").read()
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        dtypes = {"F32": np.float32, "F16": np.float16, "I8": np.int8}
+        return {name: np.frombuffer(data[start + at["data_offsets"][0] : start + at["data_offsets"][1]],
+                dtypes[at["dtype"]]).reshape(at["shape"]) for name, at in header.items() if name != "__metadata__"}
+
+    call = jax.export.deserialize(open("stdit3_pair.full.jaxexport", "rb").read()).call
+    x = call(weights("stdit3_pair_00.safetensors"), {"x_RTSD": x, ...})["x_RTSD"]  # the manifest lists the inputs
+
+Invariant: an artefact holds no weights and no host callback, and computes the bits that jitting the stage does on a CPU.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from sora_jax.config import FLOAT32, DTypePolicy
+from sora_jax.export.stages import Function, Stage
+from sora_jax.export.targets import Artefact, Options, Runner, refuse_weights, require, rounded
+from sora_jax.quantisation import SCALE_SUFFIX, is_quantised, quantise, scale_axis
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+SUFFIX = ".jaxexport"
+PACKAGES = ("jaxlib",)
+
+# Float16 arrays, float32 sums and statistics: what the networks do with any compute dtype.
+FLOAT16 = DTypePolicy(param=jnp.float16, compute=jnp.float16, accumulate=jnp.float32)
+
+# By program, the axes whose length may be any; letters as in the names of the inputs.
+SYMBOLIC: Mapping[str, str] = {
+    "t5_embed": "B",
+    "t5_block": "BL",
+    "t5_final": "BL",
+    "stdit3_pair": "RSL",
+    "vae_temporal_decoder": "HW",
+    "vae_spatial_decoder": "BHW",
+}
+
+_DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8}
+
+
+def check_options(options: Options) -> None:
+    """Refuses compressed weights other than int8; see `targets.Target`."""
+    require("stablehlo", "flatbuffers", "jsonschema")
+    refuse_weights("stablehlo", options, "float", "int8")
+
+
+def policy(options: Options) -> DTypePolicy:
+    """Returns the dtypes stages are built with."""
+    return FLOAT32 if options.precision == "float32" else FLOAT16
+
+
+def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: Options) -> dict[str, Artefact]:
+    """Writes the stage's weights, and its program unless a stage before did; see `targets.Target`."""
+    from safetensors.numpy import save_file
+
+    weights = f"{stage.name}.safetensors"
+    int8 = options.weights_of(stage) == "int8"
+    save_file({name: np.ascontiguousarray(array) for name, array in _stored(params, int8=int8).items()}, folder / weights)
+    artefacts = {}
+    for function in stage.functions:
+        file = f"{stage.program.name}.{function.name}{SUFFIX}"
+        if not (folder / file).exists():
+            (folder / file).write_bytes(_export_function(stage, function, int8=int8))
+        artefacts[function.name] = {"file": file, "weights": weights}
+    return artefacts
+
+
+def open_function(folder: Path, artefact: Artefact) -> Runner:
+    """Returns a saved function with its weights; stages of one program share its compilation."""
+    path = folder / artefact["file"]
+    call, inputs = program(path, path.stat().st_mtime_ns)
+    params = jax.device_put(read_safetensors(folder / artefact["weights"]))
+
+    def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = call(params, rounded(given, inputs))
+        return {name: np.asarray(value) for name, value in outputs.items()}
+
+    return run
+
+
+def serialise(
+    call: Callable[..., Any], params: Mapping[str, jax.ShapeDtypeStruct], inputs: Mapping[str, jax.ShapeDtypeStruct]
+) -> bytes:
+    """Returns ``call(params, inputs)``, of two flat dictionaries, as one program for all platforms."""
+    exported = jax.export.export(jax.jit(call), platforms=PLATFORMS)(dict(params), dict(inputs))
+    return bytes(exported.serialize())
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of a safetensors file, read and not mapped: pages of a map would count as memory a second time."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    arrays = {}
+    for name, entry in header.items():
+        begin, shape = 8 + length + entry["data_offsets"][0], entry["shape"]
+        values = np.fromfile(path, _DTYPES[entry["dtype"]], count=math.prod(shape), offset=begin)
+        arrays[name] = values.reshape(shape)
+    return arrays
+
+
+def stored_specs(abstract: Mapping[str, jax.ShapeDtypeStruct], *, int8: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the arguments an artefact takes in place of the parameters: int8 matrices have a scale beside them."""
+    specs = {}
+    for name, spec in abstract.items():
+        if int8 and is_quantised(name, spec.shape):
+            specs[name] = jax.ShapeDtypeStruct(spec.shape, jnp.int8)
+            specs[name + SCALE_SUFFIX] = jax.ShapeDtypeStruct((spec.shape[scale_axis(name)],), jnp.float32)
+        else:
+            specs[name] = spec
+    return specs
+
+
+def restored(stored: Mapping[str, jax.Array], abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Returns the parameters of stored arguments, inside the program."""
+    params = {}
+    for name, spec in abstract.items():
+        value = stored[name]
+        if name + SCALE_SUFFIX in stored:
+            scale = jnp.expand_dims(stored[name + SCALE_SUFFIX], 1 - scale_axis(name))
+            value = (value.astype(jnp.float32) * scale).astype(spec.dtype)
+        params[name] = value
+    return params
+
+
+def _stored(params: Mapping[str, np.ndarray], *, int8: bool) -> dict[str, np.ndarray]:
+    stored = {}
+    for name, array in params.items():
+        if int8 and is_quantised(name, array.shape):
+            stored[name], stored[name + SCALE_SUFFIX] = quantise(name, array)
+        else:
+            stored[name] = array
+    return stored
+
+
+def _export_function(stage: Stage, function: Function, *, int8: bool) -> bytes:
+    abstract = stage.program.abstract
+
+    def call(stored: Mapping[str, jax.Array], inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        return function.call(restored(stored, abstract), **inputs)
+
+    letters = SYMBOLIC.get(stage.program.name, "")
+    inputs = symbolic_inputs(function.inputs, letters) if letters else function.inputs
+    return serialise(call, stored_specs(abstract, int8=int8), inputs)
+
+
+def symbolic_inputs(inputs: Mapping[str, jax.ShapeDtypeStruct], letters: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the inputs with the axes of the given letters symbolic; an input's name ends with the letters of its axes."""
+    scope = jax.export.SymbolicScope()
+
+    def symbolic(name: str, spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes = name.rpartition("_")[2]
+        text = ", ".join(axis if axis in letters else str(length) for axis, length in zip(axes, spec.shape, strict=True))
+        return jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"({text},)", scope=scope), spec.dtype)
+
+    return {name: symbolic(name, spec) for name, spec in inputs.items()}
+
+
+@functools.lru_cache(maxsize=32)
+def program(path: Path, _modified_ns: int) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Returns the jitted program of a file, and the dtypes of its inputs; compiled once until the file changes."""
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    (_, inputs), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    return jax.jit(exported.call), {name: aval.dtype for name, aval in inputs.items()}

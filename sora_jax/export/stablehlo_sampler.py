@@ -1,0 +1,152 @@
+"""The whole sampling loop as one StableHLO program: noise and caption in, latents out, nothing on the host between.
+
+One program holds the transformer, guidance, the schedule's loop, the merged and the full phase, and a leap rule; two
+programs differ in the rule (``static``, which also never leaps, and ``dynamic``).  The number of steps, times, guidance,
+merged steps and thresholds are inputs.  Weights are those of the transformer's stages::
+
+    params = {f"{path.stem}/{name}": x for path in Path().glob("stdit3_*.safetensors") for name, x in weights(path).items()}
+    z = jax.export.deserialize(open("sampler.dynamic.jaxexport", "rb").read()).call(params, {"z_BTHWC": noise, ...})["z_BTHWC"]
+
+Invariant: this is `sampler.Sampler` and `velocity.Velocity`, traced; nothing of either is repeated here.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sora_jax.checkpoint import unflatten
+from sora_jax.config import DTypePolicy, ModelConfig
+from sora_jax.export.size import Size
+from sora_jax.export.stablehlo import SUFFIX, program, read_safetensors, restored, serialise, stored_specs
+from sora_jax.export.stages import MERGE, Function, Stage
+from sora_jax.export.targets import Artefact, Runner, rounded
+from sora_jax.leap import LeapRule, Mode
+from sora_jax.sampler import Sampler, as_partial
+from sora_jax.schedule import OPEN_SORA_TIMESTEPS, Schedule, capacity
+from sora_jax.stdit3 import STDiT3
+from sora_jax.velocity import Velocity
+
+MODES: tuple[Mode, ...] = ("static", "dynamic")
+CAPACITY = capacity(1)
+
+
+def sampler_functions(
+    config: ModelConfig, sizes: Sequence[Size], stages: Sequence[Stage], *, policy: DTypePolicy
+) -> list[Function]:
+    """Returns the sampler of every leap mode and size, as a function of ``<stage>/<local name>`` parameters.
+
+    ``stages`` are those of the transformer, of the same policy; frames cannot be given.
+    """
+    shell = jax.eval_shape(lambda: STDiT3(config.stdit3, policy=policy, rngs=nnx.Rngs(0)))
+    flat_names = {f"{stage.name}/{local}": flat for stage in stages for local, flat in stage.parameters.items()}
+    functions = []
+    for size in sizes:
+        for mode in MODES:
+            inputs = _inputs(config, size, stages[0])
+
+            def call(params: Mapping[str, jax.Array], mode: Mode = mode, **given: jax.Array) -> dict[str, jax.Array]:
+                network = unflatten(shell, {flat_names[name]: value for name, value in params.items()})
+                return _sample(network, mode, given)
+
+            functions.append(
+                Function(
+                    name=mode if size is sizes[0] else f"{mode}_{size.key}",
+                    variant=mode,
+                    sizes=(size.key,),
+                    call=call,
+                    inputs=inputs,
+                    outputs={
+                        "z_BTHWC": inputs["z_BTHWC"],
+                        "evaluations_B": jax.ShapeDtypeStruct((1,), jnp.float32),
+                    },
+                )
+            )
+    return functions
+
+
+def save(functions: Sequence[Function], stages: Sequence[Stage], folder: Path, *, int8: bool) -> dict[str, Artefact]:
+    """Writes the programs; the stages' weights lie there already."""
+    abstract = {f"{stage.name}/{name}": spec for stage in stages for name, spec in stage.program.abstract.items()}
+    artefacts = {}
+    for function in functions:
+        file = f"sampler.{function.name}{SUFFIX}"
+
+        def call(stored: Mapping[str, jax.Array], inputs: Mapping[str, jax.Array], f: Function = function) -> dict[str, Any]:
+            return f.call(restored(stored, abstract), **inputs)
+
+        (folder / file).write_bytes(serialise(call, stored_specs(abstract, int8=int8), function.inputs))
+        artefacts[function.name] = {"file": file, "weights": "stdit3_*.safetensors"}
+    return artefacts
+
+
+def open_sampler(folder: Path, artefact: Artefact) -> Runner:
+    """Returns a saved sampler with its weights."""
+    path = folder / artefact["file"]
+    call, inputs = program(path, path.stat().st_mtime_ns)
+    params = {
+        f"{file.stem}/{name}": jax.device_put(array)
+        for file in sorted(folder.glob(artefact["weights"]))
+        for name, array in read_safetensors(file).items()
+    }
+
+    def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: np.asarray(value) for name, value in call(params, rounded(given, inputs)).items()}
+
+    return run
+
+
+def _inputs(config: ModelConfig, size: Size, front: Stage) -> dict[str, jax.ShapeDtypeStruct]:
+    given = next(function.inputs for function in front.functions if size.key in function.sizes)
+    scalar, whole = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    names = ("z_BTHWC", "caption_BLE", "mask_BL", "fps_B", "height_px_B", "width_px_B")
+    return {name: given[name] for name in names} | {
+        "times": jax.ShapeDtypeStruct((CAPACITY + 1,), jnp.float32),
+        "num_steps": whole,
+        "guidance": scalar,
+        "merge_steps": whole,
+        "leap_index": whole,
+        "leap_first": whole,
+        "leap_tolerance": scalar,
+        "leap_patience": whole,
+    }
+
+
+def _sample(network: STDiT3, mode: Mode, given: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns latents and evaluations; with ``static``, leap_index num_steps - 1 never leaps."""
+    caption_BLE = given["caption_BLE"]
+    null_BLE = jnp.broadcast_to(network.null_caption_LE.astype(caption_BLE.dtype)[None], caption_BLE.shape)
+    velocity = Velocity(
+        network=network,
+        caption_RLE=jnp.concatenate([caption_BLE, null_BLE]),
+        mask_BL=given["mask_BL"] > 0.5,
+        fps=given["fps_B"],
+        height_px=given["height_px_B"],
+        width_px=given["width_px_B"],
+        merge=MERGE,
+    )
+    sampler = Sampler(
+        velocity_fn=as_partial(velocity),
+        schedule=Schedule(times=given["times"], num_steps=given["num_steps"], num_timesteps=OPEN_SORA_TIMESTEPS),
+        guidance=given["guidance"],
+        merge_steps=given["merge_steps"],
+        weight_BT=None,
+        seed=jnp.asarray(0, jnp.uint32),
+        noise_NBX=None,
+        leap=LeapRule(
+            index=given["leap_index"],
+            first=given["leap_first"],
+            tolerance=given["leap_tolerance"],
+            patience=given["leap_patience"],
+            mode=mode,
+            extrapolate=False,
+        ),
+        plan=None,
+        solver="euler",
+    )
+    carry = sampler.run(sampler.start(given["z_BTHWC"]), given["num_steps"])
+    return {"z_BTHWC": carry.z, "evaluations_B": carry.evaluations_B}
