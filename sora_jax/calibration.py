@@ -8,6 +8,8 @@ Source: LeMiCa (arXiv 2511.00090), a shortest path over measured errors; here th
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from jaxtyping import Array, Float
 
 from sora_jax import frames
 from sora_jax.evaluation import reused_velocity
-from sora_jax.plans import Keep, Plan
+from sora_jax.plans import REUSE, Keep, Plan
 from sora_jax.sampler import Sampler, VelocityFn
 from sora_jax.sampler_state import Carry, Inputs, Kept
 from sora_jax.schedule import Schedule
@@ -58,6 +60,20 @@ class Calibration:
             steps.append(at)
         return Plan.evaluate_at(steps, num_steps, keep=self.keep)
 
+    def error(self, plan: Plan) -> float:
+        """Returns the sum of the errors of the plan's reused steps; a half step counts as evaluated.
+
+        Raises:
+          ValueError: the plan is for another number of steps.
+        """
+        if len(plan.codes) != len(self.error_NN):
+            raise ValueError(f"plan has {len(plan.codes)} steps; expected the {len(self.error_NN)} of the calibration.")
+        total, source = 0.0, 0
+        for step, code in enumerate(plan.codes):
+            source = step if code != REUSE else source
+            total += float(self.error_NN[source, step]) if code == REUSE else 0.0
+        return total
+
     def _segments(self) -> np.ndarray:
         """Returns [N, N + 1]: the error of all steps after i and before j, were i and j evaluated and none between."""
         num_steps = len(self.error_NN)
@@ -82,6 +98,7 @@ def calibrate(
     merge_steps: int | None = None,
     frame_weights: Array | np.ndarray | None = None,
     seed: int = 0,
+    callback: Callable[[Carry], Any] | None = None,
 ) -> Calibration:
     """Returns the errors of reuse along the full sampling of a batch; the arguments are those of `sampler.sample`.
 
@@ -102,6 +119,8 @@ def calibrate(
     for step in range(num_steps):
         carry = sampler.run(carry, step + 1)
         carries.append(carry)
+        if callback is not None:
+            callback(carry)
     sizes = -np.diff(np.append(schedule.visited, 0.0)) / schedule.num_timesteps
     error_NN = np.full((num_steps, num_steps), np.inf)
     starts = _must_evaluate(sampler, num_steps)

@@ -105,6 +105,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Makes clips from prompts.",
     )
     _add_generate(generate)
+    calibrate = commands.add_parser(
+        "calibrate",
+        parents=[common],
+        allow_abbrev=False,
+        help="find a reuse plan for a model",
+        description="Measures what reuse costs at each step of a model's sampling, and writes the best plan.",
+    )
+    _add_calibrate(calibrate)
     commands.add_parser("convert", add_help=False, help="convert PyTorch checkpoints into a model directory")
     inspect = commands.add_parser(
         "inspect", parents=[common], allow_abbrev=False, help="show what a clip or a model directory holds"
@@ -134,14 +142,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--steps", "--num-sampling-steps", dest="num_steps", metavar="N", type=int, help="sampling steps")
     how.add_argument("--guidance", "--cfg-scale", metavar="G", type=float, help="weight of the caption; 1: no guidance")
     how.add_argument("--seed", metavar="N", type=int, help="of the first clip; the next has N + 1 (default 0)")
-    how.add_argument("--leap", metavar="off|N|dynamic|released", type=_leap, help="linear proportional leap")
-    how.add_argument("--merge-steps", metavar="K", type=int, help="first steps with merged temporal tokens")
-    how.add_argument("--height", metavar="PX", type=int)
-    how.add_argument("--width", metavar="PX", type=int)
-    how.add_argument("--resolution", metavar="NAME", help="for example 240p")
-    how.add_argument("--aspect-ratio", metavar="H:W", help="for example 9:16")
-    how.add_argument("--num-frames", metavar="N|2s", help="frames or nominal duration; 1 makes an image")
-    how.add_argument("--fps", metavar="F", type=float, help="frame rate the model is asked for")
+    _add_size(how)
     how.add_argument("--save-fps", metavar="F", type=float, help="frame rate of the file (default: --fps)")
     how.add_argument("--aes", metavar="SCORE|off", type=_score, help="aesthetic score added to the caption")
     how.add_argument("--flow", metavar="SCORE|off", type=_score, help="motion score added to the caption")
@@ -152,6 +153,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--align", metavar="N|off", type=_align, help="latent frames that mask starts are rounded to")
     how.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
     how.add_argument("--batch-size", metavar="N", type=int, default=1, help="clips made together")
+    _add_sampler(parser.add_argument_group("fewer evaluations"))
 
     where = parser.add_argument_group("where")
     where.add_argument(
@@ -169,6 +171,60 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--overwrite", action="store_true", help="replace existing files")
     where.add_argument("--quiet", action="store_true", help="no progress and no notes")
     where.add_argument(
+        "--compile-cache", metavar="DIR|off", help="where compiled programs are kept (default: the user's cache)"
+    )
+
+
+def _add_sampler(group: Any) -> None:
+    group.add_argument(
+        "--preset", metavar="exact|recommended", help="exact: as Open-Sora; recommended: the sampler study's result"
+    )
+    group.add_argument("--solver", metavar="NAME", help="euler, ab2, dpmpp or heun (two evaluations a step)")
+    group.add_argument("--shift", metavar="S", type=float, help="of the times; above 1: more steps at high noise (default 1)")
+    group.add_argument("--leap", metavar="off|N|dynamic|released", type=_leap, help="linear proportional leap")
+    group.add_argument("--leap-extrapolate", action="store_true", help="leap along the line through the last two velocities")
+    group.add_argument("--plan", metavar="JSON", type=Path, help="reuse plan written by sora-jax calibrate")
+    group.add_argument("--merge-steps", metavar="K", type=int, help="first steps with merged temporal tokens")
+    group.add_argument("--merge-odd", metavar="alone|released", help="what becomes of the last of an odd number of frames")
+    group.add_argument(
+        "--merge-attentions", metavar="NAMES", help="of spatial,temporal,cross: which merge (default: all, as published)"
+    )
+    group.add_argument("--merge-keys-values-only", action="store_true", help="keep a query for every frame")
+    group.add_argument("--merge-positions", metavar="merged|mean", help="RoPE positions of merged frames (default: merged)")
+
+
+def _add_size(group: Any) -> None:
+    group.add_argument("--height", metavar="PX", type=int)
+    group.add_argument("--width", metavar="PX", type=int)
+    group.add_argument("--resolution", metavar="NAME", help="for example 240p")
+    group.add_argument("--aspect-ratio", metavar="H:W", help="for example 9:16")
+    group.add_argument("--num-frames", metavar="N|2s", help="frames or nominal duration; 1 makes an image")
+    group.add_argument("--fps", metavar="F", type=float, help="frame rate the model is asked for")
+
+
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_calibrate)
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path, nargs="?", help="default: the embedded pocket model")
+    parser.add_argument("-o", "--output", metavar="JSON", type=Path, required=True, help="the plan's file")
+    parser.add_argument("--evaluations", metavar="N", type=int, required=True, help="steps that the plan evaluates in full")
+    parser.add_argument("--prompt", metavar="TEXT", dest="prompts", action="append", help="caption to measure on; repeatable")
+    parser.add_argument("--prompt-path", metavar="FILE", type=Path, help="read captions from a file, one a line")
+    parser.add_argument("--start-index", metavar="N", type=int, default=0, help="first line of the file to use, from 0")
+    parser.add_argument("--end-index", metavar="N", type=int, help="line of the file to stop before")
+    parser.add_argument("--keep", choices=("residual", "velocity"), default="residual", help="what a reused step takes over")
+    parser.add_argument(
+        "--half-from", metavar="STEP", type=int, help="steps from here on reuse the guidance difference: half an evaluation"
+    )
+    parser.add_argument("--steps", dest="num_steps", metavar="N", type=int, help="sampling steps")
+    parser.add_argument("--guidance", metavar="G", type=float, help="weight of the caption")
+    parser.add_argument("--seed", metavar="N", type=int, help="of the noise (default 0)")
+    parser.add_argument("--shift", metavar="S", type=float, help="of the times (default 1)")
+    parser.add_argument("--merge-steps", metavar="K", type=int, help="first steps with merged temporal tokens")
+    _add_size(parser)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no notes")
+    parser.add_argument(
         "--compile-cache", metavar="DIR|off", help="where compiled programs are kept (default: the user's cache)"
     )
 
@@ -200,6 +256,15 @@ def _generate(options: argparse.Namespace) -> None:
         generate_command.run(options)
 
     _interruptibly(work, folders)
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    def work() -> None:
+        from sora_jax import calibrate_command
+
+        calibrate_command.run(options)
+
+    _interruptibly(work, [options.output.parent])
 
 
 def _interruptibly(work: Callable[[], None], folders: Sequence[Path]) -> None:

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from sora_jax import files, prompt, video
 
 _SETTINGS = (
-    "num_steps guidance leap merge_steps height width resolution aspect_ratio num_frames fps save_fps aes flow camera_motion "
-    "loop condition_frame_length condition_frame_edit align dtype"
+    "num_steps guidance preset solver shift plan merge_steps height width resolution aspect_ratio num_frames fps save_fps aes "
+    "flow camera_motion loop condition_frame_length condition_frame_edit align dtype"
 ).split()
 _BAR = "{desc} {percentage:3.0f}% |{bar:24}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 _MAX_NAME_BYTES = 200  # file systems take 255; suffixes and temporary names need the rest
@@ -52,18 +52,18 @@ def run(options: argparse.Namespace) -> None:
     if options.from_latents:
         _decode(options, pipeline)
         return
-    given = {name: getattr(options, name) for name in _SETTINGS}
+    given = {name: getattr(options, name) for name in _SETTINGS} | {"leap": _leap(options), "merge": _merge(options)}
     settings = pipeline.resolve({**given, "seed": options.seed})
     jobs = plan(options, texts, image=settings.num_frames == 1)
     if not options.quiet:
         if len(jobs) < len(texts) * options.num_sample:
-            _note(
+            note(
                 f"{len(texts) * options.num_sample - len(jobs)} clips exist already or are asked for twice; making {len(jobs)}."
             )
         if options.model is None:
             _hint(texts)
     for batch in batches(jobs, options.batch_size):
-        with _progress(options.quiet) as callback:
+        with progress_bar(options.quiet) as callback:
             clip = pipeline(
                 [job.text for job in batch],
                 references=[job.reference for job in batch],
@@ -75,6 +75,40 @@ def run(options: argparse.Namespace) -> None:
                 **given,
             )
         _save(options, clip, [job.path for job in batch])
+
+
+def _leap(options: argparse.Namespace) -> Any:
+    """Returns the leap that the options name; None where they name none."""
+    if not options.leap_extrapolate:
+        return options.leap
+    from sora_jax.sampling import leap_rule
+
+    rule = leap_rule("off" if options.leap is None else options.leap)
+    if rule is None:
+        raise ValueError("--leap-extrapolate says how to leap, but nothing leaps; give --leap N or --leap dynamic as well.")
+    return dataclasses.replace(rule, extrapolate=True)
+
+
+def _merge(options: argparse.Namespace) -> Any:
+    """Returns what the options merge; None where they say nothing of it."""
+    given = {
+        "odd": options.merge_odd,
+        "rope_positions": options.merge_positions,
+        "keys_values_only": options.merge_keys_values_only or None,
+    }
+    if options.merge_attentions is not None:
+        attentions = ("spatial", "temporal", "cross")
+        chosen = options.merge_attentions.split(",")
+        strange = sorted(set(chosen) - set(attentions))
+        if strange:
+            raise ValueError(f"--merge-attentions names {', '.join(map(repr, strange))}; expected of spatial,temporal,cross.")
+        given |= {name: name in chosen for name in attentions}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return None
+    from sora_jax.merging import Merge
+
+    return Merge(**given)
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
@@ -241,7 +275,7 @@ def _decode(options: argparse.Namespace, pipeline: Any) -> None:
     for path in paths:
         video.check_target(path, 1 if image else 2, overwrite=options.overwrite)
     files.refuse_unwritable(options.output.parent if options.output else options.save_dir)
-    with _progress(options.quiet) as callback:
+    with progress_bar(options.quiet) as callback:
         clip = pipeline.resume(options.from_latents, callback=callback)
     _save(options, clip, paths)
 
@@ -252,7 +286,7 @@ def _save(options: argparse.Namespace, clip: Any, paths: Sequence[Path]) -> None
         sys.stdout.write(f"{path}\n")
         sys.stdout.flush()
     if not options.quiet:
-        _note(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in clip.timings.items()))
+        note(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in clip.timings.items()))
 
 
 def _hint(texts: Sequence[str]) -> None:
@@ -262,11 +296,11 @@ def _hint(texts: Sequence[str]) -> None:
     segments = [segment for text in texts for segment in prompt.split_prompt(prompt.extract_json(text)[0])[0]]
     for hint in dict.fromkeys(captions.parse(segment).hint for segment in segments):
         if hint:
-            _note(hint)
+            note(hint)
 
 
 @contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Any]:
+def progress_bar(quiet: bool) -> Iterator[Any]:
     """Yields a pipeline callback that shows the stage, and while sampling the step, time and remaining time."""
     with tqdm(total=1, bar_format="{desc}", desc="open", disable=quiet, leave=False) as bar:
 
@@ -281,9 +315,10 @@ def _progress(quiet: bool) -> Iterator[Any]:
         yield show
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """Writes one line for the user beside the results."""
     sys.stderr.write(f"sora-jax: {text}\n")
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    _note(f"warning: {' '.join(str(message).split())}")
+    note(f"warning: {' '.join(str(message).split())}")

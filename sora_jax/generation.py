@@ -16,12 +16,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax import conditioning, noise, prompt, sizes
+from sora_jax.calibration import Calibration, calibrate
 from sora_jax.clip import Timings
-from sora_jax.leap import Leap
 from sora_jax.networks import Networks, call
-from sora_jax.sampler import Carry, Result, Sampler, finish
-from sora_jax.schedule import Schedule
-from sora_jax.settings import OFF, Settings
+from sora_jax.plans import Keep
+from sora_jax.sampler import Carry, Result, finish
+from sora_jax.sampling import guidance_scale, make_sampler, make_schedule
+from sora_jax.settings import Settings
 from sora_jax.stdit3 import STDiT3
 from sora_jax.t5 import T5Encoder
 from sora_jax.tokenizer import Tokenizer
@@ -156,6 +157,37 @@ class Generation:
         videos.append(self._decode_clip(np.asarray(results[-1].z)))
         return self._join(videos), latents, results
 
+    def prepare(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+        """Returns what the first clip is denoised from: captions [B, L, E], their mask, noise, frame weights or None."""
+        references = self._encode_references(inputs.references)
+        captions, mask = self._encode_captions(inputs.captions)[0]
+        return captions, mask, *self._start(references, inputs.strategies)
+
+    def calibrate(self, inputs: Inputs, keep: Keep) -> Calibration:
+        """Returns what reuse costs along the sampling of the first clip, all of ``inputs`` in one batch."""
+        settings, done = self.settings, 0
+        captions, mask, z, weights = self.prepare(inputs)
+
+        def report(carry: Carry) -> None:
+            nonlocal done
+            done += 1
+            self._report("denoise", done, carry)
+
+        self._report("load")
+        with self.networks.use("stdit3", settings.dtype, self.timings) as stdit3, self.timings.measure("denoise"):
+            self._report("compile")
+            return calibrate(
+                self.velocity(stdit3, captions, mask),
+                jnp.asarray(z),
+                make_schedule(settings),
+                keep=keep,
+                guidance=guidance_scale(settings),
+                merge_steps=settings.merge_steps or None,
+                frame_weights=weights,
+                seed=self._seed,
+                callback=report,
+            )
+
     def decode(self, latents_BTHWC: np.ndarray) -> np.ndarray:
         """Returns the pixels [B, t, h, w, 3] of the latents of all clips of a loop."""
         return self._join([self._decode_clip(clip) for clip in np.split(latents_BTHWC, self.settings.loop, axis=1)])
@@ -221,20 +253,10 @@ class Generation:
 
     def _denoise(self, caption_BLE: np.ndarray, mask_BL: np.ndarray, z: np.ndarray, weights: np.ndarray | None) -> Result:
         settings = self.settings
-        schedule = Schedule.open_sora(
-            settings.num_steps, height_px=settings.height, width_px=settings.width, num_frames=settings.num_frames
-        )
         self._report("load")
         with self.networks.use("stdit3", settings.dtype, self.timings) as stdit3:
-            sampler = Sampler.create(
-                self._velocity(stdit3, caption_BLE, mask_BL),
-                schedule,
-                guidance=None if settings.guidance == 1 else settings.guidance,
-                leap=leap_rule(settings.leap),
-                merge_steps=settings.merge_steps or None,
-                frame_weights=weights,
-                seed=self._seed,
-            )
+            velocity = self.velocity(stdit3, caption_BLE, mask_BL)
+            sampler = make_sampler(velocity, settings, frame_weights=weights, seed=self._seed)
             self._report("compile")
             with self.timings.measure("compile"):
                 carry = jax.block_until_ready(sampler.run(sampler.start(jnp.asarray(z)), 0))
@@ -248,7 +270,7 @@ class Generation:
             self._report("denoise", settings.num_steps, carry)
             return finish(carry)
 
-    def _velocity(self, stdit3: STDiT3, caption_BLE: np.ndarray, mask_BL: np.ndarray) -> Velocity:
+    def velocity(self, stdit3: STDiT3, caption_BLE: np.ndarray, mask_BL: np.ndarray) -> Velocity:
         """Returns the velocity with its conditions; with guidance the null captions follow the prompts' captions."""
         settings = self.settings
         if settings.guidance != 1:
@@ -265,6 +287,7 @@ class Generation:
             fps=fps,
             height_px=height_px,
             width_px=width_px,
+            merge=settings.merge,
         )
 
     def _encode_clip(self, vae: VAE, video_Bthw3: np.ndarray) -> np.ndarray:
@@ -300,22 +323,6 @@ class Generation:
         if self.callback is not None:
             at = {"step": step, "num_steps": self.settings.num_steps, "loop": self.loop, "num_loops": self.settings.loop}
             self.callback(Progress(stage=stage, carry=carry, **at))
-
-
-def leap_rule(leap: int | str | Leap) -> Leap | None:
-    """Returns the leap a setting names: ``"off"``, a step, ``"dynamic"`` or ``"released"``.
-
-    Raises:
-      ValueError: it names none.
-    """
-    if isinstance(leap, Leap):
-        return leap
-    if isinstance(leap, int) and not isinstance(leap, bool):
-        return Leap.static(leap)
-    named = {OFF: None, "dynamic": Leap.dynamic(), "released": Leap.released()}
-    if leap not in named:
-        raise ValueError(f"leap is {leap!r}; expected off, dynamic, released, or the number of the step that leaps.")
-    return named[leap]
 
 
 def _encode_text(t5: T5Encoder, ids_BL: Int[Array, "B L"], mask_BL: Bool[Array, "B L"]) -> Float[Array, "B L E"]:

@@ -12,15 +12,20 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 import sora_jax
 from sora_jax import merging, model_directory, settings, video
 from sora_jax.clip import Clip, Timings, load_latents, save_latents
 from sora_jax.config import NETWORKS
-from sora_jax.generation import Callback, Generation, Inputs, leap_rule, read_inputs
+from sora_jax.generation import Callback, Generation, Inputs, read_inputs
 from sora_jax.leap import Leap
+from sora_jax.merging import Merge
 from sora_jax.networks import Networks
+from sora_jax.plan_file import PlanFile
+from sora_jax.plans import Keep, Plan
 from sora_jax.sampler import Trace
+from sora_jax.sampling import make_sampler
 from sora_jax.settings import Settings
 from sora_jax.tokenizer import Tokenizer
 from sora_jax.vae.codec import latent_size
@@ -62,8 +67,13 @@ class Pipeline:
         num_steps: int | None = None,
         guidance: int | float | None = None,
         seed: int | None = None,
+        preset: str | None = None,
+        solver: str | None = None,
+        shift: int | float | None = None,
         leap: int | str | Leap | None = None,
+        plan: Plan | str | os.PathLike[str] | None = None,
         merge_steps: int | None = None,
+        merge: Merge | None = None,
         height: int | None = None,
         width: int | None = None,
         resolution: str | None = None,
@@ -95,8 +105,13 @@ class Pipeline:
           num_steps: sampling steps.
           guidance: weight of the caption; 1 evaluates without the null caption, at half the cost.
           seed: of sample 0; sample b has ``seed + b``.
+          preset: ``"exact"``, as Open-Sora samples, or ``"recommended"``, see `presets`; what is given besides goes before it.
+          solver: ``"euler"``, ``"ab2"``, ``"dpmpp"`` or ``"heun"``, see `sampler.sample`.
+          shift: of the times on top of the resolution's own; above 1 more steps are spent at high noise.
           leap: ``"off"``, a step that leaps to the end, ``"dynamic"``, ``"released"``, or a `Leap`.
+          plan: which steps evaluate: a `Plan`, or a file of `calibrate`; ``num_steps`` is the plan's unless given.
           merge_steps: first steps with merged temporal tokens.
+          merge: what those steps merge.
           height: pixels, a multiple of 16 (autoencoder 8 x patch 2).
           width: pixels, likewise.
           resolution: instead of height and width, for example ``"240p"``.
@@ -127,8 +142,13 @@ class Pipeline:
             "num_steps": num_steps,
             "guidance": guidance,
             "seed": seed,
+            "preset": preset,
+            "solver": solver,
+            "shift": shift,
             "leap": leap,
+            "plan": plan,
             "merge_steps": merge_steps,
+            "merge": merge,
             "height": height,
             "width": width,
             "resolution": resolution,
@@ -170,6 +190,50 @@ class Pipeline:
             timings=timings,
         )
 
+    def calibrate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        evaluations: int,
+        chosen: Settings | None = None,
+        keep: Keep = "residual",
+        half_from: int | None = None,
+        callback: Callback | None = None,
+    ) -> PlanFile:
+        """Returns the reuse plan with the smallest measured error for this model, to be given to a call as ``plan``.
+
+        Args:
+          prompts: captions to measure on, all in one batch.
+          evaluations: steps that the plan evaluates in full.
+          chosen: settings from `resolve`; what they say of solver, leap and plan is not used.
+          keep: what a reused step takes over, see `plans.Plan`.
+          half_from: steps from this one on evaluate the caption alone, with the guidance difference of the last full step.
+          callback: called with `Progress` on the host.
+
+        Raises:
+          ValueError: a setting is invalid, or no plan has so many evaluations.
+        """
+        chosen = self.resolve({}) if chosen is None else chosen
+        if not 1 <= evaluations <= chosen.num_steps:
+            raise ValueError(f"a plan of {chosen.num_steps} steps cannot have {evaluations} evaluations; give 1 to all steps.")
+        if half_from is not None and chosen.guidance == 1:
+            raise ValueError("half steps reuse the guidance difference, but guidance is 1; leave half_from out.")
+        self._check_merging(chosen)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        inputs = read_inputs(texts, [""] * len(texts), [""] * len(texts), 1, chosen)
+        generation = Generation(self.networks, self.tokenizer, chosen, Timings(), callback)
+        measured = generation.calibrate(inputs, keep)
+        plan = measured.plan(evaluations)
+        error = measured.error(plan)
+        unused = ("solver", "leap", "plan", "aes", "flow", "camera_motion", "save_fps", "loop", "align")
+        settings = {name: value for name, value in chosen.to_dict().items() if name not in unused}
+        return PlanFile(
+            plan=plan if half_from is None else plan.with_half_steps(half_from),
+            model=self.model_id,
+            error=error,
+            calibrated={**settings, "prompts": list(inputs.captions), "sora_jax": sora_jax.__version__},
+        )
+
     def resume(self, path: str | os.PathLike[str], *, callback: Callback | None = None) -> Clip:
         """Returns the clip of a latents file: only decoding is left to do.
 
@@ -178,9 +242,8 @@ class Pipeline:
           ValueError: the file is damaged, or made by a model with other latents.
         """
         latents, parameters = load_latents(path)
-        names = Settings.field_names()
         try:
-            chosen = Settings(**{name: parameters[0][name] for name in names})
+            chosen = Settings.from_dict(parameters[0])
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} lacks the settings of its samples ({error}); expected a file of --save-latents."
@@ -206,16 +269,20 @@ class Pipeline:
         """Returns complete settings from those given (see `Settings.resolve`), with sizes this model can make."""
         if given.get("height") is not None and given.get("width") is not None:
             settings.check_multiple(self.config.vae, self.config.stdit3.patch_size[1], given["height"], given["width"])
+        plan = given.get("plan")
+        if isinstance(plan, str | os.PathLike):
+            given = {**given, "plan": PlanFile.read(plan).for_model(self.model_id, plan)}
         return Settings.resolve(self.defaults, given)
 
     def _check_sampling(self, chosen: Settings) -> None:
-        """Refuses a leap or a merge that cannot be sampled, before anything is loaded."""
-        rule = leap_rule(chosen.leap)
-        if rule is not None:
-            rule.rule(chosen.num_steps)
+        """Refuses what cannot be sampled, before anything is loaded."""
+        make_sampler(_no_velocity, chosen)
+        self._check_merging(chosen)
+
+    def _check_merging(self, chosen: Settings) -> None:
         if chosen.merge_steps:
             num_latents, _, _ = latent_size(self.config.vae, chosen.num_frames, chosen.height, chosen.width)
-            merging.check_frames(num_latents or 0, "alone")
+            merging.check_frames(num_latents or 0, chosen.merge.odd)
 
     def _parameters(self, inputs: Inputs, chosen: Settings) -> list[dict[str, Any]]:
         """Returns for each sample what it is made from, JSON-ready."""
@@ -243,6 +310,11 @@ class Pipeline:
             digest.update((self.networks.directory / network / model_directory.NETWORK_FILE).read_bytes())
         directory = self.networks.directory.resolve()
         return f"{'pocket' if directory == POCKET.resolve() else directory.name} {digest.hexdigest()[:16]}"
+
+
+def _no_velocity(z: Array, t_B: Array) -> Array:
+    """Stands for the network where settings are only checked."""
+    raise NotImplementedError
 
 
 def _each(values: str | Sequence[str] | None, prompts: Sequence[str]) -> list[str]:

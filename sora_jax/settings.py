@@ -12,6 +12,10 @@ from typing import Any, Self
 from sora_jax import sizes
 from sora_jax.config import VAEConfig
 from sora_jax.leap import Leap
+from sora_jax.merging import Merge
+from sora_jax.plans import Plan
+from sora_jax.presets import preset_values
+from sora_jax.solvers import check_solver
 
 OFF = "off"  # written for a score that the model would otherwise add by default
 
@@ -28,8 +32,19 @@ OPEN_SORA_DEFAULTS: Mapping[str, Any] = {
     "condition_frame_edit": 0.0,
     "align": 5,
 }
+_REST: Mapping[str, Any] = {
+    "seed": 0,
+    "solver": "euler",
+    "shift": 1.0,
+    "leap": OFF,
+    "plan": None,
+    "merge_steps": 0,
+    "merge": Merge(),
+    "loop": 1,
+    "dtype": "float32",
+}
 _SCORES = ("aes", "flow", "camera_motion")
-_FLOATS = ("guidance", "fps", "save_fps", "aes", "flow", "condition_frame_edit")
+_FLOATS = ("guidance", "shift", "fps", "save_fps", "aes", "flow", "condition_frame_edit")
 _SIZE_KEYS = ("height", "width", "resolution", "aspect_ratio")
 _MAX_SEED = 2**32 - 1
 
@@ -42,8 +57,12 @@ class Settings:
       num_steps: steps of the schedule.
       guidance: weight of the caption against no caption; 1 follows the caption alone.
       seed: noise of the first sample; sample b uses ``seed + b``.
+      solver: how a step is taken (see solvers).
+      shift: of the times on top of the resolution's own; above 1 more steps are spent at high noise.
       leap: ``off``, or how sampling leaps to its end (see sampler).
+      plan: which steps evaluate the transformer and which reuse; None: all evaluate.
       merge_steps: how many first steps merge temporal tokens.
+      merge: what those steps merge.
       height: pixel rows, as the model is conditioned on; frames have ``height // 8 * 8`` of them.
       width: pixel columns, likewise.
       num_frames: pixel frames of one clip; 1 is an image.
@@ -62,8 +81,12 @@ class Settings:
     num_steps: int
     guidance: float
     seed: int
+    solver: str
+    shift: float
     leap: int | str | Leap
+    plan: Plan | None
     merge_steps: int
+    merge: Merge
     height: int
     width: int
     num_frames: int
@@ -91,6 +114,12 @@ class Settings:
             if _finite(name, getattr(self, name)) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name):g}; expected a positive number of frames per second.")
         _finite("guidance", self.guidance)
+        check_solver(self.solver)
+        if _finite("shift", self.shift) <= 0:
+            raise ValueError(f"shift is {self.shift:g}; expected a positive number, 1 for the published times.")
+        for name, value, kind in (("plan", self.plan, Plan | None), ("merge", self.merge, Merge)):
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} is {value!r}; expected a sora_jax {name.capitalize()}.")
         for name in ("aes", "flow"):
             if getattr(self, name) is not None:
                 _finite(name, getattr(self, name))
@@ -116,8 +145,8 @@ class Settings:
     def resolve(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Self:
         """Returns complete settings: what is given, else the model's defaults, else Open-Sora's.
 
-        ``given`` may hold every field and ``resolution``, ``aspect_ratio``; None means not given.  A score is switched off
-        by ``"off"``.
+        ``given`` may hold every field and ``resolution``, ``aspect_ratio``, ``preset``; None means not given.  A preset goes
+        before the model's defaults; a plan brings its number of steps.  A score is switched off by ``"off"``.
 
         Raises:
           ValueError: a value is out of its range, or the size is given incompletely or twice.
@@ -125,15 +154,18 @@ class Settings:
         model = {key: value for key, value in defaults.items() if value is not None}
         if "height" not in model:
             model = {key: OPEN_SORA_DEFAULTS[key] for key in ("resolution", "aspect_ratio")} | model
-        chosen = {key: value for key, value in given.items() if value is not None}
+        chosen = {key: value for key, value in given.items() if value is not None and key != "preset"}
+        if isinstance(chosen.get("plan"), Plan):
+            chosen.setdefault("num_steps", len(chosen["plan"].codes))
         # A model that lists its defaults without a score was trained without it.
         base = {key: value for key, value in OPEN_SORA_DEFAULTS.items() if key not in _SIZE_KEYS}
         if defaults:
             base = {key: value for key, value in base.items() if key not in _SCORES}
         values = base | {key: model[key] for key in model if key not in _SIZE_KEYS}
+        values |= preset_values(given.get("preset"))
         values |= {key: value for key, value in chosen.items() if key not in _SIZE_KEYS}
         height, width = _size(chosen, model)
-        fields: dict[str, Any] = {"seed": 0, "leap": OFF, "merge_steps": 0, "loop": 1, "dtype": "float32"} | values
+        fields: dict[str, Any] = {**_REST, **values}
         unknown = sorted(fields.keys() - set(cls.field_names()))
         if unknown:
             raise ValueError(f"unknown settings {unknown}; expected {', '.join(cls.field_names())}.")
@@ -152,6 +184,21 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields, JSON-ready."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Returns the settings that `to_dict` wrote, whatever else the fields hold.
+
+        Raises:
+          KeyError: a setting is missing.
+        """
+        values = {name: fields[name] for name in cls.field_names()}
+        if isinstance(values["plan"], Mapping):
+            values["plan"] = Plan(**{**values["plan"], "codes": tuple(values["plan"]["codes"])})
+        for name, kind in (("leap", Leap), ("merge", Merge)):
+            if isinstance(values[name], Mapping):
+                values[name] = kind(**values[name])
+        return cls(**values)
 
 
 def check_multiple(config: VAEConfig, patch: int, height: int, width: int) -> None:

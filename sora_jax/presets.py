@@ -1,0 +1,28 @@
+"""Named choices of how to sample: values for `Settings`, and nothing else.
+
+Invariant: a preset says how the path from noise to clip is walked, never what the clip shows or how large it is: guidance,
+size, length and seed stay the model's and the user's.  What the user gives besides a preset replaces its values.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # Source: Open-Sora v1.2 configs/opensora-v1-2/inference/sample.py.
+    "exact": {"num_steps": 30, "solver": "euler", "shift": 1.0, "leap": "off", "merge_steps": 0},
+    # Source: benchmarks/results/sampler_study.md.
+    "recommended": {"num_steps": 16, "solver": "ab2", "shift": 1.0, "leap": "off", "merge_steps": 0},
+}
+
+
+def preset_values(name: str | None) -> Mapping[str, Any]:
+    """Returns the settings of a preset; none of them for None.
+
+    Raises:
+      ValueError: no preset has that name.
+    """
+    if name is None:
+        return {}
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown; expected one of {', '.join(PRESETS)}.")
+    return PRESETS[name]
