@@ -1,0 +1,198 @@
+"""Core ML: one package for every stage, for iOS 18, its weights baked in and shared by the functions of the package.
+
+A pair of STDiT3 blocks is one package with the functions ``full`` and ``merged``, and two more for every further size; they
+differ in their programs and read the same weights.  Inputs have the names of the stage's inputs; an output is named like
+the stage's with ``_out`` behind it, because Core ML takes no input and output of one name.  Inputs and outputs are float32
+(token ids int32) whatever the precision inside.
+
+Invariant: weights are compressed before functions are merged (coremltools refuses the other order), and `open_function`
+runs what lies on the disk, by the interpreter of `mil_check`.  Nothing here was compiled or run on Apple hardware.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sora_jax.config import FLOAT32, DTypePolicy
+from sora_jax.export.stages import Function, Stage
+from sora_jax.export.targets import Artefact, Options, Precision, Runner, Weights, require
+from sora_jax.quantisation import is_quantised
+
+SUFFIX = ".mlpackage"
+OUTPUT_SUFFIX = "_out"
+PACKAGES = ("coremltools", "stablehlo-coreml")
+NOTE = "The Core ML packages were checked on Linux by an interpreter; nothing was compiled or run on Apple hardware."
+
+# Constants of fewer elements are left alone (biases, tables of modulation and of positions), unless a model is so narrow
+# that its matrices are smaller still.
+_THRESHOLD = 500_000
+_READ_AS_WEIGHTS = ("gather", "linear", "matmul")
+_BLOCK = 32
+_FUSION = "common::fuse_attention_to_sdpa"
+
+
+def check_options(options: Options) -> None:
+    """Refuses to start without coremltools; every precision and every kind of weights is there."""
+    require("coreml", "coremltools", "stablehlo_coreml")
+
+
+def policy(options: Options) -> DTypePolicy:
+    """Returns the dtypes stages are built with: float32 in a form that stays within float16's range when converted."""
+    return dataclasses.replace(FLOAT32, half_range=True)
+
+
+def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: Options) -> dict[str, Artefact]:
+    """Writes the package of a stage; see `targets.Target`."""
+    package = folder / f"{stage.name}{SUFFIX}"
+    names = [function.name for function in stage.functions]
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{stage.name}.") as scratch, _quiet():
+        parts = [Path(scratch) / f"{i}{SUFFIX}" for i in range(len(names))]
+        for function, part in zip(stage.functions, parts, strict=True):
+            _save_function(function, params, part, stage=stage, options=options)
+        whole = _merged(dict(zip(names, parts, strict=True)), Path(scratch) / f"merged{SUFFIX}")
+        _describe(whole, stage, options)
+        shutil.move(whole, package)
+    return {name: {"file": package.name, "function": name, "output_suffix": OUTPUT_SUFFIX} for name in names}
+
+
+def open_function(folder: Path, artefact: Artefact) -> Runner:
+    """Returns a saved function, run by the interpreter; see `targets.Target`."""
+    from sora_jax.export import mil_check
+
+    program = mil_check.load(folder / artefact["file"])
+    function, suffix = artefact["function"], artefact["output_suffix"]
+    inputs = program.inputs(function)
+
+    def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = program.run(function, {name: np.asarray(given[name]) for name in inputs})
+        return {name.removesuffix(suffix): value for name, value in outputs.items()}
+
+    return run
+
+
+def _save_function(function: Function, params: Mapping[str, np.ndarray], path: Path, *, stage: Stage, options: Options) -> None:
+    model = converted(function, params, precision=options.precision_of(stage), fuse_attention=options.fuse_attention)
+    if options.weights_of(stage) != "float":
+        model = compressed(model, options.weights_of(stage), weight_threshold(params))
+    model.save(str(path))
+
+
+def converted(
+    function: Function, params: Mapping[str, np.ndarray], *, precision: Precision, fuse_attention: bool = True
+) -> Any:
+    """Returns the Core ML model of one function of a stage, with named inputs and outputs."""
+    import coremltools
+    import stablehlo_coreml
+
+    target = coremltools.target.iOS18
+    lowered = jax.jit(_positional(function, params), keep_unused=True).lower(*function.inputs.values())
+    program = stablehlo_coreml.convert(lowered.compiler_ir("stablehlo"), minimum_deployment_target=target)
+    _name_outputs(program, [name + OUTPUT_SUFFIX for name in function.outputs])
+    pipeline = stablehlo_coreml.build_pass_pipeline()
+    if not fuse_attention:
+        pipeline.remove_passes([_FUSION])
+    chosen = {"float32": coremltools.precision.FLOAT32, "float16": coremltools.precision.FLOAT16}
+    return coremltools.convert(
+        program,
+        source="milinternal",
+        pass_pipeline=pipeline,
+        compute_precision=chosen[precision],
+        minimum_deployment_target=target,
+        skip_model_load=True,
+    )
+
+
+def _positional(function: Function, params: Mapping[str, np.ndarray]) -> Any:
+    """Returns the stage's function with the weights inside; its signature gives the converter the names of the inputs."""
+
+    def body(*inputs: jax.Array) -> tuple[jax.Array, ...]:
+        outputs = function.call(params, **dict(zip(function.inputs, inputs, strict=True)))
+        return tuple(outputs[name] for name in function.outputs)
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in function.inputs]
+    body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by inspect, and so by JAX
+    return body
+
+
+def _name_outputs(program: Any, names: list[str]) -> None:
+    """Names the outputs; one that is a constant, which Core ML does not return, goes through an identity."""
+    from coremltools.converters.mil import Builder
+
+    main = program.functions["main"]
+    outputs = list(main.outputs)
+    with main:
+        outputs = [Builder.identity(x=out) if out.op is not None and out.op.op_type == "const" else out for out in outputs]
+    main.set_outputs(outputs)
+    for output, name in zip(outputs, names, strict=True):
+        output.name = name
+
+
+def weight_threshold(params: Mapping[str, np.ndarray]) -> int:
+    """Returns the number of elements above which a constant is a matrix to compress."""
+    sizes = [math.prod(array.shape) for name, array in params.items() if is_quantised(name, array.shape)]
+    return min([_THRESHOLD, *(size - 1 for size in sizes)])
+
+
+def compressed(model: Any, weights: Weights, threshold: int) -> Any:
+    """Returns a model whose matrices are compressed.
+
+    ``int8``: a scale for every output channel (every row of an embedding); ``lut6``: a table of 64 values for every matrix;
+    ``int4``: a scale for every 32 inputs of an output channel.
+    """
+    from coremltools.optimize import coreml
+
+    if weights == "lut6":
+        config = coreml.OpPalettizerConfig(mode="kmeans", nbits=6, weight_threshold=threshold)
+    else:
+        granularity = "per_channel" if weights == "int8" else "per_block"
+        config = coreml.OpLinearQuantizerConfig(
+            mode="linear_symmetric", dtype=weights, granularity=granularity, block_size=_BLOCK, weight_threshold=threshold
+        )
+    matrices = coreml.OptimizationConfig(op_type_configs=dict.fromkeys(_READ_AS_WEIGHTS, config))
+    compress = coreml.palettize_weights if weights == "lut6" else coreml.linear_quantize_weights
+    return compress(model, matrices)
+
+
+def _merged(parts: Mapping[str, Path], path: Path) -> Path:
+    """Returns the package that holds every part as a function, equal weights once."""
+    from coremltools.models.utils import MultiFunctionDescriptor, save_multifunction
+
+    descriptor = MultiFunctionDescriptor()
+    for name, part in parts.items():
+        descriptor.add_function(str(part), src_function_name="main", target_function_name=name)
+    descriptor.default_function_name = next(iter(parts))
+    save_multifunction(descriptor, str(path))
+    return path
+
+
+def _describe(package: Path, stage: Stage, options: Options) -> None:
+    """Writes the metadata into a package, where Xcode shows it."""
+    from coremltools.models.utils import load_spec
+
+    spec = load_spec(str(package))
+    given = options.metadata
+    metadata = spec.description.metadata
+    metadata.shortDescription = f"{stage.name} of {given.get('model', 'a sora_jax model')}, functions: " + ", ".join(
+        function.name for function in stage.functions
+    )
+    metadata.license = given.get("licence", "")
+    precision, weights = options.precision_of(stage), options.weights_of(stage)
+    metadata.userDefined.update({**given, "stage": stage.name, "precision": precision, "weights": weights, "note": NOTE})
+    (package / "Data/com.apple.CoreML/model.mlmodel").write_bytes(spec.SerializeToString())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps coremltools' progress bars and its remarks about not being on a Mac off the terminal."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
