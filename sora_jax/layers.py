@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sora_jax.config import DTypePolicy
+from sora_jax.int8_matrix import Int8Matrix
 
 _HIDDEN = -3e4  # added to the logits of keys that may not be seen, within float16's range
 
@@ -43,15 +44,18 @@ class Linear(nnx.Module):
 
 
 def linear(
-    x: Float[Array, "*batch I"], kernel_IO: Float[Array, "I O"], bias_O: Float[Array, "O"] | None
+    x: Float[Array, "*batch I"], kernel_IO: Float[Array, "I O"] | Int8Matrix, bias_O: Float[Array, "O"] | None
 ) -> Float[Array, "*batch O"]:
     """Returns ``x @ kernel + bias`` in the dtype of ``x``, accumulated in float32.
 
     The leading axes become one before the product: its gradient is then a plain matrix product too, 2.7 times faster on a
     CPU than a contraction of several axes.
     """
-    kernel_IO = kernel_IO.astype(x.dtype)
-    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel_IO, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
+    rows, precision = x.reshape(-1, x.shape[-1]), precision_of(x.dtype)
+    if isinstance(kernel_IO, Int8Matrix):
+        y = kernel_IO.product(rows, precision=precision, dtype=x.dtype)
+    else:
+        y = jnp.matmul(rows, kernel_IO.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
     if bias_O is not None:
         y = y + lifted(bias_O, 2).astype(jnp.float32)
     return y.astype(x.dtype).reshape(*x.shape[:-1], -1)

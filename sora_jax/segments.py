@@ -32,3 +32,8 @@ def run(network: Any, segments: Sequence[Segment], x: Any, *context: Any) -> Any
     for segment in segments:
         x = segment.apply(*(part(network, name) for name in segment.parts), x, *context)
     return x
+
+
+def within(prefix: str, segments: Sequence[Segment]) -> list[Segment]:
+    """Returns the segments of a submodule as segments of the network that holds it under the name ``prefix``."""
+    return [Segment(tuple(f"{prefix}.{name}" for name in segment.parts), segment.apply) for segment in segments]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,20 +25,24 @@ CONFIG = ModelConfig(
         temporal=dataclasses.replace(pocket.vae.temporal, filters=4, norm_num_groups=2),
     ),
 )
+_CLASSES: dict[str, Any] = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
 DEFAULTS = {"height": 32, "width": 48, "num_frames": 17, "fps": 8, "num_steps": 4, "guidance": 3.0, "align": 5}
 
 
 def write_model(directory: Path) -> Path:
     """Writes the three networks with random weights, drawn without compiling anything."""
-    rng = np.random.default_rng(0)
-    for network, build in {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}.items():
-        config = getattr(CONFIG, network)
-        shapes = flatten(jax.eval_shape(lambda build=build, config=config: build(config, rngs=nnx.Rngs(0))))
-        flat = {name: _random(name, leaf.shape, rng) for name, leaf in shapes.items()}
-        save_network(directory, network, config, flat)
+    for seed, network in enumerate(_CLASSES):
+        save_network(directory, network, getattr(CONFIG, network), random_flat(network, seed=seed))
     write_tokenizer(directory / "tokenizer.json")
     update_model_file(directory, tokenizer="tokenizer.json", defaults=DEFAULTS)
     return directory
+
+
+def random_flat(network: str, config: Any = None, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Returns random parameters of a network, of the toy width unless a configuration is given."""
+    config, rng = getattr(CONFIG, network) if config is None else config, np.random.default_rng(seed)
+    shapes = flatten(jax.eval_shape(lambda: _CLASSES[network](config, rngs=nnx.Rngs(0))))
+    return {name: _random(name, leaf.shape, rng) for name, leaf in shapes.items()}
 
 
 def _random(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
