@@ -50,10 +50,11 @@ class Schedule:
         return cls(times=padded, num_steps=np.asarray(visited.size, np.int32), num_timesteps=float(num_timesteps))
 
     @classmethod
-    def uniform(cls, num_steps: int, *, shift: float = 1.0, num_timesteps: float = OPEN_SORA_TIMESTEPS) -> Self:
+    def uniform(cls, num_steps: int, *, shift: int | float = 1.0, num_timesteps: int | float = OPEN_SORA_TIMESTEPS) -> Self:
         """Returns equal steps from ``num_timesteps`` to 0, moved towards the noisy end where ``shift`` exceeds 1."""
-        times = linear_times(num_steps, num_timesteps)
-        return cls.from_times(shift_times(times, _positive("shift", shift), num_timesteps), num_timesteps=num_timesteps)
+        scale = float(num_timesteps)
+        times = shift_times(linear_times(num_steps, scale), _positive("shift", shift), scale)
+        return cls.from_times(times, num_timesteps=scale)
 
     @classmethod
     def open_sora(
@@ -155,7 +156,7 @@ def resolution_shift(*, height_px: int, width_px: int, num_frames: int, size_dty
     return np.asarray(ratio, size_dtype)
 
 
-def _positive(name: str, value: float) -> np.ndarray:
+def _positive(name: str, value: int | float) -> np.ndarray:
     if not (np.isfinite(value) and value > 0):
         raise ValueError(f"{name} is {value}; expected a positive number.")
     return np.asarray(value, np.float32)
