@@ -114,6 +114,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_calibrate(calibrate)
     commands.add_parser("convert", add_help=False, help="convert PyTorch checkpoints into a model directory")
+    _add_export(
+        commands.add_parser(
+            "export",
+            parents=[common],
+            allow_abbrev=False,
+            help="write a model as StableHLO, ONNX or Core ML",
+            description="Writes a model's stages as programs of fixed shapes, each compared with JAX before it counts.",
+        )
+    )
     inspect = commands.add_parser(
         "inspect", parents=[common], allow_abbrev=False, help="show what a clip or a model directory holds"
     )
@@ -229,6 +238,34 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_export)
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path, help="model directory, or 'pocket' for the embedded model")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    parser.add_argument("--target", choices=("stablehlo", "onnx", "coreml"), required=True)
+    parser.add_argument("--num-frames", metavar="N|2s", help="frames (default: the model's, as for the other sizes)")
+    parser.add_argument("--height", metavar="PX", type=int)
+    parser.add_argument("--width", metavar="PX", type=int)
+    parser.add_argument(
+        "--size", metavar="FxHxW", action="append", default=[], help="a further size, for example 51x240x320; repeatable"
+    )
+    parser.add_argument("--precision", choices=("float32", "float16"), default="float32", help="of the arithmetic")
+    parser.add_argument("--weights", choices=("float", "int8", "lut6", "int4"), default="float", help="lut6, int4: Core ML")
+    parser.add_argument(
+        "--stages", metavar="NAMES", default="t5,stdit3,vae_decoder", help="some of t5,stdit3,vae_decoder,vae_encoder"
+    )
+    loop = parser.add_argument_group("defaults of the loop (a host may use others)")
+    loop.add_argument("--steps", dest="num_steps", metavar="N", type=int)
+    loop.add_argument("--guidance", metavar="G", type=float)
+    loop.add_argument("--merge-steps", metavar="K", type=int)
+    loop.add_argument("--leap", metavar="off|N|dynamic", type=_leap)
+    loop.add_argument("--fps", metavar="F", type=float)
+    parser.add_argument("--licence", metavar="TEXT", help="of the weights, for the manifest")
+    parser.add_argument("--no-fused-attention", action="store_true", help="Core ML: plain operations for attention")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
 def _leap(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdigit() else text
 
@@ -265,6 +302,12 @@ def _calibrate(options: argparse.Namespace) -> None:
         calibrate_command.run(options)
 
     _interruptibly(work, [options.output.parent])
+
+
+def _export(options: argparse.Namespace) -> None:
+    from sora_jax import export_command
+
+    export_command.run(options)
 
 
 def _interruptibly(work: Callable[[], None], folders: Sequence[Path]) -> None:

@@ -54,7 +54,7 @@ class Pipeline:
         directory = POCKET if path is None else Path(path)
         networks = Networks.open(directory, keep=keep)
         index = model_directory.read_model_file(directory)
-        tokenizer = Tokenizer.from_file(_tokenizer_path(directory, index.get("tokenizer")))
+        tokenizer = Tokenizer.from_file(tokenizer_path(directory, index.get("tokenizer")))
         rows = networks.config.t5.vocab_size
         if tokenizer.vocab_size > rows:
             raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the text encoder only {rows}.")
@@ -329,7 +329,12 @@ def _joined(traces: Sequence[Trace]) -> Trace:
     return jax.tree.map(lambda *rows: np.concatenate(rows), *traces)
 
 
-def _tokenizer_path(directory: Path, name: str | None) -> Path:
+def tokenizer_path(directory: Path, name: str | None) -> Path:
+    """Returns the tokenizer of a model directory; ``name`` is what its index says, if anything.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
     candidates = [name] if name else _TOKENIZERS
     for candidate in candidates:
         if (directory / candidate).is_file():

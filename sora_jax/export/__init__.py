@@ -1,1 +1,29 @@
-"""Export of a model directory to StableHLO, ONNX and Core ML, checked numerically before it is finished."""
+"""Export of a model directory to StableHLO, ONNX and Core ML, checked numerically before it is finished.
+
+``export`` makes a folder of artefacts with a manifest, ``ExportedModel`` drives one.  A name is loaded when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sora_jax.export.check import CheckError
+    from sora_jax.export.exporter import ExportError, export
+    from sora_jax.export.run_exported import ExportedModel
+    from sora_jax.export.size import Size
+
+__all__ = ["CheckError", "ExportError", "ExportedModel", "Size", "export"]
+
+_MODULES = {
+    "CheckError": "check",
+    "ExportError": "exporter",
+    "ExportedModel": "run_exported",
+    "Size": "size",
+    "export": "exporter",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'sora_jax.export' has no attribute {name!r}; it has {', '.join(__all__)}.")
+    return getattr(importlib.import_module(f"sora_jax.export.{_MODULES[name]}"), name)

@@ -18,6 +18,8 @@ MAX_DB = 200.0
 FLOORS_DB: Mapping[str, float] = {"float32": 100.0, "float16": 45.0}
 # Of random weights, the hardest to compress; the peak of an update is some 15 dB above its mean square.
 COMPRESSED_FLOORS_DB: Mapping[str, float] = {"int8": 30.0, "lut6": 24.0, "int4": 18.0}
+# What a floor is lowered by for all stages in a row: each adds its own rounding.
+WHOLE_NETWORK_DB = 10.0
 
 
 class CheckError(ValueError):

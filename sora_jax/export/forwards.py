@@ -84,7 +84,7 @@ def pair(
         caption_BLD=caption_RLD,
         mask_BL=_is_real(mask_RL),
         mod_BF6D=mod_RF6D,
-        t_BD=jnp.zeros((len(x_RTSD), 0)),
+        t_BD=jnp.zeros((x_RTSD.shape[0], 0)),
         t0_BD=None,
         frame_mask_BT=None,
     )
@@ -104,9 +104,9 @@ def final(
     """Returns the velocity of all rows, its unused channels left out; ``latent`` is rows, columns and channels."""
     height, width, channels = latent
     conditioning = Conditioning(
-        caption_BLD=jnp.zeros((len(x_RTSD), 0, x_RTSD.shape[-1]), x_RTSD.dtype),
+        caption_BLD=jnp.zeros((x_RTSD.shape[0], 0, x_RTSD.shape[-1]), x_RTSD.dtype),
         mask_BL=None,
-        mod_BF6D=jnp.zeros((len(x_RTSD), 0, 6, x_RTSD.shape[-1])),
+        mod_BF6D=jnp.zeros((x_RTSD.shape[0], 0, 6, x_RTSD.shape[-1])),
         t_BD=t_RD,
         t0_BD=t0_RD,
         frame_mask_BT=None if frame_mask_RT is None else _is_real(frame_mask_RT),

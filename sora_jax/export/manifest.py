@@ -4,6 +4,7 @@ Invariant: a manifest that was written or read here fits ``manifest.schema.json`
 here runs or saves a program.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -17,10 +18,11 @@ import numpy as np
 from sora_jax import __version__, schedule, sizes
 from sora_jax.config import NETWORKS, ModelConfig
 from sora_jax.export.size import Size
-from sora_jax.export.stages import Function, Stage
+from sora_jax.export.stages import MERGE, Function, Stage
 from sora_jax.leap import Leap
 from sora_jax.model_directory import NETWORK_FILE, Manifest
-from sora_jax.schedule import OPEN_SORA_TIMESTEPS, Schedule
+from sora_jax.sampling import leap_rule, make_schedule
+from sora_jax.schedule import OPEN_SORA_TIMESTEPS
 from sora_jax.settings import Settings
 from sora_jax.vae.codec import chunks
 
@@ -62,8 +64,8 @@ def weights_entry(networks: Mapping[str, Manifest], weights: str) -> dict[str, A
 
 def size_entry(config: ModelConfig, size: Size, settings: Settings) -> dict[str, Any]:
     """Returns a size: its latents, chunks, conditions and times."""
-    shift = schedule.resolution_shift(height_px=size.height, width_px=size.width, num_frames=size.num_frames)
-    times = Schedule.open_sora(settings.num_steps, height_px=size.height, width_px=size.width, num_frames=size.num_frames)
+    ratio = schedule.resolution_shift(height_px=size.height, width_px=size.width, num_frames=size.num_frames)
+    times = make_schedule(dataclasses.replace(settings, **dataclasses.asdict(size)))
     conditions = sizes.size_conditions(1, height=size.height, width=size.width, num_frames=size.num_frames, fps=settings.fps)
     return {
         "key": size.key,
@@ -80,7 +82,7 @@ def size_entry(config: ModelConfig, size: Size, settings: Settings) -> dict[str,
             for chunk in chunks(config.vae, size.num_frames)
         ],
         "conditions": {name: float(values[0]) for name, values in conditions.items()},
-        "shift": float(shift),
+        "shift": float(ratio) * settings.shift,
         "times": [float(time) for time in times.visited],
     }
 
@@ -89,13 +91,13 @@ def sampling_entry(settings: Settings) -> dict[str, Any]:
     """Returns the numbers of the loop that a host may change.
 
     Raises:
-      ValueError: the leap is the published code's, which no exported loop has.
+      ValueError: leap, solver, plan or merge are not those of an exported loop.
     """
-    named = {"off": None, "dynamic": Leap.dynamic()}
-    chosen = settings.leap
-    rule = Leap.static(chosen) if isinstance(chosen, int) else chosen if isinstance(chosen, Leap) else named.get(chosen, chosen)
-    if isinstance(rule, str) or (rule is not None and (rule.mode == "released" or rule.extrapolate)):
-        raise ValueError(f"leap {chosen!r} cannot be exported; expected off, dynamic, or the number of the step that leaps.")
+    rule = leap_rule(settings.leap)
+    if rule is not None and (rule.mode == "released" or rule.extrapolate):
+        raise ValueError(f"leap {settings.leap!r} cannot be exported; expected off, dynamic, or the number of a step.")
+    if settings.solver != "euler" or settings.plan is not None or settings.merge != MERGE:
+        raise ValueError("an exported loop has solver euler, no plan, and merges all attentions; leave the three out.")
     numbers = rule or Leap.dynamic()
     return {
         "num_steps": settings.num_steps,

@@ -39,6 +39,7 @@ from sora_jax.quantisation import SCALE_SUFFIX, is_quantised, quantise, scale_ax
 PLATFORMS = ("cpu", "cuda", "tpu")
 SUFFIX = ".jaxexport"
 PACKAGES = ("jaxlib",)
+NOTE = "Every program was run after saving on the CPU; its cuda and tpu versions were not."
 
 # Float16 arrays, float32 sums and statistics: what the networks do with any compute dtype.
 FLOAT16 = DTypePolicy(param=jnp.float16, compute=jnp.float16, accumulate=jnp.float32)
@@ -50,7 +51,7 @@ SYMBOLIC: Mapping[str, str] = {
     "t5_final": "BL",
     "stdit3_pair": "RSL",
     "vae_temporal_decoder": "HW",
-    "vae_spatial_decoder": "BHW",
+    "vae_spatial_decoder": "HW",
 }
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8}
@@ -73,7 +74,7 @@ def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: 
 
     weights = f"{stage.name}.safetensors"
     int8 = options.weights_of(stage) == "int8"
-    save_file({name: np.ascontiguousarray(array) for name, array in _stored(params, int8=int8).items()}, folder / weights)
+    save_file({name: np.ascontiguousarray(array) for name, array in stored_arrays(params, int8=int8).items()}, folder / weights)
     artefacts = {}
     for function in stage.functions:
         file = f"{stage.program.name}.{function.name}{SUFFIX}"
@@ -142,7 +143,8 @@ def restored(stored: Mapping[str, jax.Array], abstract: Mapping[str, jax.ShapeDt
     return params
 
 
-def _stored(params: Mapping[str, np.ndarray], *, int8: bool) -> dict[str, np.ndarray]:
+def stored_arrays(params: Mapping[str, np.ndarray], *, int8: bool) -> dict[str, np.ndarray]:
+    """Returns the arrays that parameters are stored as: see `stored_specs`."""
     stored = {}
     for name, array in params.items():
         if int8 and is_quantised(name, array.shape):

@@ -134,9 +134,7 @@ def list_stages(
     Raises:
       ValueError: a part is unknown, or a size is not one the model can make.
     """
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown or not parts or not sizes:
-        raise ValueError(f"stages {', '.join(unknown) or 'none'} cannot be exported; expected some of {', '.join(PARTS)}.")
+    check_parts(parts)
     for size in sizes:
         settings.check_multiple(config.vae, config.stdit3.patch_size[1], size.height, size.width)
     builder = _Builder(config, sizes, policy=policy, batch=batch, frame_mask="vae_encoder" in parts)
@@ -144,6 +142,17 @@ def list_stages(
     for part, build in zip(PARTS, (builder.t5, builder.stdit3, builder.vae_decoder, builder.vae_encoder), strict=True):
         stages += build() if part in parts else []
     return stages
+
+
+def check_parts(parts: Sequence[str]) -> None:
+    """Refuses a choice of parts that names none, or one that does not exist.
+
+    Raises:
+      ValueError: names what is unknown.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        raise ValueError(f"stages {', '.join(unknown) or 'none'} cannot be exported; expected some of {', '.join(PARTS)}.")
 
 
 class _Builder:

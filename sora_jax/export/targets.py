@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import numpy as np
 
@@ -60,8 +60,12 @@ class Options:
         return "float" if stage.network == "vae" else self.weights
 
 
+@runtime_checkable
 class Target(Protocol):
-    """The functions that a target's module has."""
+    """What a target's module has: the packages whose versions decide its artefacts, what was not verified, four functions."""
+
+    PACKAGES: tuple[str, ...]
+    NOTE: str
 
     def check_options(self, options: Options) -> None:
         """Refuses what the target cannot do.

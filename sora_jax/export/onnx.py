@@ -1,0 +1,161 @@
+"""ONNX: one graph for each function of a stage, its weights in one safetensors file that all graphs of the stage refer to.
+
+The conversion sees weights as inputs, so that it neither copies nor folds them; here they become initialisers whose external
+data lie in the safetensors file (ONNX needs no more than an offset and a length).  int8 is weight-only: matrices are stored
+int8 with a scale for each output and multiplied out by DequantizeLinear, activations stay float.
+
+Invariant: a graph's weights are the bytes of the file beside it; a model of any size is converted without being in memory.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sora_jax.config import FLOAT32, DTypePolicy
+from sora_jax.export.stablehlo import stored_arrays
+from sora_jax.export.stages import Function, Stage
+from sora_jax.export.targets import Artefact, Options, Runner, refuse_weights, require, rounded
+from sora_jax.quantisation import SCALE_SUFFIX, scale_axis
+
+PACKAGES = ("jax2onnx", "onnx", "onnxruntime")
+NOTE = "Every graph was run after saving by onnxruntime on the CPU, which computes some float16 operations in float32."
+OUTPUT_SUFFIX = "_out"  # ONNX has no output with the name of an input
+_WEIGHT = "weight/"  # prefix of initialisers: a parameter's name may be that of an input
+_STORED = "stored/"  # and of their int8 form
+
+
+def check_options(options: Options) -> None:
+    """Refuses compressed weights other than int8; see `targets.Target`."""
+    require("onnx", "jax2onnx", "onnx", "onnxruntime", "jsonschema")
+    refuse_weights("onnx", options, "float", "int8")
+
+
+def policy(options: Options) -> DTypePolicy:
+    """Returns float32: a float16 graph is converted afterwards, and traced so that it stays in float16's range."""
+    return dataclasses.replace(FLOAT32, half_range=options.precision == "float16")
+
+
+def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: Options) -> dict[str, Artefact]:
+    """Writes the stage's weights and a graph for each function; see `targets.Target`."""
+    import onnx
+    from safetensors.numpy import save_file
+
+    half = options.precision_of(stage) == "float16"
+    weights = folder / f"{stage.name}.safetensors"
+    dtype = np.float16 if half else np.float32
+    stored = stored_arrays(params, int8=options.weights_of(stage) == "int8")
+    save_file({name: np.ascontiguousarray(_narrowed(array, dtype)) for name, array in stored.items()}, weights)
+    artefacts = {}
+    for function in stage.functions:
+        model = _graph(stage, function)
+        if half:
+            model = _to_float16(model)
+        _attach(model, weights)
+        for key, text in options.metadata.items():
+            model.metadata_props.add(key=key, value=text)
+        file = f"{stage.name}.{function.name}.onnx"
+        onnx.save_model(model, folder / file)
+        onnx.checker.check_model(str(folder / file))
+        artefacts[function.name] = {"file": file, "weights": weights.name, "output_suffix": OUTPUT_SUFFIX}
+    return artefacts
+
+
+def open_function(folder: Path, artefact: Artefact) -> Runner:
+    """Returns a saved graph as an onnxruntime session on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / artefact["file"], providers=["CPUExecutionProvider"])
+    dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32}
+    inputs = {entry.name: dtypes[entry.type] for entry in session.get_inputs()}
+    outputs = [entry.name for entry in session.get_outputs()]
+
+    def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        made = session.run(outputs, rounded(given, inputs))
+        return {name.removesuffix(artefact["output_suffix"]): value for name, value in zip(outputs, made, strict=True)}
+
+    return run
+
+
+def _graph(stage: Stage, function: Function) -> Any:
+    """Returns the graph of a function, with weights as inputs that follow its own."""
+    import jax2onnx
+
+    names, weights = list(function.inputs), list(stage.program.abstract)
+
+    def call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        params = dict(zip(weights, arrays[len(names) :], strict=True))
+        made = function.call(params, **dict(zip(names, arrays, strict=False)))
+        return tuple(made[name] for name in function.outputs)
+
+    model = jax2onnx.to_onnx(
+        call,
+        [*function.inputs.values(), *stage.program.abstract.values()],
+        model_name=f"{stage.name}_{function.name}",
+        input_names=[*names, *(_WEIGHT + name for name in weights)],
+        output_names=[name + OUTPUT_SUFFIX for name in function.outputs],
+    )
+    del model.graph.value_info[:]
+    return model
+
+
+def _to_float16(model: Any) -> Any:
+    """Returns the graph in float16, inputs, weights and outputs included."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    return convert_float_to_float16(
+        model, keep_io_types=False, disable_shape_infer=True, op_block_list=[], max_finite_val=65504.0
+    )
+
+
+def _attach(model: Any, weights: Path) -> None:
+    """Makes initialisers of the weights that the graph takes as inputs, with their data in the file."""
+    import onnx
+
+    entries, start = _safetensors_index(weights)
+    own = [value for value in model.graph.input if not value.name.startswith(_WEIGHT)]
+    taken = [value for value in model.graph.input if value.name.startswith(_WEIGHT)]
+    del model.graph.input[:]
+    model.graph.input.extend(own)
+    nodes = []
+    for value in taken:
+        name = value.name.removeprefix(_WEIGHT)
+        if name + SCALE_SUFFIX in entries:
+            stored, scale = _STORED + name, _STORED + name + SCALE_SUFFIX
+            model.graph.initializer.append(_external(stored, entries[name], weights, start))
+            model.graph.initializer.append(_external(scale, entries[name + SCALE_SUFFIX], weights, start))
+            axis = scale_axis(name)
+            nodes.append(onnx.helper.make_node("DequantizeLinear", [stored, scale], [value.name], axis=axis))
+        else:
+            model.graph.initializer.append(_external(value.name, entries[name], weights, start))
+    rest = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, *rest])
+
+
+def _external(name: str, entry: Mapping[str, Any], weights: Path, start: int) -> Any:
+    import onnx
+
+    kinds = {"F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16, "I8": onnx.TensorProto.INT8}
+    tensor = onnx.TensorProto(name=name, dims=entry["shape"], data_type=kinds[entry["dtype"]])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    begin, end = entry["data_offsets"]
+    for key, value in (("location", weights.name), ("offset", start + begin), ("length", end - begin)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def _safetensors_index(path: Path) -> tuple[dict[str, Any], int]:
+    """Returns the header of a safetensors file, and where its data begin."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)), 8 + length
+
+
+def _narrowed(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """Returns the array in the graph's float dtype; int8 stays, its scales follow."""
+    return array if array.dtype == np.int8 else array.astype(dtype, copy=False)

@@ -1,0 +1,196 @@
+"""A model exported to each target makes the pipeline's video, from the manifest and the files alone.
+
+Core ML, whose programs are interpreted, has its own tests.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from sora_jax import Pipeline, cli, model_directory, noise, prompt, video
+from sora_jax.export import ExportedModel, check, exporter, manifest, worker
+from sora_jax.export.exporter import export
+from sora_jax.export.size import Size
+from sora_jax.export.stablehlo import read_safetensors
+
+pytest.importorskip("jsonschema", reason="manifests are validated with jsonschema (extra stablehlo, onnx or coreml)")
+
+PROMPT = "a red circle moves right on a blue background"
+SIZE = Size(num_frames=5, height=16, width=32)
+GIVEN = {"num_steps": 6, "merge_steps": 2, "leap": "dynamic"}
+NEEDED = {"stablehlo": ["flatbuffers"], "onnx": ["jax2onnx", "onnx", "onnxruntime"]}
+EQUAL_DB = 50.0  # of 8-bit frames: fewer than one value in two hundred differs by one
+
+
+def in_this_process(folder: Path, names: list[str]) -> None:
+    """In place of a process for each group: what is imported and compiled serves all of them."""
+    worker.run_group(folder, list(names))
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(exporter, "_run_process", in_this_process)
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture(params=["stablehlo", "onnx"])
+def target(request: pytest.FixtureRequest) -> str:
+    for module in NEEDED[request.param]:
+        pytest.importorskip(module, reason=f"the {request.param} extra is not installed")
+    return request.param
+
+
+def export_tiny(directory: Path, out: Path, target: str, **options: Any) -> dict[str, Any]:
+    return export(directory, out, target=target, num_frames=SIZE.num_frames, height=SIZE.height, width=SIZE.width, **options)
+
+
+def run(model: ExportedModel, pipeline: Pipeline, *, seed: int, **given: Any) -> np.ndarray:
+    """Returns the 8-bit frames that the artefacts make of a prompt."""
+    settings = pipeline.resolve({})
+    text = prompt.prepare_prompt(PROMPT, aes=settings.aes, flow=settings.flow, camera_motion=settings.camera_motion)
+    ids, mask = pipeline.tokenizer.encode([text], model.manifest["tokens"]["length"])
+    z = np.asarray(noise.initial_noise(seed, (1, *model.manifest["sizes"][0]["latents"])))
+    return video.quantise(model(ids, mask, z, **given).frames_Bthw3)
+
+
+def psnr_db(expected: np.ndarray, got: np.ndarray) -> float:
+    return check.difference(expected.astype(np.float64), got.astype(np.float64))[0]
+
+
+def test_artefacts_alone_make_the_pipelines_video(tiny_model, tmp_path, target, in_process):
+    made = export_tiny(tiny_model, tmp_path / "out", target, settings=GIVEN)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert made == manifest.read(tmp_path / "out")
+    pipeline = Pipeline.from_pretrained(tiny_model)
+    clip = pipeline(PROMPT, seed=3, **GIVEN, num_frames=SIZE.num_frames, height=SIZE.height, width=SIZE.width)
+    shutil.move(tmp_path / "out", tmp_path / "elsewhere")
+    model = ExportedModel(tmp_path / "elsewhere", keep=False)
+    assert psnr_db(clip.frames, run(model, pipeline, seed=3)) >= EQUAL_DB
+    assert not model.loaded
+    if target == "stablehlo":
+        frames = run(model, pipeline, seed=3, loop="sampler")
+        assert psnr_db(clip.frames, frames) >= EQUAL_DB
+
+
+def test_int8_is_a_quarter_of_the_bytes(tiny_model, tmp_path, target, in_process):
+    """Of the matrices, which are nearly everything at real widths; at this width the rest is left out of the count."""
+    made = {}
+    for weights in ("float", "int8"):
+        export_tiny(tiny_model, tmp_path / weights, target, weights=weights, stages=("t5",))
+        arrays = read_safetensors(tmp_path / weights / "t5_block_00.safetensors")
+        made[weights] = sum(array.nbytes for name, array in arrays.items() if name.endswith("kernel"))
+    assert made["int8"] * 4 == made["float"]
+    entry = manifest.read(tmp_path / "int8")["stages"][1]["functions"][0]["checks"][0]
+    assert entry["floor_db"] == 30.0
+    assert 30.0 <= entry["psnr_db"] < 80.0  # really rounded
+
+
+def test_half_precision_survives_outlier_channels(tiny_model, tmp_path, target, in_process):
+    made = export_tiny(tiny_model, tmp_path / "out", target, precision="float16", stages=("t5",))
+    block = made["stages"][1]
+    assert block["precision"] == "float16"
+    assert {tensor["dtype"] for tensor in block["functions"][0]["outputs"]} == {"float16"}
+    assert {entry["case"] for entry in block["functions"][0]["checks"]} == {"captured", "outliers"}
+
+
+def test_a_directory_of_int8_is_multiplied_out_once_and_says_so(tiny_model, tmp_path, in_process):
+    pytest.importorskip("flatbuffers", reason="the stablehlo extra is not installed")
+    from sora_jax.checkpoint import load_network, save_network
+
+    shutil.copytree(tiny_model, tmp_path / "model")
+    config, flat = load_network(tiny_model, "t5")
+    save_network(tmp_path / "model", "t5", config, flat, dtype="int8", overwrite=True)
+    made = export_tiny(tmp_path / "model", tmp_path / "out", "stablehlo", stages=("t5",))
+    assert made["weights"]["dequantised"]
+    assert made["weights"]["stored_dtype"]["t5"] == "int8"
+    stored = read_safetensors(tmp_path / "out" / "t5_block_00.safetensors")["attn.q.kernel"]
+    np.testing.assert_array_equal(stored, load_network(tmp_path / "model", "t5")[1]["block.0.attn.q.kernel"])
+
+
+def test_below_the_floor_nothing_is_kept(tiny_model, tmp_path, monkeypatch, in_process):
+    pytest.importorskip("flatbuffers", reason="the stablehlo extra is not installed")
+    monkeypatch.setattr(check, "FLOORS_DB", {"float32": check.MAX_DB + 1})
+    with pytest.raises(check.CheckError, match=r"t5_embed main: output \S+ \(captured inputs\) has 200\.0 dB"):
+        export_tiny(tiny_model, tmp_path / "out", "stablehlo", stages=("t5",))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_export_leaves_nothing(tiny_model, tmp_path, monkeypatch, in_process):
+    pytest.importorskip("flatbuffers", reason="the stablehlo extra is not installed")
+    monkeypatch.setattr(exporter, "GROUP_BYTES", 0)
+    seen = []
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        seen.append((stage, done, total))
+        if done == 1:
+            assert len(list(tmp_path.iterdir())) == 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_tiny(tiny_model, tmp_path / "out", "stablehlo", stages=("t5",), progress=interrupt)
+    assert seen == [("t5_embed", 0, 3), ("t5_block_00", 1, 3)]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--height", "24", "--width", "32"), "height 24 is not a multiple of 16"),
+        (("--height", "32"), "width"),
+        (("--size", "17x32"), "size '17x32' is not frames x height x width"),
+        (("--size", "17x32x40"), "width 40 is not a multiple of 16"),
+        (("--stages", "t5,decoder"), "stages decoder cannot be exported; expected some of t5, stdit3"),
+        (("--weights", "int4"), "target stablehlo has no weights 'int4'"),
+        (("--leap", "released"), "leap 'released' cannot be exported"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tiny_model, tmp_path, capsys, arguments, message):
+    code = cli.main(["export", str(tiny_model), str(tmp_path / "out"), "--target", "stablehlo", "--quiet", *arguments])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == cli.BAD_INPUT
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_stands_in_the_way_is_named(tiny_model, tmp_path, monkeypatch, capsys):
+    def line(model: Path, *arguments: str) -> str:
+        assert cli.main(["export", str(model), str(tmp_path / "out"), "--target", "stablehlo", *arguments]) == cli.BAD_INPUT
+        return capsys.readouterr().err
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_model, damaged)
+    parameter = json.loads((damaged / "vae" / "network.json").read_text())["layers"][0]
+    shutil.rmtree(damaged / "vae" / parameter)
+    assert "convert vae again with --overwrite" in line(damaged)
+    assert "does not exist" in line(tmp_path / "absent")
+    monkeypatch.setattr(exporter.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
+    assert "GB free; the export needs" in line(tiny_model)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'sora_jax[stablehlo]'" in line(tiny_model)
+    (tmp_path / "out").mkdir()
+    assert "exists; pass --overwrite" in line(tiny_model)
+
+
+@pytest.mark.slow
+def test_pocket_makes_the_same_video_from_either_target(tmp_path, target):
+    """The embedded model at its own size, one process for each group of stages, as the command does it."""
+    given = {"num_steps": 4, "merge_steps": 2, "leap": "off"}
+    out = tmp_path / "out"
+    assert cli.main(["export", "pocket", str(out), "--target", target, "--steps", "4", "--merge-steps", "2"]) == cli.OK
+    pipeline, model = Pipeline.from_pretrained(), ExportedModel(out)
+    clip = pipeline(PROMPT, seed=1, **given)
+    assert psnr_db(clip.frames, run(model, pipeline, seed=1)) >= EQUAL_DB
+    peak = max(stage["peak_rss_bytes"] for stage in model.manifest["stages"])
+    assert peak <= 6e9
+    assert model.manifest["model"]["networks"]["t5"]["sha256"] == manifest.file_sha256(
+        Path(model_directory.__file__).parent / "pocket" / "weights" / "t5" / "network.json"
+    )
