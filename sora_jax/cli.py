@@ -162,6 +162,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--align", metavar="N|off", type=_align, help="latent frames that mask starts are rounded to")
     how.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
     how.add_argument("--batch-size", metavar="N", type=int, default=1, help="clips made together")
+    how.add_argument(
+        "--memory-budget", metavar="SIZE|auto", help="memory to make do with, for example 3.3GB; layers are read as they run"
+    )
     _add_sampler(parser.add_argument_group("fewer evaluations"))
 
     where = parser.add_argument_group("where")
@@ -177,6 +180,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--format", choices=("mp4", "gif", "png", "npz"), help="of numbered clips (default: mp4; png for images)"
     )
     where.add_argument("--save-latents", metavar="NPZ", type=Path, help="write the latents before they are decoded")
+    where.add_argument(
+        "--profile-streaming", metavar="FILE", type=Path, help="write when layers were read and computed, as a Chrome trace"
+    )
     where.add_argument("--overwrite", action="store_true", help="replace existing files")
     where.add_argument("--quiet", action="store_true", help="no progress and no notes")
     where.add_argument(

@@ -43,12 +43,14 @@ def run(options: argparse.Namespace) -> None:
     warnings.showwarning = _show_warning
     if options.from_latents:
         _check_latents_options(options)
+    _check_profile(options)
     texts = [] if options.from_latents else read_prompts(options)
     use_compile_cache(options.compile_cache)
 
     from sora_jax.pipeline import Pipeline
+    from sora_jax.streaming.profile import Profile
 
-    pipeline = Pipeline.from_pretrained(options.model)
+    pipeline = Pipeline.from_pretrained(options.model, memory_budget=options.memory_budget)
     if options.from_latents:
         _decode(options, pipeline)
         return
@@ -62,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
             )
         if options.model is None:
             _hint(texts)
+    profile = pipeline.networks.profile = Profile() if options.profile_streaming else None
     for batch in batches(jobs, options.batch_size):
         with progress_bar(options.quiet) as callback:
             clip = pipeline(
@@ -75,6 +78,8 @@ def run(options: argparse.Namespace) -> None:
                 **given,
             )
         _save(options, clip, [job.path for job in batch])
+    if profile is not None:
+        profile.save(options.profile_streaming, overwrite=options.overwrite)
 
 
 def _leap(options: argparse.Namespace) -> Any:
@@ -253,6 +258,17 @@ def _check_latents_path(options: argparse.Namespace) -> None:
     files.refuse_unwritable(options.save_latents.parent)
     if not options.overwrite:
         files.refuse_existing(options.save_latents)
+
+
+def _check_profile(options: argparse.Namespace) -> None:
+    path = options.profile_streaming
+    if path is None:
+        return
+    if options.memory_budget is None or options.from_latents:
+        raise ValueError("--profile-streaming records a streamed transformer; it needs --memory-budget and a prompt.")
+    files.refuse_unwritable(path.parent)
+    if not options.overwrite:
+        files.refuse_existing(path)
 
 
 def _check_latents_options(options: argparse.Namespace) -> None:

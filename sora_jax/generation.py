@@ -7,7 +7,9 @@ posterior, not a draw; without masked frames the sampler runs without a mask, wh
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from sora_jax.sampler import Carry, Result, finish
 from sora_jax.sampling import guidance_scale, make_sampler, make_schedule
 from sora_jax.settings import Settings
 from sora_jax.stdit3 import STDiT3
+from sora_jax.streaming.network import StreamedSTDiT3
 from sora_jax.t5 import T5Encoder
 from sora_jax.tokenizer import Tokenizer
 from sora_jax.vae.codec import VAE, latent_size
@@ -174,7 +177,7 @@ class Generation:
             self._report("denoise", done, carry)
 
         self._report("load")
-        with self.networks.use("stdit3", settings.dtype, self.timings) as stdit3, self.timings.measure("denoise"):
+        with self._transformer(len(z)) as stdit3, self.timings.measure("denoise"):
             self._report("compile")
             return calibrate(
                 self.velocity(stdit3, captions, mask),
@@ -254,7 +257,7 @@ class Generation:
     def _denoise(self, caption_BLE: np.ndarray, mask_BL: np.ndarray, z: np.ndarray, weights: np.ndarray | None) -> Result:
         settings = self.settings
         self._report("load")
-        with self.networks.use("stdit3", settings.dtype, self.timings) as stdit3:
+        with self._transformer(len(z)) as stdit3:
             velocity = self.velocity(stdit3, caption_BLE, mask_BL)
             sampler = make_sampler(velocity, settings, frame_weights=weights, seed=self._seed)
             self._report("compile")
@@ -270,7 +273,15 @@ class Generation:
             self._report("denoise", settings.num_steps, carry)
             return finish(carry)
 
-    def velocity(self, stdit3: STDiT3, caption_BLE: np.ndarray, mask_BL: np.ndarray) -> Velocity:
+    def _transformer(self, num_samples: int) -> AbstractContextManager[STDiT3 | StreamedSTDiT3]:
+        """Returns the context in which the transformer is there, in memory or streamed, for a number of samples."""
+        config, settings = self.networks.config.stdit3, self.settings
+        rows = num_samples if guidance_scale(settings) is None else 2 * num_samples
+        grid = zip(self.latent_shape()[:3], config.patch_size, strict=True)
+        tokens = math.prod(-(-size // patch) for size, patch in grid)
+        return self.networks.transformer(settings.dtype, self.timings, num_rows=rows, num_tokens=tokens)
+
+    def velocity(self, stdit3: STDiT3 | StreamedSTDiT3, caption_BLE: np.ndarray, mask_BL: np.ndarray) -> Velocity:
         """Returns the velocity with its conditions; with guidance the null captions follow the prompts' captions."""
         settings = self.settings
         if settings.guidance != 1:

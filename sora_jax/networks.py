@@ -1,13 +1,14 @@
 """The three networks of an opened model directory: loaded when a stage begins, freed when it ends.
 
 Invariant: with ``keep=False`` at most one network is in memory at a time, provided the caller drops its reference at the end
-of the ``with`` block.  Programs compile once per configuration, dtype and shapes, and that time is measured apart.
+of the ``with`` block.  Programs compile once per configuration, dtype and shapes, and that time is measured apart.  With a
+memory budget the transformer is streamed: `Networks.transformer` yields it either way.
 """
 
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +21,8 @@ from sora_jax.clip import Timings
 from sora_jax.config import BFLOAT16, FLOAT32, NETWORKS, ModelConfig
 from sora_jax.model_directory import Manifest, ModelDirectoryError
 from sora_jax.stdit3 import STDiT3
+from sora_jax.streaming.network import STDiT3Stream, fixed_bytes
+from sora_jax.streaming.profile import Profile
 from sora_jax.t5 import T5Encoder
 from sora_jax.vae.codec import VAE
 
@@ -30,19 +33,25 @@ _POLICIES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 
 
 class Networks:
-    """The open model directory; ``keep`` says whether networks stay in memory after their stage."""
+    """The open model directory; ``keep`` says whether networks stay in memory after their stage.
 
-    def __init__(self, manifests: Mapping[str, Manifest], *, keep: bool):
+    With a ``budget`` in bytes the transformer is streamed; ``profile`` then takes the times of its layers.
+    """
+
+    def __init__(self, manifests: Mapping[str, Manifest], *, keep: bool, budget: int | None = None):
         self.config = ModelConfig(**{network: manifest.config for network, manifest in manifests.items()})
         self.directory = manifests["stdit3"].path.parent
         self.keep = keep
+        self.profile: Profile | None = None
+        self._budget = budget
+        self._streams: dict[str, STDiT3Stream] = {}
         self._loaded: dict[tuple[str, str], Any] = {}
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str], *, keep: bool | None) -> Self:
+    def open(cls, directory: str | os.PathLike[str], *, keep: bool | None, budget: int | None = None) -> Self:
         """Returns the networks of a complete model directory, none of them loaded.
 
-        ``keep=None`` keeps models of up to 1 GB.
+        ``keep=None`` keeps models of up to 1 GB, and none where a budget in bytes is given.
 
         Raises:
           ModelDirectoryError: a network is missing or damaged.
@@ -53,7 +62,43 @@ class Networks:
             raise ModelDirectoryError(f"{directory} has no {' and no '.join(missing)}; add them with: {commands}")
         manifests = {network: model_directory.open_network(directory, network) for network in NETWORKS}
         num_bytes = sum(_checked_size(manifest) for manifest in manifests.values())
-        return cls(manifests, keep=num_bytes <= KEEP_BYTES if keep is None else keep)
+        keep = num_bytes <= KEEP_BYTES and budget is None if keep is None else keep
+        return cls(manifests, keep=keep, budget=budget)
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that the process may hold; a change takes effect at the next block, also during a run."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, budget: int) -> None:
+        if self._budget is None:
+            raise ValueError("memory_budget was not given when the model was opened; open it again with memory_budget=...")
+        for stream in self._streams.values():
+            stream.retention.budget = budget
+        self._budget = budget
+
+    @contextmanager
+    def transformer(self, dtype: str, timings: Timings, *, num_rows: int, num_tokens: int) -> Iterator[Any]:
+        """Yields the transformer for ``num_rows`` rows of ``num_tokens`` video tokens each: streamed if there is a budget.
+
+        Raises:
+          ModelDirectoryError: a parameter is missing, damaged, or changed while it was streamed.
+          ValueError: the budget is too small for this size.
+        """
+        if self._budget is None:
+            with self.use("stdit3", dtype, timings) as network:
+                yield network
+            return
+        if dtype not in self._streams:
+            self._streams[dtype] = STDiT3Stream(self.directory, dtype=dtype, budget=self._budget)
+        stream = self._streams[dtype]
+        stream.profile = self.profile
+        stream.retention.fixed_bytes = fixed_bytes(stream.blocks.source.manifest, num_rows=num_rows, num_tokens=num_tokens)
+        with ExitStack() as resources:
+            with timings.measure("load"):
+                network = resources.enter_context(stream.open())
+            yield network
 
     @contextmanager
     def use(self, network: str, dtype: str, timings: Timings) -> Iterator[Any]:

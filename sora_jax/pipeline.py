@@ -27,6 +27,7 @@ from sora_jax.plans import Keep, Plan
 from sora_jax.sampler import Trace
 from sora_jax.sampling import make_sampler
 from sora_jax.settings import Settings
+from sora_jax.streaming.budget import parse_budget
 from sora_jax.tokenizer import Tokenizer
 from sora_jax.vae.codec import latent_size
 
@@ -42,23 +43,44 @@ class Pipeline:
         self.config = networks.config
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str] | None = None, *, keep: bool | None = None) -> Self:
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        keep: bool | None = None,
+        memory_budget: str | int | float | None = None,
+    ) -> Self:
         """Returns the pipeline of a model directory, or of the embedded pocket model; loads no weights yet.
 
-        ``keep`` says whether networks stay in memory between stages and calls; None: if the model is below 1 GB.
+        Args:
+          path: the model directory; None: the pocket model.
+          keep: whether networks stay in memory between stages and calls; None: if the model is below 1 GB and no budget
+            is given.
+          memory_budget: what the process may hold, such as ``"3.3GB"``, ``"auto"`` or bytes; the transformer's blocks are
+            then read while it runs, and as many retained as fit.
 
         Raises:
           ModelDirectoryError: a network is missing or damaged; the message holds the command that adds it.
-          ValueError: the tokenizer is missing, or does not fit the text encoder.
+          ValueError: the tokenizer is missing, or does not fit the text encoder; or the budget is none.
         """
         directory = POCKET if path is None else Path(path)
-        networks = Networks.open(directory, keep=keep)
+        budget = None if memory_budget is None else parse_budget(memory_budget)
+        networks = Networks.open(directory, keep=keep, budget=budget)
         index = model_directory.read_model_file(directory)
         tokenizer = Tokenizer.from_file(tokenizer_path(directory, index.get("tokenizer")))
         rows = networks.config.t5.vocab_size
         if tokenizer.vocab_size > rows:
             raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the text encoder only {rows}.")
         return cls(networks, tokenizer, index.get("defaults", {}))
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes that the process may hold, settable as in `from_pretrained`; during a run from the next block on."""
+        return self.networks.budget
+
+    @memory_budget.setter
+    def memory_budget(self, memory_budget: str | int | float) -> None:
+        self.networks.budget = parse_budget(memory_budget)
 
     def __call__(
         self,

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from sora_jax.merging import Merge
 from sora_jax.stdit3 import STDiT3
+from sora_jax.streaming.network import StreamedSTDiT3
 
 
 @jax.tree_util.register_dataclass
@@ -21,7 +22,7 @@ class Velocity:
     """A ``velocity_fn`` for `sampler.sample`: a network, a caption for each row, and the sizes of the video.
 
     Attributes:
-      network: the transformer.
+      network: the transformer, in memory or streamed.
       caption_RLE: text features of every row; with guidance the null captions follow the prompts' captions.
       mask_BL: True where a caption token is real; shared by both halves of a guided batch.  None: all are real.
       fps: frames per second (120 for images), one value or one for each row; float32, as the sizes.
@@ -30,7 +31,7 @@ class Velocity:
       merge: what merged steps merge; static.
     """
 
-    network: STDiT3
+    network: STDiT3 | StreamedSTDiT3
     caption_RLE: Float[Array, "R L E"]
     mask_BL: Bool[Array, "B L"] | None
     fps: Float[Array, "N"]

@@ -1,0 +1,38 @@
+"""A block of the transformer from its stored arrays.
+
+Invariant: stored int8 becomes float32 here, inside the program and inside the step, by the multiplication that loading does on
+the host; the block forward itself is the resident one.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sora_jax.checkpoint import unflatten
+from sora_jax.merging import Merge
+from sora_jax.quantisation import SCALE_SUFFIX, scale_axis
+from sora_jax.stdit3 import Conditioning
+
+
+def run_block(
+    shell: Any, stored: Mapping[str, Array], x_BTSD: Float[Array, "B T S D"], conditioning: Conditioning, *, merge: Merge | None
+) -> Float[Array, "B T S D"]:
+    """Returns the tokens after the block whose shapes ``shell`` has and whose stored arrays are given by name."""
+    return unflatten(shell, dequantised(stored))(x_BTSD, conditioning, merge=merge)
+
+
+def dequantised(stored: Mapping[str, Any], multiply: Callable[[str, Any, Any], Any] | None = None) -> dict[str, Any]:
+    """Returns parameters by name, int8 multiplied out to float32 (by ``multiply(name, values, scale)``, or with JAX)."""
+    flat = {}
+    for name, array in stored.items():
+        if name + SCALE_SUFFIX in stored:
+            flat[name] = (multiply or _multiplied)(name, array, stored[name + SCALE_SUFFIX])
+        elif not (name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in stored):
+            flat[name] = array
+    return flat
+
+
+def _multiplied(name: str, values: Array, scale: Array) -> Array:
+    return values.astype(jnp.float32) * jnp.expand_dims(scale, 1 - scale_axis(name))

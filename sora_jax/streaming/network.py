@@ -1,0 +1,193 @@
+"""The streamed transformer as a network that the sampler's velocity calls like the resident one.
+
+Invariant: what a program is compiled for depends on the model directory's configuration and stored dtypes, on the compute
+dtype and on the back-end; how much is retained is state of the host, so one program serves every budget.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from typing import Any, Literal, TypeVar, no_type_check
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sora_jax.checkpoint import unflatten
+from sora_jax.config import BFLOAT16, FLOAT32
+from sora_jax.merging import Merge
+from sora_jax.model_directory import Manifest, ModelDirectoryError, open_network
+from sora_jax.quantisation import dequantise
+from sora_jax.stdit3 import Conditioning, Embed, Final
+from sora_jax.streaming.blocks import dequantised
+from sora_jax.streaming.hosted import HostedBlocks
+from sora_jax.streaming.mapped import MappedBlocks, can_map
+from sora_jax.streaming.prefetch import STALL_S
+from sora_jax.streaming.profile import Profile
+from sora_jax.streaming.retention import Retention
+from sora_jax.streaming.source import Around, LayerSource
+from sora_jax.streaming.stream import ENDS, BlockStream, Stored
+
+Backend = Literal["mmap", "host"]
+End = TypeVar("End", Embed, Final)
+
+_PROCESS_BYTES = 220_000_000  # Python with JAX
+_TOKEN_BYTES = 24  # of activations, for each token and feature
+_POLICIES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+
+
+@jax.tree_util.register_dataclass
+@no_type_check  # a pytree also holds shapes and paths in place of arrays
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamedSTDiT3:
+    """The transformer whose blocks are read while it runs; to be used while the `STDiT3Stream` it came from is open.
+
+    Attributes:
+      embed: in memory.
+      final: in memory.
+      blocks: stored arrays of every block, mapped; empty where callbacks deliver them.
+      stream: the host's side; static.
+    """
+
+    embed: Embed
+    final: Final
+    blocks: Stored
+    stream: BlockStream = dataclasses.field(metadata={"static": True})
+
+    @property
+    def null_caption_LE(self) -> Float[Array, "L E"]:
+        """The learned caption of the unconditional branch, in the space of text features."""
+        return self.embed.y_embedder.y_embedding[...]
+
+    def stack(
+        self, x_BTSD: Float[Array, "B T S D"], conditioning: Conditioning, *, merge: Merge | None = None
+    ) -> Float[Array, "B T S D"]:
+        """Returns the tokens after all blocks, as `stdit3.STDiT3.stack` does."""
+        return self.stream.stack(self.blocks, x_BTSD, conditioning, merge)
+
+
+class STDiT3Stream:
+    """A transformer in a model directory, to be streamed; holds no arrays until it is opened.
+
+    Args:
+      directory: the model directory.
+      dtype: compute dtype, ``"float32"`` or ``"bfloat16"``.
+      budget: bytes that the process may hold while the transformer runs; None retains ``retained`` blocks.
+      retained: blocks to retain where no budget is given; None: all.
+      fixed_bytes: planned bytes of the process without retained blocks.
+      backend: ``"mmap"`` (arguments map the files; CPU) or ``"host"`` (callbacks hand arrays over); None: what suits the
+        platform.
+      portable: the host back-end's callback, `io_callback` instead of `buffer_callback`; None: what the platform has.
+      map_from_bytes: arrays from this size on are mapped.
+      verify: compare the checksum of every layer when it is first read.
+      around: entered around every read of a layer, see `source.LayerSource`.
+      stall_s: seconds after which a read that does not end is an error.
+
+    Raises:
+      ModelDirectoryError: the directory has no transformer, or a damaged one.
+      ValueError: the budget is too small, or the back-end does not run here.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        dtype: str = "float32",
+        budget: int | None = None,
+        retained: int | None = None,
+        fixed_bytes: int = 0,
+        backend: Backend | None = None,
+        portable: bool | None = None,
+        map_from_bytes: int | None = None,
+        verify: bool = True,
+        around: Around | None = None,
+        stall_s: int | float = STALL_S,
+    ):
+        manifest = open_network(directory, "stdit3")
+        source = LayerSource(manifest, verify=verify, around=around)
+        retention = Retention(block_bytes(manifest), budget=budget, fixed_bytes=fixed_bytes, count=retained)
+        given = (source, _POLICIES[dtype], retention)
+        on_cpu = jax.default_backend() == "cpu"
+        if _backend(backend, on_cpu) == "mmap":
+            options: dict[str, Any] = {} if map_from_bytes is None else {"map_from_bytes": map_from_bytes}
+            self.blocks: BlockStream = MappedBlocks(*given, stall_s=stall_s, **options)
+        else:
+            self.blocks = HostedBlocks(*given, stall_s=stall_s, portable=not on_cpu if portable is None else portable)
+
+    @property
+    def retention(self) -> Retention:
+        """How many blocks are retained; may be changed at any time, also during a run."""
+        return self.blocks.retention
+
+    @property
+    def profile(self) -> Profile | None:
+        """Where the intervals of loading and computing go."""
+        return self.blocks.profile
+
+    @profile.setter
+    def profile(self, profile: Profile | None) -> None:
+        self.blocks.profile = profile
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[StreamedSTDiT3]:
+        """Yields the network; everything read is let go in the end.
+
+        An error in the host's part of a program comes out as it was raised there.
+
+        Raises:
+          ModelDirectoryError: a file is missing, unreadable, damaged or changed.
+          RuntimeError: it is open already.
+        """
+        with self.blocks.running():
+            yield StreamedSTDiT3(
+                embed=self._resident("embed", Embed),
+                final=self._resident("final", Final),
+                blocks=self.blocks.arguments(),
+                stream=self.blocks,
+            )
+
+    def _resident(self, layer: str, build: type[End]) -> End:
+        """Returns a layer that stays in memory, read and checked like the others."""
+        source, policy = self.blocks.source, self.blocks.policy
+        stored = {file.name: np.empty(file.shape, file.dtype) for file in source.files(layer)}
+        source.read(layer, stored)
+        flat = dequantised(stored, dequantise)
+        shell = jax.eval_shape(lambda: build(source.manifest.config, policy=policy, rngs=nnx.Rngs(0)))
+        try:
+            return jax.block_until_ready(jax.device_put(unflatten(shell, flat)))
+        except ValueError as error:
+            raise ModelDirectoryError(f"{source.manifest.path / layer} does not fit its configuration: {error}") from error
+
+
+def block_bytes(manifest: Manifest) -> list[int]:
+    """Returns the stored bytes of every block, in execution order."""
+    blocks = [layer for layer in manifest.layers if layer not in ENDS]
+    return [sum(manifest.parameters[name].nbytes for name in manifest.names(block)) for block in blocks]
+
+
+def fixed_bytes(manifest: Manifest, *, num_rows: int, num_tokens: int) -> int:
+    """Returns the estimated bytes of a process that streams the transformer and retains no block.
+
+    The interpreter with JAX, two staged layers, one in the program in float32, the layers that stay, and the activations of
+    a block; measured at full width: 135 MB for two rows of 2,560 tokens.
+    """
+    config = manifest.config
+    layer = max(block_bytes(manifest))
+    wide_layer = 4 * max(sum(_numbers(manifest, layer).values()) for layer in manifest.layers if layer not in ENDS)
+    ends = 4 * sum(sum(_numbers(manifest, layer).values()) for layer in ENDS)
+    return _PROCESS_BYTES + 2 * layer + wide_layer + ends + _TOKEN_BYTES * config.hidden_size * num_rows * num_tokens
+
+
+def _numbers(manifest: Manifest, layer: str) -> dict[str, int]:
+    return {name: math.prod(manifest.parameters[name].shape) for name in manifest.names(layer)}
+
+
+def _backend(backend: Backend | None, on_cpu: bool) -> Backend:
+    if backend == "mmap" and not (on_cpu and can_map()):
+        raise ValueError("streaming back-end 'mmap' needs JAX on the CPU and Linux 5.14 or later; use 'host'.")
+    if backend not in (None, "mmap", "host"):
+        raise ValueError(f"streaming back-end is {backend!r}; expected 'mmap', 'host', or None for what suits the platform.")
+    return backend or ("mmap" if on_cpu and can_map() else "host")

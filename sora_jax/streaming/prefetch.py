@@ -1,0 +1,138 @@
+"""Reading layers before they are wanted: one thread, two staging slots.
+
+Invariant: a slot is written by the reading thread or held by who took it, never both; at most one thread reads, and it ends by
+itself when both slots are full.  What a slot holds (arrays, or nothing where pages are mapped) is up to the ``load`` function.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+EMPTY, LOADING, READY, TAKEN = "empty", "loading", "ready", "taken"
+NUM_SLOTS = 2
+STALL_S = 300.0  # a read that takes longer is reported as a fault instead of being waited for
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """One staging place: the layer it is for, its state, what reading it raised, and the buffer ``load`` keeps in it."""
+
+    index: int | None = None
+    state: str = EMPTY
+    error: BaseException | None = None
+    buffer: Any = None
+
+
+class Prefetcher:
+    """Loads layers in the order in which they will be wanted.
+
+    Args:
+      load: reads layer ``index`` into a slot, on the reading thread.
+      describe: names a layer, for the error of a read that does not end.
+      stall_s: seconds that one read may take.
+    """
+
+    def __init__(self, load: Callable[[int, Slot], None], describe: Callable[[int], str], *, stall_s: int | float = STALL_S):
+        self._load, self._describe, self.stall_s = load, describe, stall_s
+        self._condition = threading.Condition()
+        self._slots = [Slot() for _ in range(NUM_SLOTS)]
+        self._wanted: Sequence[int] = ()
+        self._thread: threading.Thread | None = None
+
+    def take(self, index: int, following: Sequence[int]) -> Slot:
+        """Returns the slot that holds layer ``index``, waiting for it; then ``following`` is read ahead, in this order.
+
+        Raises:
+          TimeoutError: the read did not end.
+          BaseException: whatever reading the layer raised; it is tried afresh the next time.
+        """
+        with self._condition:
+            self._want([index, *following])
+            if not self._condition.wait_for(lambda: self._ready(index), self.stall_s):
+                self._abandon()
+                raise TimeoutError(f"{self._describe(index)} was not read within {self.stall_s:g} s; check the disk.")
+            slot = next(slot for slot in self._slots if slot.index == index)
+            if slot.error is not None:
+                error = slot.error
+                self._empty(slot)
+                raise error
+            slot.state = TAKEN
+            self._want(following)
+            return slot
+
+    def free(self, slot: Slot) -> None:
+        """Gives a taken slot back; reading ahead goes on."""
+        with self._condition:
+            self._empty(slot)
+            self._wake()
+
+    def want(self, following: Sequence[int]) -> None:
+        """Says which layers come next, where none has to be waited for."""
+        with self._condition:
+            self._want(following)
+
+    def discard(self) -> list[int]:
+        """Forgets everything read ahead, waiting for the read under way, and returns the layers forgotten."""
+        with self._condition:
+            self._wanted = ()
+            if not self._condition.wait_for(lambda: self._thread is None, self.stall_s):
+                self._abandon()
+            forgotten = [slot.index for slot in self._slots if slot.state == READY and slot.error is None]
+            self._slots = [Slot() for _ in range(NUM_SLOTS)]
+            return [index for index in forgotten if index is not None]
+
+    def holding(self) -> set[int]:
+        """Returns the layers that are in a slot: being read, read ahead, or taken."""
+        with self._condition:
+            return {slot.index for slot in self._slots if slot.index is not None}
+
+    def _ready(self, index: int) -> bool:
+        return any(slot.index == index and slot.state == READY for slot in self._slots)
+
+    def _want(self, wanted: Sequence[int]) -> None:
+        self._wanted = wanted
+        for slot in self._slots:
+            if slot.state == READY and slot.index not in wanted[:NUM_SLOTS]:
+                self._empty(slot)
+        self._wake()
+
+    def _empty(self, slot: Slot) -> None:
+        slot.index, slot.state, slot.error = None, EMPTY, None
+
+    def _wake(self) -> None:
+        if self._thread is None and self._next() is not None:
+            self._thread = threading.Thread(target=self._work, name="layer-reader", daemon=True)
+            self._thread.start()
+
+    def _next(self) -> tuple[int, Slot] | None:
+        """Returns the layer to read next and the slot for it, if there are both."""
+        held = {slot.index for slot in self._slots}
+        index = next((index for index in self._wanted[:NUM_SLOTS] if index not in held), None)
+        slot = next((slot for slot in self._slots if slot.state == EMPTY), None)
+        return None if index is None or slot is None else (index, slot)
+
+    def _abandon(self) -> None:
+        """Leaves a read that does not end to itself: its thread ends when it returns, its slot is no longer ours."""
+        self._slots = [Slot() if slot.state == LOADING else slot for slot in self._slots]
+        self._thread = None
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                job = self._next() if self._thread is threading.current_thread() else None
+                if job is None:
+                    if self._thread is threading.current_thread():
+                        self._thread = None
+                    self._condition.notify_all()
+                    return
+                index, slot = job
+                slot.index, slot.state = index, LOADING
+            try:
+                self._load(index, slot)
+                error = None
+            except BaseException as raised:  # raised again where the layer is taken
+                error = raised
+            with self._condition:
+                slot.state, slot.error = READY, error
+                self._condition.notify_all()

@@ -1,0 +1,131 @@
+"""How many layers stay in memory: state of the host, which a run reads before every block and which may change meanwhile.
+
+Invariant: the first ``count`` layers in execution order are retained, the largest number whose bytes fit into the budget
+beside everything else; no compiled program depends on it.  What everything else needs is planned first and measured then.
+"""
+
+import itertools
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+_STATM, _STATUS = Path("/proc/self/statm"), Path("/proc/self/status")
+
+
+class Retention:
+    """The number of retained layers, from a budget or given.
+
+    Args:
+      layer_bytes: bytes that each layer takes up when it is retained.
+      budget: bytes that the process may hold; None retains every layer, or ``count`` of them.
+      fixed_bytes: planned bytes of the process without any retained layer.
+      count: retained layers, where no budget is given.
+
+    Raises:
+      ValueError: the budget is below what is needed without retained layers.
+    """
+
+    def __init__(
+        self,
+        layer_bytes: Sequence[int],
+        *,
+        budget: int | None = None,
+        fixed_bytes: int = 0,
+        count: int | None = None,
+    ):
+        self._sums = [0, *itertools.accumulate(layer_bytes)]
+        self._lock = threading.Lock()
+        self._fixed_bytes = fixed_bytes
+        self._budget = budget
+        self._count = len(layer_bytes) if count is None else min(count, len(layer_bytes))
+        if budget is not None:
+            self._fit(budget)
+
+    @property
+    def count(self) -> int:
+        """How many layers are retained, counted from the first."""
+        return self._count
+
+    @count.setter
+    def count(self, count: int) -> None:
+        with self._lock:
+            self._budget, self._count = None, max(0, min(count, len(self._sums) - 1))
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that the process may hold; a change takes effect at the next block."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, budget: int) -> None:
+        with self._lock:
+            self._fit(budget)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of the process without any retained layer: planned, or measured once `correct` was called."""
+        return self._fixed_bytes
+
+    @fixed_bytes.setter
+    def fixed_bytes(self, fixed_bytes: int) -> None:
+        with self._lock:
+            self._fixed_bytes = fixed_bytes
+            if self._budget is not None:
+                self._fit(self._budget)
+
+    def correct(self, peak_bytes: int) -> None:
+        """Takes a measured peak, of an evaluation with the present number of retained layers, for the planned bytes."""
+        with self._lock:
+            if self._budget is not None:
+                self._fixed_bytes = peak_bytes - self._sums[self._count]
+                self._count = self._largest(self._budget)
+
+    def _fit(self, budget: int) -> None:
+        if budget < self._fixed_bytes:
+            raise ValueError(
+                f"memory budget of {budget / 1e9:.3g} GB is too small: the transformer needs {self._fixed_bytes / 1e9:.3g} GB "
+                f"at this size without retaining a layer; raise the budget or make a smaller or shorter video."
+            )
+        self._budget, self._count = budget, self._largest(budget)
+
+    def _largest(self, budget: int) -> int:
+        return max((k for k, total in enumerate(self._sums) if self._fixed_bytes + total <= budget), default=0)
+
+
+class PeakMeter:
+    """The largest amount of memory that this process held since `start`, as far as the system tells (Linux)."""
+
+    def __init__(self) -> None:
+        self._largest = self._high_water = 0
+
+    def start(self) -> None:
+        """Forgets what was measured before."""
+        self._high_water = _status_bytes("VmHWM")
+        self._largest = resident_bytes() or 0
+
+    def sample(self) -> None:
+        """Looks at what the process holds now."""
+        self._largest = max(self._largest, resident_bytes() or 0)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The process's high-water mark if it rose since the start, else the largest sample; None: the system does not say."""
+        high_water = _status_bytes("VmHWM")
+        return (high_water if high_water > self._high_water else self._largest) or None
+
+
+def resident_bytes() -> int | None:
+    """Returns the bytes of this process that are in memory: its own, shared, and mapped files'; None where unknown."""
+    try:
+        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
+def _status_bytes(field: str) -> int:
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), 0)

@@ -1,0 +1,173 @@
+"""The files of a network's layers: what they must be, whether they still are, and reading them.
+
+Invariant: between `LayerSource.begin` and the next, every byte of a layer comes from the file that was found first: size,
+modification time and inode are compared before and after each read, and its checksum at the first.  A fault is one line that
+names layer and file.  Which layer is read when is decided elsewhere.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from sora_jax.model_directory import STORED_DTYPES, Manifest, ModelDirectoryError, tensorstore_spec
+
+Identity = tuple[int, int, int]  # modification time in ns, inode, device
+Around = Callable[[str, int], AbstractContextManager[Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerFile:
+    """One stored array of a layer; ``name`` is what follows the layer in its flat name."""
+
+    layer: str
+    name: str
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    nbytes: int
+    sha256: str
+
+
+class LayerSource:
+    """The files of a network, by layer.
+
+    Args:
+      manifest: of the network.
+      verify: compare checksums when a layer is first read.
+      around: entered around every read of a layer, with its name and bytes, on the reading thread: a benchmark limits the
+        rate with it, a test injects faults.
+    """
+
+    def __init__(self, manifest: Manifest, *, verify: bool = True, around: Around | None = None):
+        self.manifest = manifest
+        self.verify = verify
+        self.around = around or (lambda _layer, _bytes: contextlib.nullcontext())
+        self._files = {layer: tuple(_layer_files(manifest, layer)) for layer in manifest.layers}
+        self._stores: dict[str, Any] = {}
+        self._found: dict[Path, Identity] = {}
+        self._verified: dict[Path, Identity] = {}
+
+    def files(self, layer: str) -> Sequence[LayerFile]:
+        """Returns the files of a layer, sorted by name."""
+        return self._files[layer]
+
+    def num_bytes(self, layer: str) -> int:
+        """Returns the stored bytes of a layer."""
+        return sum(file.nbytes for file in self._files[layer])
+
+    def begin(self) -> None:
+        """Takes the files as they are now for those that must not change; raises if one is missing or has another size."""
+        self._found.clear()
+        for layer in self._files:
+            self.check(layer)
+
+    def check(self, layer: str) -> None:
+        """Sees that every file of the layer is the one that was found first.
+
+        Raises:
+          ModelDirectoryError: one is missing, unreadable, of the wrong size, or another than before.
+        """
+        for file in self._files[layer]:
+            try:
+                status = os.stat(file.path)
+            except OSError as error:
+                raise self.fault(file, error) from error
+            if status.st_size != file.nbytes:
+                raise self.fault(file, f"has {status.st_size} bytes, expected {file.nbytes}")
+            identity = (status.st_mtime_ns, status.st_ino, status.st_dev)
+            if self._found.setdefault(file.path, identity) != identity:
+                raise ModelDirectoryError(f"{self._where(file)} was changed during the run; run again.")
+
+    @contextlib.contextmanager
+    def reading(self, layer: str) -> Iterator[None]:
+        """Wraps the read of a layer: checked before and after, and any system error named.
+
+        Raises:
+          ModelDirectoryError: the read failed, or the files are not those that were found first.
+        """
+        self.check(layer)
+        try:
+            with self.around(layer, self.num_bytes(layer)):
+                yield
+        except OSError as error:
+            raise self.fault(self._named_by(error, layer), error) from error
+        self.check(layer)
+
+    def read(self, layer: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Reads a layer into ``arrays``, by name, through tensorstore.
+
+        Raises:
+          ModelDirectoryError: a file is missing, unreadable, damaged or changed.
+        """
+        with self.reading(layer):
+            futures = [(file, self._start(file, arrays[file.name])) for file in self._files[layer]]
+            for _, future in futures:
+                future.exception()  # nothing writes into the arrays once this is left
+            for file, future in futures:
+                if future.exception() is not None:
+                    raise self.fault(file, f"cannot be read ({future.exception()})")
+            self.verify_layer(layer, arrays)
+
+    def verify_layer(self, layer: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Compares the checksums of those of ``arrays`` whose files have not been compared as they are now.
+
+        Raises:
+          ModelDirectoryError: one differs.
+        """
+        for file in self._files[layer] if self.verify else ():
+            identity = self._found[file.path]
+            if file.name not in arrays or self._verified.get(file.path) == identity:
+                continue
+            raw = np.ascontiguousarray(arrays[file.name]).reshape(-1).view(np.uint8)
+            if hashlib.sha256(raw.data).hexdigest() != file.sha256:
+                raise self.fault(file, "does not have the checksum of its manifest")
+            self._verified[file.path] = identity
+
+    def fault(self, file: LayerFile, problem: str | OSError) -> ModelDirectoryError:
+        """Returns the error for a file that is not what the manifest says."""
+        if isinstance(problem, FileNotFoundError):
+            problem = "is missing"
+        elif isinstance(problem, OSError):
+            problem = f"cannot be read ({problem.strerror or problem})"
+        return ModelDirectoryError(f"{self._where(file)} {problem}; convert {self.manifest.network} again with --overwrite.")
+
+    def _where(self, file: LayerFile) -> str:
+        return f"{self.manifest.network} layer {file.layer}: parameter file {file.path}"
+
+    def _named_by(self, error: OSError, layer: str) -> LayerFile:
+        files = self._files[layer]
+        return next((file for file in files if str(file.path) == str(error.filename)), files[0])
+
+    def _start(self, file: LayerFile, array: np.ndarray) -> Any:
+        """Returns the future of a read; a store that cannot be opened is a fault at once."""
+        store = self._stores.get(file.path.as_posix())
+        if store is None:
+            path = self.manifest.array_path(f"{file.layer}.{file.name}")
+            try:
+                store = ts.open(tensorstore_spec(path), read=True, open=True).result()
+            except ValueError as error:
+                raise self.fault(file, f"cannot be opened ({error})") from error
+            self._stores[file.path.as_posix()] = store
+        return ts.array(array).write(store)
+
+
+def _layer_files(manifest: Manifest, layer: str) -> Iterator[LayerFile]:
+    for name in manifest.names(layer):
+        parameter = manifest.parameters[name]
+        yield LayerFile(
+            layer=layer,
+            name=name.removeprefix(layer + "."),
+            path=manifest.chunk_path(name),
+            shape=parameter.shape,
+            dtype=STORED_DTYPES[parameter.dtype],
+            nbytes=parameter.nbytes,
+            sha256=parameter.sha256,
+        )

@@ -1,0 +1,103 @@
+import threading
+import time
+
+import pytest
+
+from sora_jax.streaming.prefetch import Prefetcher, Slot
+
+
+def reader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "layer-reader"]
+
+
+def ended() -> bool:
+    deadline = time.monotonic() + 5
+    while reader_threads() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return not reader_threads()
+
+
+class Log:
+    """Loads layers into slots as text, and keeps the order; raises for those in ``bad``."""
+
+    def __init__(self) -> None:
+        self.loaded: list[int] = []
+        self.bad: dict[int, BaseException] = {}
+        self.hold = threading.Event()
+        self.hold.set()
+
+    def load(self, index: int, slot: Slot) -> None:
+        assert self.hold.wait(30)
+        if index in self.bad:
+            raise self.bad[index]
+        self.loaded.append(index)
+        slot.buffer = f"layer {index}"
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log()
+
+
+@pytest.fixture
+def prefetcher(log: Log) -> Prefetcher:
+    return Prefetcher(log.load, lambda index: f"layer {index}", stall_s=5)
+
+
+def test_layers_come_in_the_order_they_are_wanted(log, prefetcher):
+    for index in range(6):
+        slot = prefetcher.take(index % 3, [(index + 1) % 3, (index + 2) % 3])
+        assert slot.buffer == f"layer {index % 3}"
+        prefetcher.free(slot)
+    assert ended()
+    assert log.loaded == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_a_taken_slot_is_not_written(log, prefetcher):
+    slot = prefetcher.take(0, [1, 2])
+    assert ended()
+    assert slot.buffer == "layer 0"
+    assert log.loaded == [0, 1]
+    assert prefetcher.holding() == {0, 1}
+    prefetcher.free(slot)
+    assert ended()
+    assert log.loaded == [0, 1, 2]
+
+
+def test_what_is_no_longer_wanted_makes_room(log, prefetcher):
+    prefetcher.free(prefetcher.take(0, [1, 2]))
+    assert ended()
+    assert prefetcher.take(7, [8]).buffer == "layer 7"
+    assert ended()
+    assert prefetcher.holding() == {7, 8}
+
+
+def test_discarding_says_what_was_read_for_nothing(log, prefetcher):
+    prefetcher.free(prefetcher.take(0, [1, 2]))
+    assert ended()
+    assert sorted(prefetcher.discard()) == [1, 2]
+    assert prefetcher.holding() == set()
+    assert prefetcher.take(1, []).buffer == "layer 1"
+
+
+def test_an_error_is_raised_where_the_layer_is_taken_and_only_once(log, prefetcher):
+    log.bad[1] = error = OSError("no such sector")
+    prefetcher.free(prefetcher.take(0, [1]))
+    with pytest.raises(OSError, match="no such sector") as raised:
+        prefetcher.take(1, [2])
+    assert raised.value is error
+    del log.bad[1]
+    assert prefetcher.take(1, [2]).buffer == "layer 1"
+    assert ended()
+
+
+def test_a_read_that_does_not_end_is_an_error_and_leaves_no_trace(log):
+    prefetcher = Prefetcher(log.load, lambda index: f"layer {index}", stall_s=0.05)
+    log.hold.clear()
+    with pytest.raises(TimeoutError, match=r"layer 3 was not read within 0.05 s"):
+        prefetcher.take(3, [4])
+    log.hold.set()
+    assert ended()
+    assert prefetcher.holding() == set()
+    slot = prefetcher.take(3, [4])
+    assert slot.buffer == "layer 3"
