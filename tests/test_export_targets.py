@@ -12,12 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from sora_jax import Pipeline, cli, model_directory, noise, prompt, video
+from sora_jax import Pipeline, cli, conditioning, model_directory, noise, prompt, video
 from sora_jax.export import ExportedModel, check, exporter, manifest, worker
 from sora_jax.export.exporter import export
 from sora_jax.export.size import Size
 from sora_jax.export.stablehlo import read_safetensors
+from sora_jax.export.stages import PARTS
 
 pytest.importorskip("jsonschema", reason="manifests are validated with jsonschema (extra stablehlo, onnx or coreml)")
 
@@ -52,12 +54,16 @@ def export_tiny(directory: Path, out: Path, target: str, **options: Any) -> dict
     return export(directory, out, target=target, num_frames=SIZE.num_frames, height=SIZE.height, width=SIZE.width, **options)
 
 
-def run(model: ExportedModel, pipeline: Pipeline, *, seed: int, **given: Any) -> np.ndarray:
+def run(
+    model: ExportedModel, pipeline: Pipeline, *, seed: int, noise_BTHWC: np.ndarray | None = None, **given: Any
+) -> np.ndarray:
     """Returns the 8-bit frames that the artefacts make of a prompt."""
     settings = pipeline.resolve({})
     text = prompt.prepare_prompt(PROMPT, aes=settings.aes, flow=settings.flow, camera_motion=settings.camera_motion)
     ids, mask = pipeline.tokenizer.encode([text], model.manifest["tokens"]["length"])
-    z = np.asarray(noise.initial_noise(seed, (1, *model.manifest["sizes"][0]["latents"])))
+    z = noise_BTHWC
+    if z is None:
+        z = np.asarray(noise.initial_noise(seed, (1, *model.manifest["sizes"][0]["latents"])))
     return video.quantise(model(ids, mask, z, **given).frames_Bthw3)
 
 
@@ -178,6 +184,23 @@ def test_what_stands_in_the_way_is_named(tiny_model, tmp_path, monkeypatch, caps
     assert "pip install 'sora_jax[stablehlo]'" in line(tiny_model)
     (tmp_path / "out").mkdir()
     assert "exists; pass --overwrite" in line(tiny_model)
+
+
+@pytest.mark.slow
+def test_an_image_that_is_given_stays_the_first_frame(tiny_model, tmp_path, in_process):
+    pytest.importorskip("flatbuffers", reason="the stablehlo extra is not installed")
+    export_tiny(tiny_model, tmp_path / "out", "stablehlo", settings=GIVEN, stages=PARTS)
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE.height, SIZE.width, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "first.png")
+    pipeline, model = Pipeline.from_pretrained(tiny_model), ExportedModel(tmp_path / "out")
+    given = {"num_frames": SIZE.num_frames, "height": SIZE.height, "width": SIZE.width}
+    clip = pipeline(PROMPT, seed=3, references=str(tmp_path / "first.png"), align="off", **GIVEN, **given)
+    image = conditioning.read_reference(str(tmp_path / "first.png"), SIZE.height, SIZE.width)[None]
+    z = np.array(noise.initial_noise(3, (1, *model.manifest["sizes"][0]["latents"])))
+    z[:, :1] = model.encode(image)
+    mask = np.ones(z.shape[:2], np.float32)
+    mask[:, 0] = 0
+    assert psnr_db(clip.frames, run(model, pipeline, seed=3, noise_BTHWC=z, frame_mask_BT=mask)) >= EQUAL_DB
 
 
 @pytest.mark.slow

@@ -115,9 +115,8 @@ def export(
             save_values(folder, size, capture.start(pipeline.config, pipeline.tokenizer, size, chosen))
         entries = _run_groups(job, listed, folder, progress)
         shutil.rmtree(folder / WORK)
-        made = _manifest(job, pipeline, chosen, sampling, licence, entries, folder)
-        manifest.write(folder, made)
-    return made
+        manifest.write(folder, _manifest(job, pipeline, chosen, sampling, licence, entries, folder))
+    return manifest.read(out)
 
 
 def _checked_stages(job: Job, config: ModelConfig, chosen: Settings) -> list[Stage]:

@@ -57,6 +57,7 @@ class ExportedModel:
         guidance: float | None = None,
         merge_steps: int | None = None,
         leap: Mapping[str, Any] | None = None,
+        frame_mask_BT: Float[np.ndarray, "B T"] | None = None,
         loop: Literal["stages", "sampler"] = "stages",
     ) -> Result:
         """Returns the video of padded token ids and their mask (1 real), from standard normal noise.
@@ -70,17 +71,18 @@ class ExportedModel:
           guidance: scale.
           merge_steps: first steps that use merged functions.
           leap: the manifest's entry with some fields replaced, for example ``{"mode": "static", "index": 20}``.
+          frame_mask_BT: 1 where a latent frame is sampled, 0 where it stays as ``noise_BTHWC`` has it (see `encode`).
           loop: ``sampler`` runs the whole loop as one program, where the manifest has one.
 
         Raises:
-          ValueError: the manifest has no such size, phase or sampler, or a value is out of range.
+          ValueError: the manifest has no such size, phase or sampler, frames cannot be given, or a value is out of range.
         """
         at = self._size(size)
         sampling = self._sampling(num_steps, guidance, merge_steps, leap)
         values: Values = {"ids_BL": np.asarray(ids_BL, np.int32), "mask_BL": np.asarray(mask_BL, np.float32)}
         values |= {name: np.full(len(values["ids_BL"]), value, np.float32) for name, value in at["conditions"].items()}
         values = self._phase("text", at["key"], values)
-        values["frame_mask_BT"] = np.ones(np.shape(noise_BTHWC)[:2], np.float32)
+        values["frame_mask_BT"] = self._frame_mask(frame_mask_BT, noise_BTHWC.shape[:2], loop)
         sample = self._sample if loop == "stages" else self._sample_resident
         z, evaluations = sample(at, np.asarray(noise_BTHWC, np.float32), values, sampling)
         return Result(frames_Bthw3=self.decode(z, at["key"]), latents_BTHWC=z, evaluations=evaluations)
@@ -99,6 +101,21 @@ class ExportedModel:
         self._end_phase("decode_frame")
         return np.concatenate(frames, axis=1).astype(np.float32)
 
+    def encode(self, frames_Bthw3: Float[np.ndarray, "B t h w 3"], size: str | None = None) -> Float[np.ndarray, "B T H W C"]:
+        """Returns the latents of an image (one frame), or of a clip of the size's length, in [-1, 1]."""
+        at = self._size(size)
+        chunks: list[dict[str, Any]] = at["chunks"] if frames_Bthw3.shape[1] > 1 else [{"frames": 1, "variant": "frames_1"}]
+        latents, start = [], 0
+        for chunk in chunks:
+            each = np.split(frames_Bthw3[:, start : start + chunk["frames"]], chunk["frames"], axis=1)
+            x = [self._phase("encode_frame", at["key"], {"frames_Bthw3": frame})["x_BtHWC"] for frame in each]
+            given = {"x_BtHWC": np.concatenate(x, axis=1)}
+            latents.append(self._phase("encode_chunk", at["key"], given, chunk["variant"])["z_BTHWC"])
+            start += chunk["frames"]
+        self._end_phase("encode_frame")
+        self._end_phase("encode_chunk")
+        return np.concatenate(latents, axis=1).astype(np.float32)
+
     def velocity(
         self, z_BTHWC: np.ndarray, time: float, values: Values, *, guidance: float, merged: bool, size: str | None = None
     ) -> np.ndarray:
@@ -115,6 +132,7 @@ class ExportedModel:
         times = np.append(schedule_times(self.manifest, at, sampling["num_steps"]), np.float32(0))
         unit = times / np.float32(self.manifest["sampling"]["num_timesteps"])
         state = LeapState(sampling["leap"], sampling["num_steps"])
+        sampled = values["frame_mask_BT"][:, :, None, None, None] > 0
         before = None
         for step in range(sampling["num_steps"]):
             if step == sampling["merge_steps"]:
@@ -122,6 +140,7 @@ class ExportedModel:
             v = self.velocity(
                 z, times[step], values, guidance=sampling["guidance"], merged=step < sampling["merge_steps"], size=at["key"]
             )
+            v = np.where(sampled, v, np.float32(0))
             leaps = state.leaps(step, v, before)
             z = z + v * (unit[step] if leaps else unit[step] - unit[step + 1])
             before = v
@@ -178,6 +197,15 @@ class ExportedModel:
         if not self.keep:
             stages = self._find_phase(name)["stages"]
             self.loaded = {key: runner for key, runner in self.loaded.items() if key[0] not in stages}
+
+    def _frame_mask(self, mask_BT: np.ndarray | None, shape: tuple[int, ...], loop: str) -> np.ndarray:
+        """Returns the frame mask as an input: all ones unless frames are given."""
+        if mask_BT is None:
+            return np.ones(shape, np.float32)
+        inputs = {tensor["name"] for tensor in self.stages["stdit3_front"]["functions"][0]["inputs"]}
+        if "frame_mask_BT" not in inputs or loop == "sampler":
+            raise ValueError(f"{self.folder} cannot take frames in loop {loop}; export it with the stage vae_encoder.")
+        return np.asarray(mask_BT, np.float32)
 
     def _find_phase(self, name: str) -> Mapping[str, Any]:
         found = [phase for phase in self.manifest["phases"] if phase["name"] == name]
