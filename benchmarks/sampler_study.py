@@ -15,6 +15,7 @@ the study does not ask for.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import study_report
-from benchmarks.study_clips import Prompt, calibration_prompts, read_lines, read_prompts, scores
+from benchmarks.study_clips import Prompt, References, calibration_prompts, read_lines, read_prompts, scores
 from benchmarks.study_methods import LONG_REFERENCE, REFERENCE, Method, chosen, frontier, methods
 from sora_jax import video
 from sora_jax.calibration import Calibration
@@ -192,20 +193,26 @@ def run_batch(study: Study, every: Sequence[Method], noise: int, indices: Sequen
     if any(not latents_path(folder, method.name).exists() for method in wanted):
         filled = [*indices, *[indices[-1]] * (study.batch - len(indices))]  # so that nothing compiles anew
         denoise(study, generation, [study.prompts[i].text for i in filled], wanted, folder)
-    references = {"30": decoded(generation, folder, REFERENCE), "200": decoded(generation, folder, LONG_REFERENCE)}
+    pairs = zip(decoded(generation, folder, REFERENCE), decoded(generation, folder, LONG_REFERENCE), strict=True)
+    references = [References.of(short, long) for short, long in pairs]
     for method in missing:
         frames = decoded(generation, folder, method.name)
+        rows = [(row, i) for row, i in enumerate(indices) if (method.name, i, noise) not in known]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            measured = list(pool.map(functools.partial(scored, study, frames, references), rows))
         with np.load(latents_path(folder, method.name)) as record, study.lines.open("a") as file:
-            for row, i in enumerate(indices):
-                if (method.name, i, noise) in known:
-                    continue
+            for (row, i), found in zip(rows, measured, strict=True):
                 line = {"method": method.name, "family": method.family, "prompt": i, "noise": noise, **sampled(record, row)}
-                beside = {steps: clips[row] for steps, clips in references.items()}
-                line |= scores(frames[row], beside, study.prompts[i].attributes)
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line | found) + "\n")
     print(
         f"noise {noise}, prompts from {indices[0]}: {len(missing)} methods in {time.perf_counter() - began:.0f} s", flush=True
     )
+
+
+def scored(study: Study, frames: np.ndarray, references: Sequence[References], at: tuple[int, int]) -> dict[str, Any]:
+    """Returns the measures of the clip in a row of the batch, which shows a prompt: ``at`` names both."""
+    row, prompt = at
+    return scores(frames[row], references[row], study.prompts[prompt].attributes)
 
 
 def denoise(study: Study, generation: Generation, texts: Sequence[str], wanted: Sequence[Method], folder: Path) -> None:

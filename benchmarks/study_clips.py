@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from jaxtyping import UInt8
@@ -67,20 +67,33 @@ def calibration_prompts(path: Path | None, first: int, num: int, seed: int) -> l
     return texts
 
 
-def scores(frames: Frames, references: Mapping[str, Frames], asked: Mapping[str, str] | None) -> dict[str, Any]:
-    """Returns the measures of one clip by name, JSON-ready; ``references`` by the number of their steps.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class References:
+    """The clips that another one of the same prompt and noise is compared with, and how much moves in the first."""
+
+    by_steps: Mapping[str, Frames]
+    flow: float
+
+    @classmethod
+    def of(cls, short: Frames, long: Frames) -> Self:
+        """Returns those of 30 and of 200 steps."""
+        return cls(by_steps={"30": short, "200": long}, flow=metrics.flow_magnitude(short) if len(short) > 1 else 0.0)
+
+
+def scores(frames: Frames, references: References, asked: Mapping[str, str] | None) -> dict[str, Any]:
+    """Returns the measures of one clip by name, JSON-ready.
 
     For a caption with known attributes: for each of ``JUDGED`` that it names whether the clip shows it, and the pace of the
     object over the pace named (1 as told, 0 stands still); both are left out where the caption says nothing of them.
     """
     out: dict[str, Any] = {}
-    for steps, reference in references.items():
+    for steps, reference in references.by_steps.items():
         out[f"psnr_{steps}"] = round(min(metrics.psnr(frames, reference), CAPPED_DB), 4)
         out[f"ssim_{steps}"] = round(metrics.ssim(frames, reference), 6)
     if len(frames) > 1:
         out["steadiness"] = round(metrics.temporal_flickering(frames), 6)
-        flow, flow_before = metrics.flow_magnitude(frames), metrics.flow_magnitude(references["30"])
-        out |= {"flow": round(flow, 5), "flow_kept": round(flow / flow_before, 5) if flow_before else None}
+        flow = metrics.flow_magnitude(frames)
+        out |= {"flow": round(flow, 5), "flow_kept": round(flow / references.flow, 5) if references.flow else None}
     if asked is not None:
         seen = measure(frames)
         out |= {name: getattr(seen, name) == asked[name] for name in JUDGED if name in asked}

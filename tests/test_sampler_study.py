@@ -137,7 +137,7 @@ def test_what_is_chosen_brings_what_it_forks_from() -> None:
 def test_a_rendered_clip_shows_what_its_caption_names() -> None:
     asked = faithfulness.captions(4, seed=0)
     for one, frames in zip(asked, faithfulness.rendered(asked), strict=True):
-        found = study_clips.scores(frames, {"30": frames, "200": frames}, one.attributes)
+        found = study_clips.scores(frames, study_clips.References.of(frames, frames), one.attributes)
         assert all(found[name] for name in ("colour", "shape", "motion", "all") if name in one.attributes)
         assert ("pace" in found) == ("speed" in one.attributes)
         assert found.get("pace", 1.0) == pytest.approx(1.0, abs=0.15)  # the judge's own error

@@ -1,0 +1,114 @@
+"""Gains of leaping and merging alone and together at the real width, against their product (paper's table 5).
+
+Command:  python -m benchmarks.ablation [--depth 2] [--repeats 3] [--sizes 5x16 10x16]
+Needs:    1.5 GB of memory; about 15 minutes on two cores with the defaults.
+Expect:   leap 30 / 16 = 1.88 times; both at least the product of the two, since the steps that a leap leaves out are those
+          that would not merge.
+Rival:    the plain sampling of the same run: all six run in turn within each repeat.
+
+STDiT3 of 1,152 channels and 16 heads with random weights and few block pairs (every pair costs the same; the embedding of
+captions and the final layer weigh less in 28 pairs).  30 steps, guidance: 2 rows.  The product counts as reached where the
+gain of both, divided by it, is 0.97 or more.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.evaluation_speed import interleaved
+from benchmarks.machine import environment
+from benchmarks.random_network import gflop, random_velocity, with_depth
+from sora_jax import Leap, Schedule, noise
+from sora_jax.config import STDiT3Config, open_sora_1_2
+from sora_jax.sampler import Sampler
+
+RESULTS = Path(__file__).parent / "results" / "ablation.json"
+STEPS, LEAP_STEP, MERGED = 30, 15, 15
+REACHED = 0.97
+
+# Name: index of the step that leaps (the last one leaps nowhere), number of merged steps.
+SAMPLINGS = {
+    "none": (STEPS - 1, 0),
+    "LPL": (LEAP_STEP, 0),
+    f"TDTM {MERGED}": (STEPS - 1, MERGED),
+    f"TDTM {STEPS}": (STEPS - 1, STEPS),
+    f"LPL and TDTM {MERGED}": (LEAP_STEP, MERGED),
+    f"LPL and TDTM {STEPS}": (LEAP_STEP, STEPS),
+}
+
+
+def main() -> None:
+    """Measures every size, prints and writes the results."""
+    options = parse()
+    if options.threads:
+        os.sched_setaffinity(0, range(options.threads))
+    config = with_depth(open_sora_1_2.stdit3, options.depth)
+    setting = {"width": config.hidden_size, "heads": config.num_heads, "depth": config.depth, "dtype": options.dtype}
+    report: dict[str, Any] = {"environment": environment(), "setting": setting, "sizes": {}}
+    for size in options.sizes:
+        frames, side = (int(part) for part in size.split("x"))
+        report["sizes"][size] = measured(config, options.dtype, frames, side, options.repeats)
+        print(size, json.dumps(report["sizes"][size], indent=1), flush=True)
+    report["load_after"] = environment()["load"]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """Returns the command line's options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__.splitlines()[0])
+    parser.add_argument("--depth", type=int, default=2, help="block pairs")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sizes", nargs="+", default=["5x16", "10x16"], metavar="FRAMESxSIDE", help="of the latents")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=0, help="cores to use; 0 takes all this process may use")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def measured(config: STDiT3Config, dtype: str, frames: int, side: int, repeats: int) -> dict[str, Any]:
+    """Returns seconds and gains of every sampling, and whether the products of single gains are reached."""
+    velocity = random_velocity(config, dtype, frames=frames, side=side)
+    z = jnp.asarray(noise.initial_noise(0, (1, frames, side, side, 4)))
+    schedule = Schedule.open_sora(STEPS, height_px=8 * side, width_px=8 * side, num_frames=4 * frames)
+    runs, counts = {}, {}
+    for name, (leap, merged) in SAMPLINGS.items():
+        sampler = Sampler.create(velocity, schedule, guidance=7.0, leap=Leap.static(leap), merge_steps=merged)
+        carry = jax.block_until_ready(sampler.run(sampler.start(z), 0))  # one program for all six
+        runs[name] = lambda sampler=sampler, carry=carry: sampler.run(carry, STEPS).z
+        counts[name] = arithmetic(config, frames, side, leap + 1, merged)
+    seconds = interleaved(runs, repeats)
+    gains = {
+        name: statistics.median(a / b for a, b in zip(seconds["none"], found, strict=True)) for name, found in seconds.items()
+    }
+    out: dict[str, Any] = {
+        "tokens": 2 * frames * (-(-side // 2)) ** 2,
+        "seconds_median": {name: round(statistics.median(found), 3) for name, found in seconds.items()},
+        "gain": {name: round(gain, 3) for name, gain in gains.items()},
+        "gain_by_arithmetic": {name: round(counts["none"] / count, 3) for name, count in counts.items()},
+    }
+    for merged in (MERGED, STEPS):
+        product, both = gains["LPL"] * gains[f"TDTM {merged}"], gains[f"LPL and TDTM {merged}"]
+        out[f"product with TDTM {merged}"] = {
+            "product": round(product, 3),
+            "both": round(both, 3),
+            "reached": both >= REACHED * product,
+        }
+    return out
+
+
+def arithmetic(config: STDiT3Config, frames: int, side: int, evaluations: int, merged_steps: int) -> float:
+    """Returns the arithmetic of a sampling in 10^9 operations."""
+    plain, merged = (sum(gflop(config, rows=2, frames=frames, side=side, merged=merge).values()) for merge in (False, True))
+    num_merged = min(merged_steps, evaluations)
+    return num_merged * merged + (evaluations - num_merged) * plain
+
+
+if __name__ == "__main__":
+    main()
