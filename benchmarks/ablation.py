@@ -1,20 +1,25 @@
 """Gains of leaping and merging alone and together at the real width, against their product (paper's table 5).
 
 Command:  python -m benchmarks.ablation [--depth 2] [--repeats 3] [--sizes 5x16 10x16]
-Needs:    1.5 GB of memory; about 15 minutes on two cores with the defaults.
+Needs:    1.5 GB of memory, 0.4 GB of disk; about 15 minutes on two cores with the defaults.
 Expect:   leap 30 / 16 = 1.88 times; both at least the product of the two, since the steps that a leap leaves out are those
           that would not merge.
-Rival:    the plain sampling of the same run: all six run in turn within each repeat.
+Rival:    the plain sampling of the same run: all run in turn within each repeat.
 
 STDiT3 of 1,152 channels and 16 heads with random weights and few block pairs (every pair costs the same; the embedding of
 captions and the final layer weigh less in 28 pairs).  30 steps, guidance: 2 rows.  The product counts as reached where the
-gain of both, divided by it, is 0.97 or more.
+gain of both, divided by it, is 0.97 or more.  Streamed: the same from files, no block retained, in another program; files
+lie in the page cache, so its time says what reading and waiting cost, not what a disk can do.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import os
 import statistics
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +30,17 @@ from benchmarks.evaluation_speed import interleaved
 from benchmarks.machine import environment
 from benchmarks.random_network import gflop, random_velocity, with_depth
 from sora_jax import Leap, Schedule, noise
+from sora_jax.checkpoint import flatten, save_network
 from sora_jax.config import STDiT3Config, open_sora_1_2
 from sora_jax.sampler import Sampler
+from sora_jax.streaming.network import STDiT3Stream
+from sora_jax.velocity import Velocity
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 STEPS, LEAP_STEP, MERGED = 30, 15, 15
 REACHED = 0.97
+
+STREAMED = ("none", f"LPL and TDTM {MERGED}")
 
 # Name: index of the step that leaps (the last one leaps nowhere), number of merged steps.
 SAMPLINGS = {
@@ -75,14 +85,26 @@ def parse() -> argparse.Namespace:
 def measured(config: STDiT3Config, dtype: str, frames: int, side: int, repeats: int) -> dict[str, Any]:
     """Returns seconds and gains of every sampling, and whether the products of single gains are reached."""
     velocity = random_velocity(config, dtype, frames=frames, side=side)
+    with tempfile.TemporaryDirectory() as folder:
+        save_network(folder, "stdit3", config, flatten(velocity.network), dtype=dtype)
+        with STDiT3Stream(folder, dtype=dtype, retained=0).open() as network:
+            streamed = dataclasses.replace(velocity, network=network)
+            return compared({"": velocity, ", streamed": streamed}, config, frames, side, repeats)
+
+
+def compared(velocities: Mapping[str, Velocity], config: STDiT3Config, frames: int, side: int, repeats: int) -> dict[str, Any]:
+    """Returns what `measured` returns, of the resident transformer (named "") and of others."""
     z = jnp.asarray(noise.initial_noise(0, (1, frames, side, side, 4)))
     schedule = Schedule.open_sora(STEPS, height_px=8 * side, width_px=8 * side, num_frames=4 * frames)
     runs, counts = {}, {}
-    for name, (leap, merged) in SAMPLINGS.items():
-        sampler = Sampler.create(velocity, schedule, guidance=7.0, leap=Leap.static(leap), merge_steps=merged)
-        carry = jax.block_until_ready(sampler.run(sampler.start(z), 0))  # one program for all six
-        runs[name] = lambda sampler=sampler, carry=carry: sampler.run(carry, STEPS).z
-        counts[name] = arithmetic(config, frames, side, leap + 1, merged)
+    for kind, velocity in velocities.items():
+        for name, (leap, merged) in SAMPLINGS.items():
+            if kind and name not in STREAMED:
+                continue
+            sampler = Sampler.create(velocity, schedule, guidance=7.0, leap=Leap.static(leap), merge_steps=merged)
+            carry = jax.block_until_ready(sampler.run(sampler.start(z), 0))  # one program for all of a kind
+            runs[name + kind] = functools.partial(sampler.run, carry, STEPS)
+            counts[name + kind] = arithmetic(config, frames, side, leap + 1, merged)
     seconds = interleaved(runs, repeats)
     gains = {
         name: statistics.median(a / b for a, b in zip(seconds["none"], found, strict=True)) for name, found in seconds.items()

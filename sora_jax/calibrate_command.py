@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
 
     from sora_jax.pipeline import Pipeline
 
-    pipeline = Pipeline.from_pretrained(options.model)
+    pipeline = Pipeline.from_pretrained(options.model, memory_budget=options.memory_budget)
     chosen = pipeline.resolve({name: getattr(options, name) for name in _SETTINGS})
     with progress_bar(options.quiet) as callback:
         made = pipeline.calibrate(

@@ -237,6 +237,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--merge-steps", metavar="K", type=int, help="first steps with merged temporal tokens")
     _add_size(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
+    parser.add_argument("--memory-budget", metavar="SIZE|auto", help="memory to make do with, for example 3.3GB")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument("--quiet", action="store_true", help="no progress and no notes")
     parser.add_argument(

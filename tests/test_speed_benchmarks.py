@@ -71,6 +71,8 @@ def test_ablation_compares_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
     assert counts["LPL and TDTM 30"] == pytest.approx(counts["LPL"] * counts["TDTM 30"], rel=1e-3)
     assert counts["LPL and TDTM 15"] > counts["LPL"] * counts["TDTM 15"]  # 15 of 16 evaluations merge, not 15 of 30
     assert found["gain"]["none"] == 1
+    assert {name for name in found["gain"] if "streamed" in name} == {"none, streamed", "LPL and TDTM 15, streamed"}
+    assert counts["none, streamed"] == 1
     assert set(found["product with TDTM 15"]) == {"product", "both", "reached"}
 
 
