@@ -138,7 +138,12 @@ class ExportedModel:
             if step == sampling["merge_steps"]:
                 before, state = None, LeapState(sampling["leap"], sampling["num_steps"])
             v = self.velocity(
-                z, times[step], values, guidance=sampling["guidance"], merged=step < sampling["merge_steps"], size=at["key"]
+                z,
+                float(times[step]),
+                values,
+                guidance=sampling["guidance"],
+                merged=step < sampling["merge_steps"],
+                size=at["key"],
             )
             v = np.where(sampled, v, np.float32(0))
             leaps = state.leaps(step, v, before)
