@@ -104,12 +104,16 @@ def _graph(stage: Stage, function: Function) -> Any:
 
 
 def _to_float16(model: Any) -> Any:
-    """Returns the graph in float16, inputs, weights and outputs included."""
+    """Returns the graph with float16 arithmetic and weights between float32 inputs and outputs."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    return convert_float_to_float16(
-        model, keep_io_types=False, disable_shape_infer=True, op_block_list=[], max_finite_val=65504.0
-    )
+    names = [value.name for value in (*model.graph.input, *model.graph.output) if not value.name.startswith(_WEIGHT)]
+    model = convert_float_to_float16(model, keep_io_types=names, disable_shape_infer=True, op_block_list=[])
+    # The casts of inputs were appended; nodes must follow what they read.
+    nodes = sorted(model.graph.node, key=lambda node: not node.name.startswith("graph_input_cast"))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
 
 
 def _attach(model: Any, weights: Path) -> None:

@@ -51,7 +51,8 @@ def run_group(folder: Path, names: list[str]) -> None:
         if stage.name in exported:
             cases = {function.name: _reference(compiled, stage, function, params, values) for function in stage.functions}
             saved = exported[stage.name]
-            entry = _export_stage(job, saved, load_parameters(networks[stage.network], saved), folder, cases)
+            narrowed = {name: params[name].astype(spec.dtype, copy=False) for name, spec in saved.program.abstract.items()}
+            entry = _export_stage(job, saved, narrowed, folder, cases)
             _write_entry(folder, stage.name, entry)
         for size in job.sizes:
             made = next(function for function in stage.functions if size.key in function.sizes)
