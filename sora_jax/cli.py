@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", metavar="FILE|MODEL_DIR", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
+    _add_plan(inspect.add_argument_group("memory plan (any of these prints what a generation with the model would need)"))
     return parser
 
 
@@ -273,6 +274,22 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
+def _add_plan(plan: argparse._ArgumentGroup) -> None:
+    plan.add_argument("--memory-budget", metavar="SIZE|auto", help="memory to make do with, for example 3.3GB")
+    plan.add_argument("--num-frames", metavar="N|2s")
+    plan.add_argument("--height", metavar="PX", type=int)
+    plan.add_argument("--width", metavar="PX", type=int)
+    plan.add_argument("--resolution", metavar="NAME", help="for example 240p")
+    plan.add_argument("--aspect-ratio", metavar="H:W", help="for example 9:16")
+    plan.add_argument("--steps", dest="num_steps", metavar="N", type=int)
+    plan.add_argument("--guidance", metavar="G", type=float)
+    plan.add_argument("--loop", metavar="N", type=int)
+    plan.add_argument("--dtype", choices=("float32", "bfloat16"))
+    plan.add_argument("--batch-size", metavar="N", type=int)
+    plan.add_argument("--bandwidth", metavar="SIZE", help="storage's bytes a second, for example 1.6GB (default 1.3GB)")
+    plan.add_argument("--gflops", metavar="N", type=float, help="speed in GFLOP/s (default: 100 for each core)")
+
+
 def _leap(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdigit() else text
 
@@ -350,6 +367,12 @@ def _interruptibly(work: Callable[[], None], folders: Sequence[Path]) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from sora_jax import inspection
 
+    if any(getattr(options, name) is not None for name in (*inspection.PLAN_SETTINGS, *inspection.PLAN_OPTIONS)):
+        given = {name: getattr(options, name) for name in inspection.PLAN_SETTINGS}
+        machine = {name: getattr(options, name) for name in inspection.PLAN_OPTIONS}
+        planned, lines = inspection.inspect_memory(options.path, given, **machine)
+        print(json.dumps(planned, indent=2) if options.json else "\n".join(lines))
+        return
     found = inspection.inspect(options.path)
     print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else "\n".join(_lines(found)))
 

@@ -11,6 +11,11 @@ from typing import Any
 
 from sora_jax import video
 
+PLAN_SETTINGS = ("num_frames", "height", "width", "resolution", "aspect_ratio", "num_steps", "guidance", "loop", "dtype")
+PLAN_OPTIONS = ("memory_budget", "batch_size", "bandwidth", "gflops")
+_BANDWIDTH = "1.3GB"  # a second, of a layer read from a solid-state disk
+_GFLOPS_PER_CORE = 100.0
+
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the fields of a clip (``media``, ``parameters``) or of a model directory.
@@ -24,6 +29,56 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _inspect_model(path)
     found = video.inspect(path)
     return {"path": str(path), "media": found.media, "parameters": found.parameters}
+
+
+def inspect_memory(
+    path: str | os.PathLike[str],
+    given: Mapping[str, Any],
+    *,
+    memory_budget: str | int | float | None = None,
+    batch_size: int | None = None,
+    bandwidth: str | int | float | None = None,
+    gflops: float | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the memory plan of a generation with a model directory, as fields and as lines of a table.
+
+    Args:
+      path: the model directory.
+      given: settings as the pipeline takes them (`PLAN_SETTINGS`); what is missing or None is the model's default.
+      memory_budget: such as ``"3.3GB"`` or ``"auto"``; None: no budget.
+      batch_size: clips made together.
+      bandwidth: of storage, a second; for the times.
+      gflops: speed in GFLOP/s; for the times.
+
+    Raises:
+      ValueError: a setting is invalid, or the budget too small; the message says what would fit.
+    """
+    from sora_jax import model_directory
+    from sora_jax.config import NETWORKS
+    from sora_jax.settings import Settings
+    from sora_jax.streaming import plan_report
+    from sora_jax.streaming.budget import parse_budget
+    from sora_jax.streaming.memory_plan import Workload, plan_memory
+
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch size is {batch_size}; expected at least 1.")
+    if gflops is not None and not gflops > 0:
+        raise ValueError(f"speed is {gflops:g} GFLOP/s; expected a positive number.")
+    budget = None if memory_budget is None else parse_budget(memory_budget)
+    speed = {
+        "bytes_per_s": float(parse_budget(_BANDWIDTH if bandwidth is None else bandwidth)),
+        "flop_per_s": 1e9 * (_GFLOPS_PER_CORE * (os.cpu_count() or 1) if gflops is None else gflops),
+    }
+    settings = Settings.resolve(model_directory.read_model_file(path).get("defaults", {}), given)
+    workload = Workload(
+        **{name: getattr(settings, name) for name in ("num_frames", "height", "width", "dtype", "num_steps")},
+        batch=1 if batch_size is None else batch_size,
+        guided=settings.guidance != 1,
+        encodes=settings.loop > 1,
+    )
+    manifests = {network: model_directory.open_network(path, network) for network in NETWORKS}
+    plan = plan_memory(manifests, workload, budget)
+    return {"path": str(path), **plan_report.fields(plan, **speed)}, plan_report.table(plan, **speed)
 
 
 def _inspect_model(path: Path) -> dict[str, Any]:

@@ -1,0 +1,128 @@
+"""Bytes and operations of each network's activations, from shapes alone.
+
+Invariant: a bound on what a compiled program holds besides its arguments, checked against XLA's own account of small
+programs in the tests.  The terms are the live arrays at the widest place of each network; attention inside XLA's CPU
+kernels holds logits that the account does not show (measured, peak of the process).  Parameters are not counted here.
+"""
+
+import math
+
+from sora_jax.config import SpatialVAEConfig, STDiT3Config, T5Config, TemporalVAEConfig
+
+FLOAT_BYTES = 4
+LOGIT_COPIES = 2.2  # of attention logits inside the fused kernel, for each row it works on
+ROWS_AT_A_TIME = 2  # rows of a batch whose attention is under way together
+
+
+def text_bytes(config: T5Config, batch: int, length: int) -> int:
+    """Returns the bytes of a block half over ``batch`` sequences of ``length`` tokens."""
+    tokens = batch * length * config.d_model
+    inner = batch * length * config.num_heads * config.d_kv
+    logits = config.num_heads * length * length
+    attended = 3 * inner + 2 * tokens + (batch + LOGIT_COPIES) * logits
+    fed_forward = 3 * batch * length * config.d_ff + tokens
+    return int(FLOAT_BYTES * (max(attended, fed_forward) + 2 * tokens + logits))  # input, output, position bias
+
+
+def text_flops(config: T5Config, batch: int, length: int) -> float:
+    """Returns the floating-point operations of the encoder."""
+    inner = config.num_heads * config.d_kv
+    matrices = 4 * config.d_model * inner + 3 * config.d_model * config.d_ff
+    return config.num_layers * batch * length * (2.0 * matrices + 4.0 * length * inner)
+
+
+def block_bytes(config: STDiT3Config, rows: int, frames: int, places: int) -> int:
+    """Returns the temporary bytes of one transformer block over ``rows`` x ``frames`` x ``places`` tokens.
+
+    The MLP holds its hidden units twice; cross attention its logits with the mask in place of them.
+    """
+    tokens = rows * frames * places
+    length = config.model_max_length
+    hidden = (2 * config.mlp_ratio + 1) * tokens * config.hidden_size
+    crossed = 4 * tokens * config.hidden_size + tokens * config.num_heads * length
+    return int(FLOAT_BYTES * max(hidden, crossed))
+
+
+def denoise_bytes(config: STDiT3Config, rows: int, frames: int, places: int) -> int:
+    """Returns the bytes of an evaluation besides parameters: a block, what its attention hides, tokens and caption."""
+    tokens = rows * frames * places
+    together = min(ROWS_AT_A_TIME, rows)
+    spatial = LOGIT_COPIES * min(ROWS_AT_A_TIME, rows * frames) * config.num_heads * places**2
+    temporal = LOGIT_COPIES * ROWS_AT_A_TIME * config.num_heads * frames**2
+    cross = (LOGIT_COPIES - 1) * together * frames * places * config.num_heads * config.model_max_length
+    caption = rows * config.model_max_length * (config.caption_channels + 3 * config.hidden_size)
+    carried = 3 * tokens * config.hidden_size  # before, after, and the velocity's input
+    return block_bytes(config, rows, frames, places) + int(FLOAT_BYTES * (max(spatial, temporal, cross) + carried + caption))
+
+
+def denoise_flops(config: STDiT3Config, rows: int, frames: int, places: int) -> float:
+    """Returns the floating-point operations of one evaluation."""
+    width, tokens = config.hidden_size, rows * frames * places
+    matrices = 3 * width**2 + width**2 + 2 * width**2 + 2 * width * config.mlp_size  # self, its output, cross q and output
+    caption = rows * config.model_max_length * 2 * width**2
+    attention = tokens * width * (4.0 * config.model_max_length + 2.0 * (places + frames))  # self: half the blocks each
+    return 2 * config.depth * (2.0 * (tokens * matrices + caption) + attention)
+
+
+def temporal_bytes(config: TemporalVAEConfig, batch: int, frames: int, cells: int) -> int:
+    """Returns the bytes of the widest stretch of the temporal autoencoder over a chunk of ``frames`` x ``cells``.
+
+    Each convolution over time is cut into its taps, whose kernels are copied.
+    """
+    widest, length = 0, -(-frames // config.downsampling) * config.downsampling
+    widths = [config.filters * multiplier for multiplier in config.channel_multipliers]
+    halvings = [*config.temporal_downsample, False]
+    for level, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
+        positions = batch * cells * length
+        block = positions * (2 * before + 5 * width) + 27 * (before * width + width * width)
+        halved = positions * 3 * width + 27 * width * 2 * width if halvings[level] else 0
+        widest = max(widest, block, halved)
+        length //= 2 if halvings[level] else 1
+    return FLOAT_BYTES * widest
+
+
+def temporal_flops(config: TemporalVAEConfig, batch: int, frames: int, cells: int) -> float:
+    """Returns the floating-point operations of the temporal decoder on one chunk; the encoder's are a little fewer."""
+    total, length = 0.0, -(-frames // config.downsampling) * config.downsampling
+    widths = [config.filters * multiplier for multiplier in config.channel_multipliers]
+    halvings = [*config.temporal_downsample, False]
+    for level, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
+        positions = batch * cells * length
+        pairs = before * width + (2 * config.num_res_blocks - 1) * width * width
+        total += 54.0 * positions * pairs
+        length //= 2 if halvings[level] else 1
+        total += 54.0 * batch * cells * length * 2 * width * width if halvings[level] else 0
+    return total + 54.0 * batch * cells * length * 2 * config.num_res_blocks * widths[-1] ** 2
+
+
+def spatial_bytes(config: SpatialVAEConfig, frames: int, pixels: int, *, decoder: bool) -> int:
+    """Returns the bytes of the spatial encoder or decoder over ``frames`` frames of ``pixels`` pixels.
+
+    The decoder is widest where its last level begins, the encoder in its first; attention is at the smallest size.
+    """
+    widths = config.block_out_channels
+    wide = 2 * widths[min(1, len(widths) - 1)] + widths[0] if decoder else 3 * widths[0]
+    places = pixels // config.downsampling**2
+    attention = LOGIT_COPIES * places**2 * min(ROWS_AT_A_TIME, frames) + 5 * frames * places * widths[-1]
+    return int(FLOAT_BYTES * (1.01 * max(frames * pixels * wide, attention) + 2**14))  # statistics of the norms
+
+
+def spatial_flops(config: SpatialVAEConfig, frames: int, pixels: int, *, decoder: bool) -> float:
+    """Returns the floating-point operations of the spatial encoder or decoder."""
+    blocks = config.layers_per_block + (1 if decoder else 0)
+    widths = config.block_out_channels
+    total = 0.0
+    for level, width in enumerate(widths):
+        cells = pixels / 4**level
+        before = widths[min(level + 1, len(widths) - 1)] if decoder else widths[max(level - 1, 0)]
+        total += (
+            18.0 * cells * (before * width + (2 * blocks - 1) * width**2 + (width**2 if level else 0) * (4 if decoder else 1))
+        )
+    places = pixels // config.downsampling**2
+    middle = places * (4 * 18.0 * widths[-1] ** 2 + 8.0 * widths[-1] ** 2 + 4.0 * places * widths[-1])
+    return frames * (total + middle + 18.0 * pixels * widths[0] * config.out_channels)
+
+
+def video_bytes(batch: int, frames: int, pixels: int) -> int:
+    """Returns the bytes of a decoded video on the host: its chunks, the whole, and the frames as bytes."""
+    return math.prod((batch, frames, pixels, 3)) * (2 * FLOAT_BYTES + 1)
