@@ -11,17 +11,19 @@ if TYPE_CHECKING:
     from sora_jax.calibration import calibrate
     from sora_jax.clip import Clip
     from sora_jax.leap import Leap
+    from sora_jax.merging import Merge
     from sora_jax.pipeline import Pipeline
     from sora_jax.plans import Plan
     from sora_jax.sampler import sample
     from sora_jax.schedule import Schedule
 
 __version__ = "0.1.0"
-__all__ = ["Clip", "Leap", "Pipeline", "Plan", "Schedule", "__version__", "calibrate", "sample"]
+__all__ = ["Clip", "Leap", "Merge", "Pipeline", "Plan", "Schedule", "__version__", "calibrate", "sample"]
 
 _MODULES = {
     "Clip": "clip",
     "Leap": "leap",
+    "Merge": "merging",
     "Pipeline": "pipeline",
     "Plan": "plans",
     "Schedule": "schedule",

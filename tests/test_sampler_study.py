@@ -152,3 +152,13 @@ def test_shares_count_only_what_captions_name() -> None:
     (row,) = study_report.summarise(lines)
     assert (row["shape"]["count"], row["shape"]["total"]) == (2, 3)
     assert row["psnr_30"] == {"median": 1.5, "low": 0.75, "high": 2.25}
+
+
+def test_the_second_stage_asks_for_the_best_methods(work: Path, tiny_model: Path) -> None:
+    asked: list[list[str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler_study, "run_batch", lambda study, every, noise, indices: asked.append([m.name for m in every]))
+        run(tiny_model, work, "--frontier", "--seeds", "2")
+    assert len(asked) == 2  # two noises, one batch each
+    assert {REFERENCE, LONG_REFERENCE, "LPL 16", "LPL dynamic", "TDTM 30"} <= set(asked[0])  # TDTM 15 forks from 30
+    assert "LPL 8" not in asked[0]
