@@ -26,6 +26,7 @@ from sora_jax.pocket.train_codec import abstract_vae
 from sora_jax.pocket.train_text import MAX_LENGTH, abstract_t5
 from sora_jax.pocket.world import FPS, SIZE_PX, is_unseen
 from sora_jax.schedule import resolution_shift
+from sora_jax.sizes import LATENTS_PER_CHUNK
 from sora_jax.stdit3 import STDiT3
 from sora_jax.tokenizer import Tokenizer
 
@@ -34,7 +35,9 @@ IMAGE_FPS = 120  # what Open-Sora tells the model about single images
 SHARD = 64  # clips a file of the cache
 CAPTION_DROP = 0.1
 NOISY_LOGIT = 1.2  # mean logit of the noise share in half of the samples
-MASKED_SHARE = 0.15  # samples whose first latent frames are given, for image-to-video and extension
+# Samples with given latent frames: image-to-video and extension, and from them the model learns where things move: with
+# nothing given, loss hardly depends on the direction that a caption names.
+MASKED_SHARE = 0.5
 _REVERSED = {"left": "right", "right": "left", "up": "down", "down": "up", "grow": "shrink", "shrink": "grow", "still": "still"}
 
 
@@ -216,12 +219,14 @@ def _rate(num_steps: int) -> optax.Schedule:
 
 
 def _given_frames(rng: np.random.Generator, num: int, num_latents: int) -> np.ndarray:
-    """Returns which latent frames are given, bool [B, T]: none, the first, or the first chunk of a longer clip."""
+    """Returns which latent frames are given, bool [B, T]: none, the first, the last, any one, or the first chunk of two."""
     given = np.zeros((num, num_latents), bool)
     if num_latents == 1:
         return given
     masked = rng.random(num) < MASKED_SHARE
-    given[masked, 0] = True
-    whole = masked & (rng.random(num) < 0.4) & (num_latents > 5)
-    given[whole, :5] = True
+    kind = rng.choice(4, size=num, p=(0.4, 0.15, 0.25, 0.2))
+    last, any_one = num_latents - 1, rng.integers(num_latents, size=num)
+    given[np.arange(num), np.choose(kind, (0, last, any_one, 0))] = masked
+    if num_latents > LATENTS_PER_CHUNK:
+        given[masked & (kind == 3), :LATENTS_PER_CHUNK] = True
     return given
