@@ -71,6 +71,7 @@ def transformer(args: argparse.Namespace, model: Path, codec: Params, text: Para
         seed=args.seed,
         evaluate=evaluate,
         evaluate_every=args.judge_every,
+        motion_steps=tuple(args.motion_steps),
     )
     return fit(stage, args.work, seed=args.seed)
 
@@ -88,8 +89,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temporal-batch", type=int, default=8, help="chunks in one step of the temporal autoencoder")
     parser.add_argument("--text-steps", type=int, default=1000)
     parser.add_argument("--text-batch", type=int, default=128, help="captions in one step of the text encoder")
-    parser.add_argument("--clips", type=int, default=2048, help="clips in the cache of latents")
-    parser.add_argument("--flow-steps", type=int, default=3000)
+    parser.add_argument("--clips", type=int, default=6144, help="clips in the cache of latents")
+    parser.add_argument("--flow-steps", type=int, default=7700)
+    parser.add_argument(
+        "--motion-steps",
+        type=int,
+        nargs=2,
+        default=(4500, 5700),
+        metavar=("FROM", "TO"),
+        help="steps of fast motion only",
+    )
     parser.add_argument("--batch", type=int, default=32, help="clips in one step of the transformer")
     parser.add_argument("--judge-every", type=int, default=500, help="steps of the transformer between evaluations")
     parser.add_argument("--judged", type=int, default=48, help="captions in one evaluation")

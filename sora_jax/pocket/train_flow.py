@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from sora_jax.checkpoint import flatten, unflatten
 from sora_jax.config import ModelConfig, STDiT3Config
@@ -38,6 +38,7 @@ NOISY_LOGIT = 1.2  # mean logit of the noise share in half of the samples
 # Samples with given latent frames: image-to-video and extension, and from them the model learns where things move: with
 # nothing given, loss hardly depends on the direction that a caption names.
 MASKED_SHARE = 0.5
+MOTION_MASKED_SHARE = 0.75
 _REVERSED = {"left": "right", "right": "left", "up": "down", "down": "up", "grow": "shrink", "shrink": "grow", "still": "still"}
 
 
@@ -128,8 +129,12 @@ def flow_stage(
     seed: int,
     evaluate: Callable[[Params], dict[str, float]],
     evaluate_every: int,
+    motion_steps: tuple[int, int] = (0, 0),
 ) -> Stage:
     """Returns the stage that trains the transformer.
+
+    From the first to before the second of ``motion_steps`` all samples are whole clips of fast motion at high noise, three
+    in four with a latent frame given: where a caption's direction decides most of the loss.
 
     Times are ``training_times``; the target is data minus noise.  One step in eight is made of images, one of 17-frame
     clips (a clip's first chunk).
@@ -138,10 +143,14 @@ def flow_stage(
     def init() -> Params:
         return flatten(STDiT3(config.stdit3, rngs=nnx.Rngs(seed)))
 
+    everything = np.arange(len(clips.z_NTHWC))
+    fast = np.array([i for i, one in enumerate(clips.attributes) if one.get("speed") == "fast"], int)
+
     def batch(step: int) -> dict[str, Any]:
         rng = np.random.default_rng([seed, 8, step])
-        chosen = rng.integers(len(clips.z_NTHWC), size=batch_size)
-        kind = rng.random()
+        motion = motion_steps[0] <= step < motion_steps[1]
+        chosen = rng.choice(fast if motion else everything, size=batch_size)
+        kind = 1.0 if motion else rng.random()
         is_image = kind < 0.125
         z = clips.image_NHWC[chosen][:, None] if is_image else clips.z_NTHWC[chosen]
         if 0.125 <= kind < 0.25:
@@ -155,7 +164,8 @@ def flow_stage(
             "ids": ids_BL,
             "mask": mask_BL,
             "drop": rng.random(batch_size) < CAPTION_DROP,
-            "given": _given_frames(rng, batch_size, z.shape[1]),
+            "given": _given_frames(rng, batch_size, z.shape[1], share=MOTION_MASKED_SHARE if motion else MASKED_SHARE),
+            "noisy": np.arange(batch_size) % 2 >= (0 if motion else 1),
             "fps": np.full(1, IMAGE_FPS if is_image else FPS, np.float32),
         }
 
@@ -166,7 +176,7 @@ def flow_stage(
         caption_BLE = jnp.where(batch["drop"][:, None, None], model.null_caption_LE, jax.lax.stop_gradient(caption_BLE))
         num_frames = 1 if z.shape[1] == 1 else z.shape[1] // 5 * 17
         ratio = resolution_shift(height_px=SIZE_PX, width_px=SIZE_PX, num_frames=num_frames)
-        t_B = training_times(key, len(z), ratio)
+        t_B = training_times(key, batch["noisy"], ratio)
         noise = jax.random.normal(jax.random.fold_in(key, 1), z.shape)
         active_BT = ~batch["given"]
         t = jnp.where(active_BT, t_B[:, None], 0.0)[:, :, None, None, None]
@@ -198,17 +208,17 @@ def flow_stage(
     )
 
 
-def training_times(key: jax.Array, num: int, ratio: float | np.ndarray) -> Float[Array, "B"]:
+def training_times(key: jax.Array, noisy_B: Bool[Array, "B"], ratio: float | np.ndarray) -> Float[Array, "B"]:
     """Returns the noise shares t in (0, 1) of one batch.
 
-    Half of them are Open-Sora 1.2's: logit-normal, then shifted by resolution and length.  At 64 x 64 pixels that shift
-    (``ratio`` 0.4) leaves 2 % above t = 0.75, where sampling decides what moves where; the other half is logit-normal
-    around t = 0.77, so that captions are learnt.
+    Open-Sora 1.2's are logit-normal, then shifted by resolution and length.  At 64 x 64 pixels that shift (``ratio`` 0.4)
+    leaves 2 % above t = 0.75, where sampling decides what moves where; ``noisy_B`` samples are logit-normal around 0.77
+    instead, so that captions are learnt.
     """
-    normal_B = jax.random.normal(key, (num,))
+    normal_B = jax.random.normal(key, noisy_B.shape)
     uniform_B = jax.nn.sigmoid(normal_B)
     shifted_B = ratio * uniform_B / (1 + (ratio - 1) * uniform_B)
-    return jnp.where(jnp.arange(num) % 2 == 0, shifted_B, jax.nn.sigmoid(normal_B + NOISY_LOGIT))
+    return jnp.where(noisy_B, jax.nn.sigmoid(normal_B + NOISY_LOGIT), shifted_B)
 
 
 def _rate(num_steps: int) -> optax.Schedule:
@@ -218,15 +228,15 @@ def _rate(num_steps: int) -> optax.Schedule:
     return optax.join_schedules(parts, [num_steps - decay])
 
 
-def _given_frames(rng: np.random.Generator, num: int, num_latents: int) -> np.ndarray:
+def _given_frames(rng: np.random.Generator, num: int, num_latents: int, *, share: float) -> np.ndarray:
     """Returns which latent frames are given, bool [B, T]: none, the first, the last, any one, or the first chunk of two."""
     given = np.zeros((num, num_latents), bool)
     if num_latents == 1:
         return given
-    masked = rng.random(num) < MASKED_SHARE
+    masked = rng.random(num) < share
     kind = rng.choice(4, size=num, p=(0.4, 0.15, 0.25, 0.2))
-    last, any_one = num_latents - 1, rng.integers(num_latents, size=num)
-    given[np.arange(num), np.choose(kind, (0, last, any_one, 0))] = masked
+    one = np.where(kind == 1, num_latents - 1, np.where(kind == 2, rng.integers(num_latents, size=num), 0))
+    given[np.arange(num), one] = masked
     if num_latents > LATENTS_PER_CHUNK:
         given[masked & (kind == 3), :LATENTS_PER_CHUNK] = True
     return given

@@ -1,0 +1,127 @@
+"""Training of the pocket model: what a batch holds, and that an interrupted run ends with the bits of one that was not."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sora_jax.config import pocket
+from sora_jax.pocket import train_flow
+from sora_jax.pocket.fit import Stage, fit
+from sora_jax.pocket.scenes import sample_scenes
+from sora_jax.pocket.train_flow import Clips
+from sora_jax.pocket.train_text import shipped_tokenizer
+from sora_jax.pocket.world import is_unseen
+from sora_jax.sizes import LATENTS_PER_CHUNK
+
+
+def _regression(num_steps: int) -> Stage:
+    true_kernel = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)), jnp.float32)
+
+    def loss(params, batch, key):
+        noise = 0.01 * jax.random.normal(key, (16, 8))
+        error = jnp.mean((batch @ params["kernel"] + params["bias"][None] - batch @ true_kernel - noise) ** 2)
+        return error, {"error": error}
+
+    return Stage(
+        name="regression",
+        num_steps=num_steps,
+        init=lambda: {"kernel": jnp.zeros((8, 8)), "bias": jnp.ones(8)},
+        batch=lambda step: np.random.default_rng(step).normal(size=(16, 8)).astype(np.float32),
+        loss=loss,
+        learning_rate=optax.constant_schedule(0.02),
+        average=0.9,
+        evaluate=lambda params: {"distance": float(jnp.abs(params["kernel"] - true_kernel).max())},
+        evaluate_every=20,
+        save_every=10,
+        report_every=10,
+    )
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
+    whole = fit(_regression(60), tmp_path / "whole", seed=3)
+    stage = _regression(60)
+
+    def fails_at_34(step):
+        if step == 34:
+            raise KeyboardInterrupt
+        return stage.batch(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(dataclasses.replace(stage, batch=fails_at_34), tmp_path / "resumed", seed=3)
+    resumed = fit(stage, tmp_path / "resumed", seed=3)
+    for name in whole:
+        np.testing.assert_array_equal(resumed[name], whole[name])
+    lines = [json.loads(line) for line in (tmp_path / "resumed" / "regression.jsonl").read_text().splitlines()]
+    judged = {line["step"]: line["distance"] for line in lines if "distance" in line}
+    assert list(judged) == [20, 40, 60]
+    assert judged[60] < 0.9 * judged[20]
+
+
+def test_times_of_noisy_samples_lie_where_layout_is_decided():
+    noisy_B = jnp.arange(20_000) % 2 == 1
+    t_B = np.asarray(train_flow.training_times(jax.random.key(0), noisy_B, 0.395))
+    assert ((t_B > 0) & (t_B < 1)).all()
+    # medians: r u / (1 + (r - 1) u) at u = 1/2, and the sigmoid of the mean logit
+    assert np.median(t_B[::2]) == pytest.approx(0.395 / 1.395, abs=0.01)
+    assert np.median(t_B[1::2]) == pytest.approx(1 / (1 + np.exp(-1.2)), abs=0.01)
+    assert (t_B[::2] > 0.75).mean() < 0.04 < 0.5 < (t_B[1::2] > 0.75).mean()
+
+
+@pytest.mark.parametrize("num_latents", [1, 5, 10])
+def test_given_frames(num_latents):
+    given = train_flow._given_frames(np.random.default_rng(0), 4000, num_latents, share=0.5)
+    assert not given.all(axis=1).any()
+    if num_latents == 1:
+        assert not given.any()
+        return
+    assert given.any(axis=1).mean() == pytest.approx(0.5, abs=0.03)
+    sizes = set(given.sum(axis=1).tolist())
+    assert sizes == ({0, 1} if num_latents == LATENTS_PER_CHUNK else {0, 1, LATENTS_PER_CHUNK})
+    chunks = given[given.sum(axis=1) == LATENTS_PER_CHUNK]
+    assert chunks[:, :LATENTS_PER_CHUNK].all()
+
+
+@pytest.fixture(scope="module")
+def clips() -> Clips:
+    scenes = sample_scenes(np.random.default_rng(0), 64)
+    latent = np.arange(64, dtype=np.float16)[:, None, None, None, None]
+    z = np.broadcast_to(latent[:, None], (64, 2, 10, 8, 8, 4))
+    return train_flow._with_reversals(z, z[:, :, 0], scenes)
+
+
+def test_reversed_clips_have_reversed_captions_and_stay_in_training(clips):
+    forwards_of = clips.z_NTHWC[:, 0, 0, 0, 0].astype(int)  # every latent holds the number of its clip
+    assert forwards_of[:64].tolist() == list(range(64))
+    assert len(forwards_of) > 100
+    for number, other in zip(forwards_of[64:], clips.attributes[64:], strict=True):
+        one = clips.attributes[number]
+        assert other == one | {"motion": train_flow._REVERSED[one["motion"]]}
+        assert not is_unseen(*(other[name] for name in ("shape", "colour", "background", "motion")))
+
+
+def test_the_period_of_motion_sees_fast_clips_at_high_noise(clips, tmp_path):
+    stage = train_flow.flow_stage(
+        pocket,
+        clips,
+        {},
+        shipped_tokenizer(tmp_path / "tokenizer.json"),
+        num_steps=100,
+        batch_size=16,
+        seed=0,
+        evaluate=lambda params: {},
+        evaluate_every=100,
+        motion_steps=(10, 20),
+    )
+    fast = {float(z[0, 0, 0, 0]) for z, one in zip(clips.z_NTHWC, clips.attributes, strict=True) if one.get("speed") == "fast"}
+    inside, outside = [stage.batch(step) for step in range(10, 20)], [stage.batch(step) for step in range(20, 60)]
+    assert all(batch["noisy"].all() and batch["z"].shape[1] == 10 for batch in inside)
+    assert {float(z) for batch in inside for z in batch["z"][:, 0, 0, 0, 0]} <= fast
+    assert {batch["z"].shape[1] for batch in outside} == {1, 5, 10}
+    assert not {float(z) for batch in outside for z in batch["z"][:, 0, 0, 0, 0]} <= fast
+    assert all(batch["noisy"].mean() == 0.5 for batch in outside)
+    assert sum(batch["given"].any(axis=1).mean() for batch in inside) > 6
