@@ -3,23 +3,31 @@
 Core ML, whose programs are interpreted, has its own tests.
 """
 
+import dataclasses
 import json
+import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from sora_jax import Pipeline, cli, conditioning, model_directory, noise, prompt, video
-from sora_jax.export import ExportedModel, check, exporter, manifest, worker
+from sora_jax.checkpoint import flatten, load_network, save_network
+from sora_jax.export import ExportedModel, check, exporter, manifest, stablehlo, worker
 from sora_jax.export.exporter import export
 from sora_jax.export.size import Size
 from sora_jax.export.stablehlo import read_safetensors
 from sora_jax.export.stages import PARTS
+from sora_jax.stdit3 import STDiT3
+from tests.tiny_model import CONFIG
 
 pytest.importorskip("jsonschema", reason="manifests are validated with jsonschema (extra stablehlo, onnx or coreml)")
 
@@ -36,11 +44,10 @@ def in_this_process(folder: Path, names: list[str]) -> None:
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter, "_run_process", in_this_process)
-    before = jax.config.jax_compilation_cache_dir
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    # A compile cache inside the export would be gone for the next test, and JAX opens only one.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ.get("JAX_COMPILATION_CACHE_DIR", ""))
 
 
 @pytest.fixture(params=["stablehlo", "onnx"])
@@ -111,8 +118,6 @@ def test_half_precision_survives_outlier_channels(tiny_model, tmp_path, target, 
 
 def test_a_directory_of_int8_is_multiplied_out_once_and_says_so(tiny_model, tmp_path, in_process):
     pytest.importorskip("flatbuffers", reason="the stablehlo extra is not installed")
-    from sora_jax.checkpoint import load_network, save_network
-
     shutil.copytree(tiny_model, tmp_path / "model")
     config, flat = load_network(tiny_model, "t5")
     save_network(tmp_path / "model", "t5", config, flat, dtype="int8", overwrite=True)
@@ -121,6 +126,26 @@ def test_a_directory_of_int8_is_multiplied_out_once_and_says_so(tiny_model, tmp_
     assert made["weights"]["stored_dtype"]["t5"] == "int8"
     stored = read_safetensors(tmp_path / "out" / "t5_block_00.safetensors")["attn.q.kernel"]
     np.testing.assert_array_equal(stored, load_network(tmp_path / "model", "t5")[1]["block.0.attn.q.kernel"])
+
+
+def test_the_documented_lines_need_jax_and_numpy_only(tiny_model, tmp_path, in_process):
+    pytest.importorskip("flatbuffers", reason="the stablehlo extra is not installed")
+    export_tiny(tiny_model, tmp_path / "out", "stablehlo", stages=("t5",))
+    (tmp_path / "out" / "manifest.json").unlink()
+    lines = textwrap.dedent(stablehlo.__doc__.split("::\n\n")[1].split("\n    call =")[0])
+    lines += """
+import sys
+x = np.linspace(-3, 3, 160, dtype=np.float32).reshape(2, 5, 16)
+params = weights("t5_final.safetensors")
+call = jax.export.deserialize(open("t5_final.main.jaxexport", "rb").read()).call
+np.save("y.npy", call(params, {"x_BLE": x})["caption_BLE"])
+assert not {"sora_jax", "flax", "safetensors"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", lines], cwd=tmp_path / "out", check=True)
+    x = np.linspace(-3, 3, 160, dtype=np.float32).reshape(2, 5, 16)  # batch and length are symbolic: not those of the export
+    scale = load_network(tiny_model, "t5")[1]["final.scale"]
+    expected = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + CONFIG.t5.layer_norm_epsilon) * scale
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "y.npy"), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_below_the_floor_nothing_is_kept(tiny_model, tmp_path, monkeypatch, in_process):
@@ -203,6 +228,23 @@ def test_an_image_that_is_given_stays_the_first_frame(tiny_model, tmp_path, in_p
     mask = np.ones(z.shape[:2], np.float32)
     mask[:, 0] = 0
     assert psnr_db(clip.frames, run(model, pipeline, seed=3, noise_BTHWC=z, frame_mask_BT=mask)) >= EQUAL_DB
+
+
+@pytest.mark.slow
+def test_a_pair_of_real_width(tiny_model, tmp_path, target):
+    """A pair of STDiT3-XL/2's width: floors as at toy width, and int8 a quarter of the bytes of the whole file."""
+    config = dataclasses.replace(CONFIG.stdit3, hidden_size=1152, num_heads=16)
+    shapes = flatten(jax.eval_shape(lambda: STDiT3(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    flat = {name: rng.standard_normal(leaf.shape).astype(np.float32) * 0.02 for name, leaf in shapes.items()}
+    shutil.copytree(tiny_model, tmp_path / "model")
+    save_network(tmp_path / "model", "stdit3", config, flat, overwrite=True)
+    sizes = {}
+    for weights in ("float", "int8"):
+        made = export_tiny(tmp_path / "model", tmp_path / weights, target, weights=weights, stages=("stdit3",))
+        sizes[weights] = made["files"]["stdit3_pair_00.safetensors"]["bytes"]
+        assert max(stage["peak_rss_bytes"] for stage in made["stages"]) <= 6e9
+    assert sizes["int8"] <= 0.26 * sizes["float"]
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 Stages of one program share an artefact, and lengths that its arithmetic does not depend on are symbolic: one file serves all
 pairs of blocks, every batch, caption length and (for the same number of frames) resolution.  An artefact needs jax and numpy::
 
-    import json, jax, numpy as np
+    import json, jax.export, numpy as np
 
     def weights(path):
         data = open(path, "rb").read()
@@ -80,7 +80,7 @@ def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: 
         file = f"{stage.program.name}.{function.name}{SUFFIX}"
         if not (folder / file).exists():
             (folder / file).write_bytes(_export_function(stage, function, int8=int8))
-        artefacts[function.name] = {"file": file, "weights": weights}
+        artefacts[function.name] = {"file": file, "weights": weights, "symbolic": SYMBOLIC.get(stage.program.name, "")}
     return artefacts
 
 
