@@ -24,7 +24,8 @@ _NOTE = (
     "Evaluations are those of the guided velocity: conditional and unconditional rows together count one. PSNR and SSIM are "
     f"against {STEPS} and 200 Euler steps from the same noise; medians, quartiles in brackets. Shares are of clips that show "
     "what their caption names, with 95 % intervals. Pace: speed of the object over the speed its caption names. Flow kept: "
-    f"flow magnitude over that of {STEPS} Euler steps. Steadiness: VBench's formula of temporal flickering."
+    f"flow magnitude over that of {STEPS} Euler steps. Steadiness: VBench's formula of temporal flickering. LPL released "
+    "decides for a whole batch from its first clip."
 )
 
 Row = Mapping[str, Any]
