@@ -41,6 +41,18 @@ def test_a_measured_peak_replaces_the_planned_bytes():
     assert retention.count == 0
 
 
+def test_what_is_held_already_stops_retaining_whatever_was_planned():
+    retention = Retention(LAYERS, budget=450, fixed_bytes=50)
+    retention.guard(349, 1)  # room for one more layer
+    assert retention.count == 4
+    retention.guard(351, 2)
+    assert retention.count == 2
+    retention.guard(451, 2)  # beyond the budget: one is let go
+    assert retention.count == 1
+    retention.correct(440)
+    assert (retention.fixed_bytes, retention.count) == (340, 1)
+
+
 def test_a_number_of_layers_takes_the_place_of_the_budget():
     retention = Retention(LAYERS, budget=450, fixed_bytes=200)
     retention.count = 4

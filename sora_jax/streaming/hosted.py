@@ -1,26 +1,25 @@
 """The portable back-end: a callback hands a block's arrays over from host memory, where a thread has read them.
 
-Invariant: a layer is in host memory only in a staging slot or because it is retained, and reading goes through tensorstore;
-no file is mapped.  The program holds the arrays of one block at a time.
+Invariant: a layer is in host memory only in a staging slot or because it is retained, files are read into these places without
+another copy, and none is mapped.  The program holds the arrays of one block at a time.
 """
 
-import mmap
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sora_jax.config import DTypePolicy
 from sora_jax.merging import Merge
 from sora_jax.stdit3 import Conditioning
 from sora_jax.streaming.blocks import run_block
 from sora_jax.streaming.callbacks import Outputs, host_call, opened
 from sora_jax.streaming.prefetch import Slot
+from sora_jax.streaming.retention import Retention
+from sora_jax.streaming.source import LayerSource, staging
 from sora_jax.streaming.stream import BlockStream, Stored
-
-_ALIGNMENT = 64
 
 Arrays = dict[str, np.ndarray]
 
@@ -28,8 +27,8 @@ Arrays = dict[str, np.ndarray]
 class HostedBlocks(BlockStream):
     """Blocks whose arrays callbacks deliver; ``portable`` chooses the callback, see `callbacks.host_call`."""
 
-    def __init__(self, *args: Any, portable: bool, **options: Any):
-        super().__init__(*args, **options)
+    def __init__(self, source: LayerSource, policy: DTypePolicy, retention: Retention, *, stall_s: int | float, portable: bool):
+        super().__init__(source, policy, retention, stall_s=stall_s)
         self.portable = portable
         self._retained: dict[int, Arrays] = {}
 
@@ -53,7 +52,7 @@ class HostedBlocks(BlockStream):
 
     def _load(self, index: int, slot: Slot) -> None:
         if slot.buffer is None:
-            slot.buffer = _staging(self.layout(index))
+            slot.buffer = staging(self.source.files(self.blocks[index]))
         self.source.read(self.blocks[index], slot.buffer)
 
     def _acquire(self, index: int, outputs: Outputs) -> None:
@@ -87,15 +86,3 @@ class HostedBlocks(BlockStream):
 
     def _close(self) -> None:
         self._retained.clear()
-
-
-def _staging(layout: dict[str, jax.ShapeDtypeStruct]) -> Arrays:
-    """Returns uninitialised arrays in one mapping of its own, which goes back to the system when they are dropped."""
-    offsets, total = {}, 0
-    for name, leaf in layout.items():
-        offsets[name] = total
-        total += -(-leaf.size * leaf.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-    memory = mmap.mmap(-1, max(total, 1))
-    return {
-        name: np.frombuffer(memory, leaf.dtype, leaf.size, offsets[name]).reshape(leaf.shape) for name, leaf in layout.items()
-    }

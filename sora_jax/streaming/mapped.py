@@ -12,19 +12,20 @@ ends the process (SIGBUS), and one that is overwritten in place in that moment i
 import errno
 import functools
 import mmap
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sora_jax.config import DTypePolicy
 from sora_jax.merging import Merge
 from sora_jax.stdit3 import Conditioning
 from sora_jax.streaming.blocks import run_block
 from sora_jax.streaming.callbacks import PASSED, Outputs, opened
 from sora_jax.streaming.prefetch import Slot
-from sora_jax.streaming.source import LayerFile
+from sora_jax.streaming.retention import Retention
+from sora_jax.streaming.source import LayerFile, LayerSource
 from sora_jax.streaming.stream import BlockStream, Stored
 
 MAP_FROM_BYTES = 1 << 16  # smaller arrays are read: a mapping costs a file descriptor and a page
@@ -35,8 +36,10 @@ _PIECE_BYTES = 1 << 23  # Python holds its lock while the system reads a piece
 class MappedBlocks(BlockStream):
     """Blocks that are arguments of the program; ``map_from_bytes`` is the size from which an array is mapped."""
 
-    def __init__(self, *args: Any, map_from_bytes: int = MAP_FROM_BYTES, **options: Any):
-        super().__init__(*args, **options)
+    def __init__(
+        self, source: LayerSource, policy: DTypePolicy, retention: Retention, *, stall_s: int | float, map_from_bytes: int
+    ):
+        super().__init__(source, policy, retention, stall_s=stall_s)
         self._map_from_bytes = map_from_bytes
         self._maps: list[dict[str, mmap.mmap]] = []
         self._retained: set[int] = set()

@@ -9,10 +9,9 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator
-from typing import Any, Literal, TypeVar, no_type_check
+from typing import Literal, TypeVar, no_type_check
 
 import jax
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -24,11 +23,11 @@ from sora_jax.quantisation import dequantise
 from sora_jax.stdit3 import Conditioning, Embed, Final
 from sora_jax.streaming.blocks import dequantised
 from sora_jax.streaming.hosted import HostedBlocks
-from sora_jax.streaming.mapped import MappedBlocks, can_map
+from sora_jax.streaming.mapped import MAP_FROM_BYTES, MappedBlocks, can_map
 from sora_jax.streaming.prefetch import STALL_S
 from sora_jax.streaming.profile import Profile
 from sora_jax.streaming.retention import Retention
-from sora_jax.streaming.source import Around, LayerSource
+from sora_jax.streaming.source import Around, LayerSource, staging
 from sora_jax.streaming.stream import ENDS, BlockStream, Stored
 
 Backend = Literal["mmap", "host"]
@@ -101,7 +100,7 @@ class STDiT3Stream:
         fixed_bytes: int = 0,
         backend: Backend | None = None,
         portable: bool | None = None,
-        map_from_bytes: int | None = None,
+        map_from_bytes: int = MAP_FROM_BYTES,
         verify: bool = True,
         around: Around | None = None,
         stall_s: int | float = STALL_S,
@@ -109,13 +108,13 @@ class STDiT3Stream:
         manifest = open_network(directory, "stdit3")
         source = LayerSource(manifest, verify=verify, around=around)
         retention = Retention(block_bytes(manifest), budget=budget, fixed_bytes=fixed_bytes, count=retained)
-        given = (source, _POLICIES[dtype], retention)
-        on_cpu = jax.default_backend() == "cpu"
+        policy, on_cpu = _POLICIES[dtype], jax.default_backend() == "cpu"
+        self.blocks: BlockStream
         if _backend(backend, on_cpu) == "mmap":
-            options: dict[str, Any] = {} if map_from_bytes is None else {"map_from_bytes": map_from_bytes}
-            self.blocks: BlockStream = MappedBlocks(*given, stall_s=stall_s, **options)
+            self.blocks = MappedBlocks(source, policy, retention, stall_s=stall_s, map_from_bytes=map_from_bytes)
         else:
-            self.blocks = HostedBlocks(*given, stall_s=stall_s, portable=not on_cpu if portable is None else portable)
+            portable = not on_cpu if portable is None else portable
+            self.blocks = HostedBlocks(source, policy, retention, stall_s=stall_s, portable=portable)
 
     @property
     def retention(self) -> Retention:
@@ -152,7 +151,7 @@ class STDiT3Stream:
     def _resident(self, layer: str, build: type[End]) -> End:
         """Returns a layer that stays in memory, read and checked like the others."""
         source, policy = self.blocks.source, self.blocks.policy
-        stored = {file.name: np.empty(file.shape, file.dtype) for file in source.files(layer)}
+        stored = staging(source.files(layer))
         source.read(layer, stored)
         flat = dequantised(stored, dequantise)
         shell = jax.eval_shape(lambda: build(source.manifest.config, policy=policy, rngs=nnx.Rngs(0)))

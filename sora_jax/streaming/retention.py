@@ -4,6 +4,7 @@ Invariant: the first ``count`` layers in execution order are retained, the large
 beside everything else; no compiled program depends on it.  What everything else needs is planned first and measured then.
 """
 
+import ctypes
 import itertools
 import os
 import threading
@@ -35,6 +36,7 @@ class Retention:
         count: int | None = None,
     ):
         self._sums = [0, *itertools.accumulate(layer_bytes)]
+        self._layer = max(layer_bytes)
         self._lock = threading.Lock()
         self._fixed_bytes = fixed_bytes
         self._budget = budget
@@ -81,6 +83,16 @@ class Retention:
                 self._fixed_bytes = peak_bytes - self._sums[self._count]
                 self._count = self._largest(self._budget)
 
+    def guard(self, resident: int, retained: int) -> None:
+        """Retains no more layers than the ``retained`` of now, or fewer, if the process holds ``resident`` bytes already.
+
+        A plan may be too low; the first evaluation then ends with what fits, and `correct` raises the number if it can.
+        """
+        with self._lock:
+            if self._budget is not None and resident + self._layer > self._budget and retained <= self._count:
+                beyond = max(0, resident - self._budget)
+                self._count = max(0, retained - -(-beyond // self._layer))
+
     def _fit(self, budget: int) -> None:
         if budget < self._fixed_bytes:
             raise ValueError(
@@ -104,15 +116,27 @@ class PeakMeter:
         self._high_water = _status_bytes("VmHWM")
         self._largest = resident_bytes() or 0
 
-    def sample(self) -> None:
-        """Looks at what the process holds now."""
-        self._largest = max(self._largest, resident_bytes() or 0)
+    def sample(self) -> int | None:
+        """Returns what the process holds now, where the system says it."""
+        held = resident_bytes()
+        self._largest = max(self._largest, held or 0)
+        return held
 
     @property
     def peak_bytes(self) -> int | None:
         """The process's high-water mark if it rose since the start, else the largest sample; None: the system does not say."""
         high_water = _status_bytes("VmHWM")
         return (high_water if high_water > self._high_water else self._largest) or None
+
+
+def give_back_freed() -> None:
+    """Has the C library give memory that was freed back to the system (glibc; elsewhere nothing happens).
+
+    Compiling a program frees well over 100 MB that the library would otherwise keep.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def resident_bytes() -> int | None:

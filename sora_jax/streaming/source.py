@@ -7,7 +7,11 @@ names layer and file.  Which layer is read when is decided elsewhere.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
+import itertools
+import math
+import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
-from sora_jax.model_directory import STORED_DTYPES, Manifest, ModelDirectoryError, tensorstore_spec
+from sora_jax.model_directory import STORED_DTYPES, Manifest, ModelDirectoryError
+
+_ALIGNMENT = 64  # bytes; XLA takes aligned host memory without copying it
 
 Identity = tuple[int, int, int]  # modification time in ns, inode, device
 Around = Callable[[str, int], AbstractContextManager[Any]]
@@ -51,7 +56,6 @@ class LayerSource:
         self.verify = verify
         self.around = around or (lambda _layer, _bytes: contextlib.nullcontext())
         self._files = {layer: tuple(_layer_files(manifest, layer)) for layer in manifest.layers}
-        self._stores: dict[str, Any] = {}
         self._found: dict[Path, Identity] = {}
         self._verified: dict[Path, Identity] = {}
 
@@ -102,19 +106,26 @@ class LayerSource:
         self.check(layer)
 
     def read(self, layer: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Reads a layer into ``arrays``, by name, through tensorstore.
+        """Reads a layer into ``arrays`` (see `staging`), by name; nothing but them is written, however large the layer.
 
         Raises:
           ModelDirectoryError: a file is missing, unreadable, damaged or changed.
         """
         with self.reading(layer):
-            futures = [(file, self._start(file, arrays[file.name])) for file in self._files[layer]]
-            for _, future in futures:
-                future.exception()  # nothing writes into the arrays once this is left
-            for file, future in futures:
-                if future.exception() is not None:
-                    raise self.fault(file, f"cannot be read ({future.exception()})")
+            for file in self._files[layer]:
+                self._fill(file, arrays[file.name].reshape(-1).view(np.uint8).data)
             self.verify_layer(layer, arrays)
+
+    def _fill(self, file: LayerFile, target: memoryview) -> None:
+        try:
+            with open(file.path, "rb", buffering=0) as opened:
+                while len(target):
+                    count = opened.readinto(target)
+                    if not count:
+                        raise self.fault(file, f"ends {len(target)} bytes too early")
+                    target = target[count:]
+        except OSError as error:
+            raise self.fault(file, error) from error
 
     def verify_layer(self, layer: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Compares the checksums of those of ``arrays`` whose files have not been compared as they are now.
@@ -146,17 +157,25 @@ class LayerSource:
         files = self._files[layer]
         return next((file for file in files if str(file.path) == str(error.filename)), files[0])
 
-    def _start(self, file: LayerFile, array: np.ndarray) -> Any:
-        """Returns the future of a read; a store that cannot be opened is a fault at once."""
-        store = self._stores.get(file.path.as_posix())
-        if store is None:
-            path = self.manifest.array_path(f"{file.layer}.{file.name}")
-            try:
-                store = ts.open(tensorstore_spec(path), read=True, open=True).result()
-            except ValueError as error:
-                raise self.fault(file, f"cannot be opened ({error})") from error
-            self._stores[file.path.as_posix()] = store
-        return ts.array(array).write(store)
+
+def staging(files: Sequence[LayerFile]) -> dict[str, np.ndarray]:
+    """Returns uninitialised arrays for a layer in one mapping of its own, which goes back to the system when they are dropped.
+
+    Raises:
+      MemoryError: the system does not give that much.
+    """
+    sizes = [-(-file.nbytes // _ALIGNMENT) * _ALIGNMENT for file in files]
+    try:
+        memory = mmap.mmap(-1, max(sum(sizes), mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise MemoryError(f"no memory for the {sum(sizes)} bytes of layer {files[0].layer}") from error
+    offsets = [0, *itertools.accumulate(sizes)]
+    return {
+        file.name: np.frombuffer(memory, file.dtype, math.prod(file.shape), offset).reshape(file.shape)
+        for file, offset in zip(files, offsets, strict=False)
+    }
 
 
 def _layer_files(manifest: Manifest, layer: str) -> Iterator[LayerFile]:

@@ -22,9 +22,9 @@ from sora_jax.merging import Merge
 from sora_jax.model_directory import ModelDirectoryError
 from sora_jax.stdit3 import Conditioning, STDiT3Block
 from sora_jax.streaming.callbacks import PASSED
-from sora_jax.streaming.prefetch import STALL_S, Prefetcher, Slot
+from sora_jax.streaming.prefetch import Prefetcher, Slot
 from sora_jax.streaming.profile import Profile
-from sora_jax.streaming.retention import PeakMeter, Retention
+from sora_jax.streaming.retention import PeakMeter, Retention, give_back_freed
 from sora_jax.streaming.source import LayerSource
 
 Stored = tuple[dict[str, Array], ...]  # stored arrays of every block, by name
@@ -44,7 +44,7 @@ class BlockStream(abc.ABC):
       evaluations: completed, since the stream was opened.
     """
 
-    def __init__(self, source: LayerSource, policy: DTypePolicy, retention: Retention, *, stall_s: int | float = STALL_S):
+    def __init__(self, source: LayerSource, policy: DTypePolicy, retention: Retention, *, stall_s: int | float):
         config = source.manifest.config
         self.source, self.retention, self.policy = source, retention, policy
         self.blocks: Sequence[str] = [layer for layer in source.manifest.layers if layer not in ENDS]
@@ -112,8 +112,10 @@ class BlockStream(abc.ABC):
             now = time.perf_counter()
             if not self._in_use.locked():
                 raise RuntimeError("the streamed transformer is not open; sample within its `open` block.")
-            if index == 0 and self._next:
-                self._reset()  # the evaluation before was cut short by an error
+            if index == 0:
+                self._failure = None
+                if self._next:
+                    self._reset()  # the evaluation before was cut short by an error
             self._record_compute(index, now)
             self._observe(index)
             self._leave_previous()
@@ -129,8 +131,11 @@ class BlockStream(abc.ABC):
     def _observe(self, index: int) -> None:
         """Keeps count of evaluations and measures memory; the first complete evaluation corrects the plan."""
         if index == 0 and self.evaluations == 0:
+            give_back_freed()
             self._meter.start()
-        self._meter.sample()
+        held = self._meter.sample()
+        if held is not None:
+            self.retention.guard(held, len(self.retained))
         self._next = (index + 1) % (len(self.blocks) + 1)
         if index == len(self.blocks):
             self.evaluations += 1

@@ -1,0 +1,86 @@
+"""A transformer of real width with random weights in a model directory, and a guided sampling of it: shared by benchmarks.
+
+Invariant: shapes, dtypes and file sizes are those of Open-Sora 1.2 but for the number of blocks; the values are random, small
+enough for the velocity to stay finite.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import ItemsView, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sora_jax.checkpoint import flatten, save_network
+from sora_jax.config import STDiT3Config, open_sora_1_2
+from sora_jax.sampler import Sampler
+from sora_jax.schedule import Schedule
+from sora_jax.stdit3 import STDiT3
+from sora_jax.velocity import Velocity
+
+GUIDANCE = 7.0
+
+
+class RandomParameters(Mapping[str, np.ndarray]):
+    """Random parameters by flat name, drawn when they are asked for: 4.5 GB of them are never in memory."""
+
+    def __init__(self, config: STDiT3Config):
+        self.shapes = {
+            name: leaf.shape for name, leaf in flatten(jax.eval_shape(lambda: STDiT3(config, rngs=nnx.Rngs(0)))).items()
+        }
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        shape = self.shapes[name]
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        x = rng.standard_normal(shape, np.float32)
+        if name.endswith("norm.scale"):
+            return 1 + 0.1 * x
+        return x * np.float32(np.prod(shape[:-1]) ** -0.5 if name.endswith("kernel") else 0.05)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def items(self) -> ItemsView[str, np.ndarray]:
+        """Returns the parameters one at a time."""
+        return ItemsView(self)
+
+
+def write(directory: Path, *, num_blocks: int, dtype: str = "float32") -> Path:
+    """Writes a transformer with ``num_blocks`` blocks (56 are all), unless it is there, and returns the directory."""
+    config = dataclasses.replace(open_sora_1_2.stdit3, depth=num_blocks // 2)
+    if not (directory / "stdit3").exists():
+        save_network(directory, "stdit3", config, RandomParameters(config), dtype=dtype)
+    return directory
+
+
+def make_sampler(network: Any, *, frames: int, rows: int, columns: int, num_steps: int, seed: int = 0) -> tuple[Sampler, Any]:
+    """Returns a guided sampler and its start, for latents of that size; a caption of 300 real tokens."""
+    config = open_sora_1_2.stdit3
+    keys = jax.random.split(jax.random.key(seed), 2)
+    one = {
+        name: jnp.asarray([value], jnp.float32) for name, value in (("fps", 24), ("height", 8 * rows), ("width", 8 * columns))
+    }
+    velocity = Velocity(
+        network=network,
+        caption_RLE=jax.random.normal(keys[0], (2, config.model_max_length, config.caption_channels)),
+        mask_BL=None,
+        fps=one["fps"],
+        height_px=one["height"],
+        width_px=one["width"],
+    )
+    schedule = Schedule.open_sora(num_steps, height_px=8 * rows, width_px=8 * columns, num_frames=17 * frames // 5)
+    sampler = Sampler.create(velocity, schedule, guidance=GUIDANCE)
+    return sampler, sampler.start(jax.random.normal(keys[1], (1, frames, rows, columns, config.in_channels)))
+
+
+def num_tokens(frames: int, rows: int, columns: int) -> int:
+    """Returns the video tokens of a row of the batch."""
+    _, height, width = open_sora_1_2.stdit3.patch_size
+    return frames * (-(-rows // height)) * (-(-columns // width))
