@@ -11,6 +11,8 @@ runs what lies on the disk, by the interpreter of `mil_check`.  Nothing here was
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import inspect
 import io
 import math
@@ -25,6 +27,7 @@ import numpy as np
 
 from sora_jax.config import FLOAT32, DTypePolicy
 from sora_jax.export.stages import Function, Stage
+from sora_jax.export.tables import nearest_table
 from sora_jax.export.targets import Artefact, Options, Precision, Runner, Weights, require
 from sora_jax.quantisation import is_quantised
 
@@ -52,17 +55,23 @@ def policy(options: Options) -> DTypePolicy:
 
 
 def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: Options) -> dict[str, Artefact]:
-    """Writes the package of a stage; see `targets.Target`."""
+    """Writes the package of a stage; see `targets.Target`.  A package of one function calls it ``main``."""
     package = folder / f"{stage.name}{SUFFIX}"
     names = [function.name for function in stage.functions]
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{stage.name}.") as scratch, _quiet():
         parts = [Path(scratch) / f"{i}{SUFFIX}" for i in range(len(names))]
         for function, part in zip(stage.functions, parts, strict=True):
             _save_function(function, params, part, stage=stage, options=options)
-        whole = _merged(dict(zip(names, parts, strict=True)), Path(scratch) / f"merged{SUFFIX}")
-        _describe(whole, stage, options)
+        whole = (
+            parts[0] if len(parts) == 1 else _merged(dict(zip(names, parts, strict=True)), Path(scratch) / f"merged{SUFFIX}")
+        )
+        _describe(whole, stage, params, options)
         shutil.move(whole, package)
-    return {name: {"file": package.name, "function": name, "output_suffix": OUTPUT_SUFFIX} for name in names}
+    called = ["main"] if len(names) == 1 else names
+    return {
+        name: {"file": package.name, "function": function, "output_suffix": OUTPUT_SUFFIX}
+        for name, function in zip(names, called, strict=True)
+    }
 
 
 def open_function(folder: Path, artefact: Artefact) -> Runner:
@@ -114,9 +123,10 @@ def converted(
 
 def _positional(function: Function, params: Mapping[str, np.ndarray]) -> Any:
     """Returns the stage's function with the weights inside; its signature gives the converter the names of the inputs."""
+    weights = jax.device_put(dict(params))
 
     def body(*inputs: jax.Array) -> tuple[jax.Array, ...]:
-        outputs = function.call(params, **dict(zip(function.inputs, inputs, strict=True)))
+        outputs = function.call(weights, **dict(zip(function.inputs, inputs, strict=True)))
         return tuple(outputs[name] for name in function.outputs)
 
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in function.inputs]
@@ -125,16 +135,22 @@ def _positional(function: Function, params: Mapping[str, np.ndarray]) -> Any:
 
 
 def _name_outputs(program: Any, names: list[str]) -> None:
-    """Names the outputs; one that is a constant, which Core ML does not return, goes through an identity."""
-    from coremltools.converters.mil import Builder
-
+    """Names the outputs, none of which may be a constant: the position bias of a text of fixed length is one."""
     main = program.functions["main"]
     outputs = list(main.outputs)
     with main:
-        outputs = [Builder.identity(x=out) if out.op is not None and out.op.op_type == "const" else out for out in outputs]
+        outputs = [_depending_on(next(iter(main.inputs.values())), out) if out.val is not None else out for out in outputs]
     main.set_outputs(outputs)
     for output, name in zip(outputs, names, strict=True):
         output.name = name
+
+
+def _depending_on(given: Any, constant: Any) -> Any:
+    """Returns the constant plus a zero that only a run can know; an identity would be optimised away."""
+    from coremltools.converters.mil import Builder
+
+    least = Builder.reduce_min(x=given, keep_dims=True)
+    return Builder.add(x=constant, y=Builder.cast(x=Builder.less(x=least, y=least), dtype="fp32"))
 
 
 def weight_threshold(params: Mapping[str, np.ndarray]) -> int:
@@ -152,7 +168,8 @@ def compressed(model: Any, weights: Weights, threshold: int) -> Any:
     from coremltools.optimize import coreml
 
     if weights == "lut6":
-        config = coreml.OpPalettizerConfig(mode="kmeans", nbits=6, weight_threshold=threshold)
+        find = functools.partial(nearest_table, entries=64)  # coremltools' own k-means needs scikit-learn
+        config = coreml.OpPalettizerConfig(mode="custom", lut_function=find, weight_threshold=threshold)
     else:
         granularity = "per_channel" if weights == "int8" else "per_block"
         config = coreml.OpLinearQuantizerConfig(
@@ -175,20 +192,34 @@ def _merged(parts: Mapping[str, Path], path: Path) -> Path:
     return path
 
 
-def _describe(package: Path, stage: Stage, options: Options) -> None:
+def _describe(package: Path, stage: Stage, params: Mapping[str, np.ndarray], options: Options) -> None:
     """Writes the metadata into a package, where Xcode shows it."""
     from coremltools.models.utils import load_spec
 
     spec = load_spec(str(package))
-    given = options.metadata
     metadata = spec.description.metadata
-    metadata.shortDescription = f"{stage.name} of {given.get('model', 'a sora_jax model')}, functions: " + ", ".join(
-        function.name for function in stage.functions
-    )
-    metadata.license = given.get("licence", "")
-    precision, weights = options.precision_of(stage), options.weights_of(stage)
-    metadata.userDefined.update({**given, "stage": stage.name, "precision": precision, "weights": weights, "note": NOTE})
+    functions = ", ".join(function.name for function in stage.functions)
+    metadata.shortDescription = f"{stage.name} of {options.metadata.get('model', 'a sora_jax model')}, functions: {functions}"
+    metadata.license = options.metadata.get("licence", "")
+    own = {
+        "stage": stage.name,
+        "sizes": ", ".join(dict.fromkeys(key for function in stage.functions for key in function.sizes)),
+        "precision": options.precision_of(stage),
+        "weights": options.weights_of(stage),
+        "weights_sha256": _sha256(params),
+        "note": NOTE,
+    }
+    metadata.userDefined.update({**options.metadata, **own})
     (package / "Data/com.apple.CoreML/model.mlmodel").write_bytes(spec.SerializeToString())
+
+
+def _sha256(params: Mapping[str, np.ndarray]) -> str:
+    """Returns the hash of the source's weights, names and all, as they were before any compression."""
+    digest = hashlib.sha256()
+    for name, array in sorted(params.items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,35 @@
+"""Tables of a few values that stand for the values of a matrix, with the least squared error that can be found.
+
+Invariant: deterministic, so that two functions of one package get the same table from the same weights.
+
+Source: S. Lloyd, Least squares quantization in PCM, 1982.
+"""
+
+import numpy as np
+
+_ROUNDS = 300
+
+
+def nearest_table(values: np.ndarray, entries: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a table in ascending order, in the dtype of ``values``, and for every value the index of the nearest entry.
+
+    Indices are uint8 in one dimension.  Sorted once, a round costs nothing: an entry becomes the mean of the values nearest
+    to it, which are a stretch of the sorted ones.
+    """
+    flat = values.ravel().astype(np.float32)
+    ordered = np.sort(flat)
+    sums = np.concatenate([[0.0], np.cumsum(ordered, dtype=np.float64)])
+    # Between equal counts, which spares the tails, and equal distances, which sees nothing else.
+    shares = (np.arange(entries) + 0.5) / entries
+    table = (ordered[(shares * len(ordered)).astype(np.int64)] + ordered[0] + shares * (ordered[-1] - ordered[0])) / 2
+    for _ in range(_ROUNDS):
+        cuts = np.concatenate([[0], np.searchsorted(ordered, _midpoints(table)), [len(ordered)]])
+        counts = np.diff(cuts)
+        table = np.where(counts > 0, np.diff(sums[cuts]) / np.maximum(counts, 1), table)
+    table = table.astype(values.dtype)
+    indices = np.searchsorted(_midpoints(table.astype(np.float32)), flat)
+    return table, indices.astype(np.uint8)
+
+
+def _midpoints(table: np.ndarray) -> np.ndarray:
+    return (table[1:] + table[:-1]) / 2
