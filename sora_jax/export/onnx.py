@@ -100,6 +100,11 @@ def _graph(stage: Stage, function: Function) -> Any:
         output_names=[name + OUTPUT_SUFFIX for name in function.outputs],
     )
     del model.graph.value_info[:]
+    # The conversion leaves constants behind that it folded away, about which onnxruntime would warn; stages have no subgraphs.
+    read = {name for node in model.graph.node for name in node.input}
+    kept = [constant for constant in model.graph.initializer if constant.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
     return model
 
 
