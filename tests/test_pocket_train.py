@@ -13,7 +13,7 @@ from sora_jax.config import pocket
 from sora_jax.pocket import train_flow
 from sora_jax.pocket.fit import Stage, fit
 from sora_jax.pocket.scenes import sample_scenes
-from sora_jax.pocket.train_flow import Clips
+from sora_jax.pocket.train_flow import Clips, Lesson
 from sora_jax.pocket.train_text import shipped_tokenizer
 from sora_jax.pocket.world import is_unseen
 from sora_jax.sizes import LATENTS_PER_CHUNK
@@ -104,7 +104,7 @@ def test_reversed_clips_have_reversed_captions_and_stay_in_training(clips):
         assert not is_unseen(*(other[name] for name in ("shape", "colour", "background", "motion")))
 
 
-def test_the_period_of_motion_sees_fast_clips_at_high_noise(clips, tmp_path):
+def test_a_lesson_sees_fast_clips_of_its_motions_at_high_noise(clips, tmp_path):
     stage = train_flow.flow_stage(
         pocket,
         clips,
@@ -115,9 +115,10 @@ def test_the_period_of_motion_sees_fast_clips_at_high_noise(clips, tmp_path):
         seed=0,
         evaluate=lambda params: {},
         evaluate_every=100,
-        motion_steps=(10, 20),
+        lessons=[Lesson(start=10, stop=20, motions=("left", "grow"))],
     )
-    fast = {float(z[0, 0, 0, 0]) for z, one in zip(clips.z_NTHWC, clips.attributes, strict=True) if one.get("speed") == "fast"}
+    wanted = [one.get("speed") == "fast" and one["motion"] in ("left", "grow") for one in clips.attributes]
+    fast = {float(z) for z in clips.z_NTHWC[wanted, 0, 0, 0, 0]}
     inside, outside = [stage.batch(step) for step in range(10, 20)], [stage.batch(step) for step in range(20, 60)]
     assert all(batch["noisy"].all() and batch["z"].shape[1] == 10 for batch in inside)
     assert {float(z) for batch in inside for z in batch["z"][:, 0, 0, 0, 0]} <= fast

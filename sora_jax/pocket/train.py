@@ -7,6 +7,7 @@ interruptions.
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -24,10 +25,11 @@ from sora_jax.pocket.fit import Params, fit
 from sora_jax.pocket.measure import measure
 from sora_jax.pocket.scores import score
 from sora_jax.pocket.vocabulary import write_tokenizer
-from sora_jax.pocket.world import FPS, NUM_FRAMES, SIZE_PX
+from sora_jax.pocket.world import FPS, MOTIONS, NUM_FRAMES, SIZE_PX
 from sora_jax.tokenizer import Tokenizer
 
 DEFAULTS = {"num_steps": 30, "guidance": 7.0, "height": SIZE_PX, "width": SIZE_PX, "num_frames": NUM_FRAMES, "fps": FPS}
+LESSONS = ("4500:5700:left,right,up,down,grow,shrink", "7000:7400:left,right")
 TRAINING_SEED = 1_000_000  # of the captions that watch training, apart from those of published figures
 
 
@@ -71,7 +73,7 @@ def transformer(args: argparse.Namespace, model: Path, codec: Params, text: Para
         seed=args.seed,
         evaluate=evaluate,
         evaluate_every=args.judge_every,
-        motion_steps=tuple(args.motion_steps),
+        lessons=args.lessons,
     )
     return fit(stage, args.work, seed=args.seed)
 
@@ -90,25 +92,38 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text-steps", type=int, default=1000)
     parser.add_argument("--text-batch", type=int, default=128, help="captions in one step of the text encoder")
     parser.add_argument("--clips", type=int, default=6144, help="clips in the cache of latents")
-    parser.add_argument("--flow-steps", type=int, default=7700)
+    parser.add_argument("--flow-steps", type=int, default=8200)
     parser.add_argument(
-        "--motion-steps",
-        type=int,
-        nargs=2,
-        default=(4500, 5700),
-        metavar=("FROM", "TO"),
-        help="steps of fast motion only",
+        "--lesson",
+        type=_lesson,
+        action="append",
+        dest="lessons",
+        metavar="FROM:TO:MOTIONS",
+        help=f"steps that see fast clips of these motions only; may be repeated (default: {' '.join(LESSONS)})",
     )
     parser.add_argument("--batch", type=int, default=32, help="clips in one step of the transformer")
     parser.add_argument("--judge-every", type=int, default=500, help="steps of the transformer between evaluations")
     parser.add_argument("--judged", type=int, default=48, help="captions in one evaluation")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.lessons = [_lesson(text) for text in LESSONS] if args.lessons is None else args.lessons
+    return args
+
+
+def _lesson(text: str) -> train_flow.Lesson:
+    start, stop, motions = text.split(":")
+    words = tuple(motions.split(","))
+    if not set(words) <= set(MOTIONS) - {"still"}:
+        raise argparse.ArgumentTypeError(
+            f"{text} names motions {motions}; expected some of {', '.join(MOTIONS)}, but not still"
+        )
+    return train_flow.Lesson(start=int(start), stop=int(stop), motions=words)
 
 
 def record_run(args: argparse.Namespace) -> None:
     """Adds a line to ``runs.jsonl`` in the work folder: arguments, versions and device of one start."""
     args.work.mkdir(parents=True, exist_ok=True)
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "work"}
+    arguments = {name: value for name, value in vars(args).items() if name != "work"}
+    arguments |= {"base": str(args.base) if args.base else None, "lessons": [dataclasses.asdict(one) for one in args.lessons]}
     machine = {"device": jax.devices()[0].device_kind, "cpus": os.cpu_count()}
     line = {"arguments": arguments, "sora_jax": sora_jax.__version__, "jax": jax.__version__, **machine}
     with (args.work / "runs.jsonl").open("a") as file:

@@ -6,7 +6,7 @@ cache is the same whatever was cached before, so a cache may grow and an interru
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ NOISY_LOGIT = 1.2  # mean logit of the noise share in half of the samples
 # Samples with given latent frames: image-to-video and extension, and from them the model learns where things move: with
 # nothing given, loss hardly depends on the direction that a caption names.
 MASKED_SHARE = 0.5
-MOTION_MASKED_SHARE = 0.75
+LESSON_MASKED_SHARE = 0.75
 _REVERSED = {"left": "right", "right": "left", "up": "down", "down": "up", "grow": "shrink", "shrink": "grow", "still": "still"}
 
 
@@ -55,6 +55,15 @@ class Clips:
     z_NTHWC: np.ndarray
     image_NHWC: np.ndarray
     attributes: list[dict[str, str]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """Steps from ``start`` to before ``stop`` that see fast clips of some motions only."""
+
+    start: int
+    stop: int
+    motions: tuple[str, ...]
 
 
 @functools.cache
@@ -129,12 +138,12 @@ def flow_stage(
     seed: int,
     evaluate: Callable[[Params], dict[str, float]],
     evaluate_every: int,
-    motion_steps: tuple[int, int] = (0, 0),
+    lessons: Sequence[Lesson] = (),
 ) -> Stage:
     """Returns the stage that trains the transformer.
 
-    From the first to before the second of ``motion_steps`` all samples are whole clips of fast motion at high noise, three
-    in four with a latent frame given: where a caption's direction decides most of the loss.
+    During a lesson all samples are whole clips of fast motion at high noise, three in four with a latent frame given: where a
+    caption's direction decides most of the loss.
 
     Times are ``training_times``; the target is data minus noise.  One step in eight is made of images, one of 17-frame
     clips (a clip's first chunk).
@@ -144,13 +153,18 @@ def flow_stage(
         return flatten(STDiT3(config.stdit3, rngs=nnx.Rngs(seed)))
 
     everything = np.arange(len(clips.z_NTHWC))
-    fast = np.array([i for i, one in enumerate(clips.attributes) if one.get("speed") == "fast"], int)
+    taught = [
+        np.array(
+            [i for i, one in enumerate(clips.attributes) if one.get("speed") == "fast" and one["motion"] in lesson.motions], int
+        )
+        for lesson in lessons
+    ]
 
     def batch(step: int) -> dict[str, Any]:
         rng = np.random.default_rng([seed, 8, step])
-        motion = motion_steps[0] <= step < motion_steps[1]
-        chosen = rng.choice(fast if motion else everything, size=batch_size)
-        kind = 1.0 if motion else rng.random()
+        pools = [pool for lesson, pool in zip(lessons, taught, strict=True) if lesson.start <= step < lesson.stop]
+        chosen = rng.choice(pools[0] if pools else everything, size=batch_size)
+        kind = 1.0 if pools else rng.random()
         is_image = kind < 0.125
         z = clips.image_NHWC[chosen][:, None] if is_image else clips.z_NTHWC[chosen]
         if 0.125 <= kind < 0.25:
@@ -164,8 +178,8 @@ def flow_stage(
             "ids": ids_BL,
             "mask": mask_BL,
             "drop": rng.random(batch_size) < CAPTION_DROP,
-            "given": _given_frames(rng, batch_size, z.shape[1], share=MOTION_MASKED_SHARE if motion else MASKED_SHARE),
-            "noisy": np.arange(batch_size) % 2 >= (0 if motion else 1),
+            "given": _given_frames(rng, batch_size, z.shape[1], share=LESSON_MASKED_SHARE if pools else MASKED_SHARE),
+            "noisy": np.arange(batch_size) % 2 >= (0 if pools else 1),
             "fps": np.full(1, IMAGE_FPS if is_image else FPS, np.float32),
         }
 
