@@ -2,8 +2,8 @@
 
 Reads the reports that training wrote (one JSON line each in ``<stage>.jsonl``), the arguments of its starts
 (``runs.jsonl``) and the manifests of its model, and writes ``benchmarks/results/pocket_training.json``: settings of every
-stage, time, loss and scores over time.  Invariant: every number comes from a file or from the training code; none is typed
-in.  Cost: seconds, no network is run.
+stage, time, loss and scores over time; stages that the folder did not train stay as the file has them.  Invariant: every
+number comes from a file or from the training code; none is typed in.  Cost: seconds, no network is run.
 """
 
 import argparse
@@ -35,8 +35,10 @@ _CLOCK = ("step", "of", "seconds", "step_s", "remaining_s")
 _RATES = ("learning_rate", "adam_rate")
 
 
-def report(work: Path) -> dict[str, Any]:
+def report(work: Path, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns everything about the training in a folder, JSON-ready.
+
+    Stages that the folder has no reports of (training with ``--base``) are those of the ``earlier`` report.
 
     Raises:
       FileNotFoundError: no stage has reported anything there.
@@ -49,6 +51,9 @@ def report(work: Path) -> dict[str, Any]:
     arguments |= {f"{name}_steps": lines[-1]["of"] for name, lines in curves.items() if lines}
     settings = stage_settings(argparse.Namespace(**arguments))
     stages = {name: stage_report(curves[name], settings[name], STAGES[name]) for name in STAGES if curves[name]}
+    if earlier is not None:
+        before = {name: {"commit": earlier["commit"]} | stage for name, stage in earlier["stages"].items()}
+        stages = {name: (before | stages)[name] for name in STAGES if name in before | stages}
     return {
         "commit": _commit(),
         "arguments": {name: value for name, value in arguments.items() if name != "work"},
@@ -188,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("training"), help="folder that training worked in")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"file to write (default {RESULTS.name} in results)")
     options = parser.parse_args(arguments)
-    made = report(options.work)
+    made = report(options.work, json.loads(options.out.read_text()) if options.out.exists() else None)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(compact(made))
     for name, stage in made["stages"].items():

@@ -130,6 +130,12 @@ def test_report_has_what_the_files_say(tmp_path, tiny_model):
     assert set(made["stages"]) == {"spatial", "flow"}
     assert made["stages"]["spatial"]["scores"] == {"step": [100], "seconds": [6.0], "psnr": [30.5]}
 
+    (tmp_path / "spatial.jsonl").unlink()  # a later training that kept the codec
+    pocket_report.main(["--work", str(tmp_path), "--out", str(out)])
+    again = json.loads(out.read_text())
+    assert again["stages"]["spatial"] == made["stages"]["spatial"] | {"commit": made["commit"]}
+    assert again["seconds"] == 37
+
     stage = made["stages"]["flow"]
     assert (stage["steps"], stage["steps_done"], stage["seconds"]) == (400, 300, 31)
     assert (stage["settings"]["batch"], stage["settings"]["evaluate_every"]) == (24, 100)

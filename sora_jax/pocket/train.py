@@ -7,7 +7,6 @@ interruptions.
 """
 
 import argparse
-import dataclasses
 import json
 import logging
 import os
@@ -49,7 +48,7 @@ def text_encoder(args: argparse.Namespace, tokenizer: Tokenizer) -> Params:
     return train_text.encoder_params(fit(stage, args.work, seed=args.seed))
 
 
-def _stored(model: Path, network: str) -> Params:
+def _stored(model: str, network: str) -> Params:
     return jax.device_put(load_network(model, network, dtype="float32")[1])
 
 
@@ -73,7 +72,7 @@ def transformer(args: argparse.Namespace, model: Path, codec: Params, text: Para
         seed=args.seed,
         evaluate=evaluate,
         evaluate_every=args.judge_every,
-        lessons=args.lessons,
+        lessons=[_lesson(text) for text in args.lessons],
     )
     return fit(stage, args.work, seed=args.seed)
 
@@ -84,7 +83,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("training"), help="folder of checkpoints, reports and the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="stored dtype of the model")
-    parser.add_argument("--base", type=Path, help="model directory whose codec and text encoder are kept, not trained")
+    parser.add_argument("--base", metavar="MODEL_DIR", help="whose codec and text encoder are kept, not trained")
     parser.add_argument("--spatial-steps", type=int, default=2400)
     parser.add_argument("--spatial-batch", type=int, default=16, help="frames in one step of the spatial autoencoder")
     parser.add_argument("--temporal-steps", type=int, default=900)
@@ -95,7 +94,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--flow-steps", type=int, default=8200)
     parser.add_argument(
         "--lesson",
-        type=_lesson,
+        type=_checked_lesson,
         action="append",
         dest="lessons",
         metavar="FROM:TO:MOTIONS",
@@ -105,25 +104,26 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--judge-every", type=int, default=500, help="steps of the transformer between evaluations")
     parser.add_argument("--judged", type=int, default=48, help="captions in one evaluation")
     args = parser.parse_args(arguments)
-    args.lessons = [_lesson(text) for text in LESSONS] if args.lessons is None else args.lessons
+    args.lessons = list(LESSONS) if args.lessons is None else args.lessons
     return args
 
 
 def _lesson(text: str) -> train_flow.Lesson:
     start, stop, motions = text.split(":")
-    words = tuple(motions.split(","))
-    if not set(words) <= set(MOTIONS) - {"still"}:
-        raise argparse.ArgumentTypeError(
-            f"{text} names motions {motions}; expected some of {', '.join(MOTIONS)}, but not still"
-        )
-    return train_flow.Lesson(start=int(start), stop=int(stop), motions=words)
+    return train_flow.Lesson(start=int(start), stop=int(stop), motions=tuple(motions.split(",")))
+
+
+def _checked_lesson(text: str) -> str:
+    lesson = _lesson(text)
+    if not set(lesson.motions) <= set(MOTIONS) - {"still"}:
+        raise argparse.ArgumentTypeError(f"{text} names other motions than {', '.join(MOTIONS)}, or still")
+    return text
 
 
 def record_run(args: argparse.Namespace) -> None:
     """Adds a line to ``runs.jsonl`` in the work folder: arguments, versions and device of one start."""
     args.work.mkdir(parents=True, exist_ok=True)
     arguments = {name: value for name, value in vars(args).items() if name != "work"}
-    arguments |= {"base": str(args.base) if args.base else None, "lessons": [dataclasses.asdict(one) for one in args.lessons]}
     machine = {"device": jax.devices()[0].device_kind, "cpus": os.cpu_count()}
     line = {"arguments": arguments, "sora_jax": sora_jax.__version__, "jax": jax.__version__, **machine}
     with (args.work / "runs.jsonl").open("a") as file:
