@@ -5,6 +5,8 @@ Command: python benchmarks/coreml_export.py --scratch /tmp/coreml --json benchma
 Cost: 6 GB of disk space, a minute or two a pair; nothing is left behind unless --keep names a folder for the packages.
 Expect: 28 pairs in int8 in 1.3 GB, each with the functions full and merged; peak memory below 6 GB.
 
+Random weights are the hardest to compress: a package below its floor, which ends an export, is only counted here.
+
 Each package is exported, read back and compared with JAX in a process of its own, on the activations that the packages
 before it should have given: those of JAX, from noise through all pairs; and again with outlier channels.
 The rival is On-device Sora's own export, two float32 packages for every pair (2 x 28 x 170 MB = 9.5 GB); it needs a Mac, so
@@ -79,7 +81,6 @@ def export_one(name: str, model: Path, values_path: Path, folder: Path, size: Si
             checks += check.compare("outliers", moved, jax.device_get(call(params, moved)), run(moved), floor)
         reference = jax.device_get(call(params, given))
         checks += check.compare("captured", given, reference, run(given), floor)
-    check.require_passed(name, checks)
     np.savez(values_path, **(values | reference))
     return {
         "stage": name,
@@ -90,6 +91,8 @@ def export_one(name: str, model: Path, values_path: Path, folder: Path, size: Si
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         "psnr_db": min(entry.psnr_db for entry in checks),
         "relative_l2": max(entry.relative_l2 for entry in checks),
+        "passed": all(entry.passed for entry in checks),
+        "checks": [entry.to_dict() for entry in checks],
     }
 
 
@@ -134,6 +137,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "total_s": time.monotonic() - started,
         "peak_rss_gb": max(record["peak_rss_gb"] for record in records),
         "worst_psnr_db": min(record["psnr_db"] for record in records),
+        "below_the_floor": [record["stage"] for record in records if not record["passed"]],
         "on_device_sora_gb": 2 * len(pairs) * 170e6 / 1e9,
         "packages": records,
         "checked_on": "Linux, by sora_jax.export.mil_check; nothing was compiled or run on Apple hardware",
