@@ -187,6 +187,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--overwrite", action="store_true", help="replace existing files")
     where.add_argument("--quiet", action="store_true", help="no progress and no notes")
     where.add_argument(
+        "--caption-cache",
+        metavar="DIR|off",
+        help="where caption features are kept (default: the user's cache, for models too large to stay in memory)",
+    )
+    where.add_argument(
         "--compile-cache", metavar="DIR|off", help="where compiled programs are kept (default: the user's cache)"
     )
 

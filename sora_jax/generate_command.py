@@ -50,7 +50,10 @@ def run(options: argparse.Namespace) -> None:
     from sora_jax.pipeline import Pipeline
     from sora_jax.streaming.profile import Profile
 
-    pipeline = Pipeline.from_pretrained(options.model, memory_budget=options.memory_budget)
+    captions = caption_folder(options.caption_cache)
+    pipeline = Pipeline.from_pretrained(options.model, memory_budget=options.memory_budget, caption_cache=captions)
+    if options.caption_cache is None and pipeline.networks.keep:
+        pipeline.networks.caption_cache = None  # the text encoder stays loaded, and is small
     if options.from_latents:
         _decode(options, pipeline)
         return
@@ -199,7 +202,7 @@ def use_compile_cache(choice: str | None) -> None:
     """
     if choice == "off":
         return
-    folder = choice or os.environ.get("JAX_COMPILATION_CACHE_DIR") or _user_cache()
+    folder = choice or os.environ.get("JAX_COMPILATION_CACHE_DIR") or _user_cache("compiled")
     try:
         files.refuse_unwritable(folder)
     except OSError as error:
@@ -214,9 +217,16 @@ def use_compile_cache(choice: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _user_cache() -> Path:
+def caption_folder(choice: str | None) -> Path | None:
+    """Returns where caption features are kept: a folder that was given, None for ``off``, else in the user's cache folder."""
+    if choice == "off":
+        return None
+    return Path(choice) if choice else _user_cache("captions")
+
+
+def _user_cache(name: str) -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "sora_jax" / "compiled"
+    return (Path(base) if base else Path.home() / ".cache") / "sora_jax" / name
 
 
 def _each(option: str, values: Sequence[str] | None, texts: Sequence[str]) -> Sequence[str]:

@@ -7,7 +7,6 @@ posterior, not a draw; without masked frames the sampler runs without a mask, wh
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,24 +14,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax import conditioning, noise, prompt, sizes
 from sora_jax.calibration import Calibration, calibrate
 from sora_jax.clip import Timings
-from sora_jax.networks import Networks, call
+from sora_jax.coders import Coders
+from sora_jax.networks import Networks
 from sora_jax.plans import Keep
 from sora_jax.sampler import Carry, Result, finish
 from sora_jax.sampling import guidance_scale, make_sampler, make_schedule
 from sora_jax.settings import Settings
 from sora_jax.stdit3 import STDiT3
+from sora_jax.streaming.memory_plan import MemoryPlan, Workload, plan_memory
 from sora_jax.streaming.network import StreamedSTDiT3
-from sora_jax.t5 import T5Encoder
 from sora_jax.tokenizer import Tokenizer
-from sora_jax.vae.codec import VAE, latent_size
+from sora_jax.vae.codec import latent_size
 from sora_jax.velocity import Velocity
 
-FRAME_PIXELS = 2**19  # pixels that the spatial autoencoder holds at a time; its activations are hundreds of bytes for each
 LOOP_SEED_STRIDE = 2654435769  # 2^32 / golden ratio: seeds of later clips stay clear of those of other samples
 
 
@@ -138,12 +136,14 @@ class Generation:
     ):
         self.networks, self.tokenizer, self.settings, self.timings = networks, tokenizer, settings, timings
         self.callback, self.loop = callback, 0
+        self._plan: MemoryPlan | None = None
 
     def run(self, inputs: Inputs, keep_latents: Callable[[np.ndarray], Any]) -> tuple[np.ndarray, np.ndarray, list[Result]]:
         """Returns pixels [B, t, h, w, 3] in [-1, 1], latents [B, T, H, W, C], and the record of every clip of the loop.
 
         ``keep_latents`` is handed the latents before the last decoding.
         """
+        self._begin(len(inputs.captions), any(inputs.references))
         references = self._encode_references(inputs.references)
         strategies: Sequence[str] = inputs.strategies
         features = self._encode_captions(inputs.captions)
@@ -162,6 +162,7 @@ class Generation:
 
     def prepare(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
         """Returns what the first clip is denoised from: captions [B, L, E], their mask, noise, frame weights or None."""
+        self._begin(len(inputs.captions), any(inputs.references))
         references = self._encode_references(inputs.references)
         captions, mask = self._encode_captions(inputs.captions)[0]
         return captions, mask, *self._start(references, inputs.strategies)
@@ -177,7 +178,7 @@ class Generation:
             self._report("denoise", done, carry)
 
         self._report("load")
-        with self._transformer(len(z)) as stdit3, self.timings.measure("denoise"):
+        with self._transformer() as stdit3, self.timings.measure("denoise"):
             self._report("compile")
             return calibrate(
                 self.velocity(stdit3, captions, mask),
@@ -193,7 +194,28 @@ class Generation:
 
     def decode(self, latents_BTHWC: np.ndarray) -> np.ndarray:
         """Returns the pixels [B, t, h, w, 3] of the latents of all clips of a loop."""
+        self._begin(len(latents_BTHWC), encodes=False)
         return self._join([self._decode_clip(clip) for clip in np.split(latents_BTHWC, self.settings.loop, axis=1)])
+
+    def _begin(self, num_samples: int, encodes: bool) -> None:
+        """Plans the memory where there is a budget, and refuses one that is too small before anything is loaded."""
+        networks, settings = self.networks, self.settings
+        if networks.budget is not None:
+            workload = Workload(
+                num_frames=settings.num_frames,
+                height=settings.height,
+                width=settings.width,
+                batch=num_samples,
+                guided=guidance_scale(settings) is not None,
+                dtype=settings.dtype,
+                num_steps=settings.num_steps,
+                encodes=encodes or settings.loop > 1,
+            )
+            self._plan = plan_memory(networks.manifests, workload, networks.budget)
+
+    @property
+    def _coders(self) -> Coders:
+        return Coders(self.networks, self.settings.dtype, self.timings, self._plan)
 
     def _join(self, videos: Sequence[np.ndarray]) -> np.ndarray:
         """Returns the clips of a loop one after the other, each without the frames it took over."""
@@ -209,36 +231,29 @@ class Generation:
         return num_clips * (frames or 0), rows, columns, config.stdit3.in_channels
 
     def _encode_captions(self, captions: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns caption features [B, L, E] and mask [B, L] for every clip of the loop."""
-        length = self.networks.config.stdit3.model_max_length
+        """Returns caption features [B, L, E] and mask [B, L] for every clip of the loop; each caption is encoded once."""
         self._report("text")
-        with self.networks.use("t5", self.settings.dtype, self.timings) as t5:
-            known: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
-            features = []
-            for loop in range(self.settings.loop):
-                texts = tuple(prompt.prompt_at_loop(caption, loop) for caption in captions)
-                if texts not in known:
-                    ids, mask = self.tokenizer.encode(texts, length)
-                    known[texts] = np.asarray(call("text", self.timings, _encode_text, (), t5, ids, mask)), mask
-                features.append(known[texts])
-        return features
+        texts = [[prompt.prompt_at_loop(caption, loop) for caption in captions] for loop in range(self.settings.loop)]
+        unique = list(dict.fromkeys(text for row in texts for text in row))
+        ids, mask = self.tokenizer.encode(unique, self.networks.config.stdit3.model_max_length)
+        features = self._coders.encode_text(ids, mask)
+        rows = [[unique.index(text) for text in row] for row in texts]
+        return [(features[row], mask[row]) for row in rows]
 
     def _encode_references(self, references: Sequence[Sequence[np.ndarray]]) -> Latents:
         """Returns the latents of every reference; one that several samples share is encoded once."""
         if not any(references):
             return references
         self._report("encode")
-        with self.networks.use("vae", self.settings.dtype, self.timings) as vae:
-            unique = {id(pixels): pixels for given in references for pixels in given}
-            latents = {key: self._encode_clip(vae, pixels[None])[0] for key, pixels in unique.items()}
-        return [[latents[id(pixels)] for pixels in given] for given in references]
+        unique = {id(pixels): pixels for given in references for pixels in given}
+        latents = dict(zip(unique, self._coders.encode_videos([pixels[None] for pixels in unique.values()]), strict=True))
+        return [[latents[id(pixels)][0] for pixels in given] for given in references]
 
     def _continue(
         self, references: Latents, strategies: Sequence[str], video_Bthw3: np.ndarray
     ) -> tuple[Latents, Sequence[str]]:
         """Returns references and strategies by which the next clip begins with the end of the previous one."""
-        with self.networks.use("vae", self.settings.dtype, self.timings) as vae:
-            latents = self._encode_clip(vae, video_Bthw3)
+        (latents,) = self._coders.encode_videos([video_Bthw3])
         return conditioning.append_generated(
             references,
             strategies,
@@ -257,7 +272,7 @@ class Generation:
     def _denoise(self, caption_BLE: np.ndarray, mask_BL: np.ndarray, z: np.ndarray, weights: np.ndarray | None) -> Result:
         settings = self.settings
         self._report("load")
-        with self._transformer(len(z)) as stdit3:
+        with self._transformer() as stdit3:
             velocity = self.velocity(stdit3, caption_BLE, mask_BL)
             sampler = make_sampler(velocity, settings, frame_weights=weights, seed=self._seed)
             self._report("compile")
@@ -273,13 +288,10 @@ class Generation:
             self._report("denoise", settings.num_steps, carry)
             return finish(carry)
 
-    def _transformer(self, num_samples: int) -> AbstractContextManager[STDiT3 | StreamedSTDiT3]:
-        """Returns the context in which the transformer is there, in memory or streamed, for a number of samples."""
-        config, settings = self.networks.config.stdit3, self.settings
-        rows = num_samples if guidance_scale(settings) is None else 2 * num_samples
-        grid = zip(self.latent_shape()[:3], config.patch_size, strict=True)
-        tokens = math.prod(-(-size // patch) for size, patch in grid)
-        return self.networks.transformer(settings.dtype, self.timings, num_rows=rows, num_tokens=tokens)
+    def _transformer(self) -> AbstractContextManager[STDiT3 | StreamedSTDiT3]:
+        """Returns the context in which the transformer is there, in memory or streamed."""
+        fixed_bytes = 0 if self._plan is None else self._plan.stage("denoise").fixed
+        return self.networks.transformer(self.settings.dtype, self.timings, fixed_bytes=fixed_bytes)
 
     def velocity(self, stdit3: STDiT3 | StreamedSTDiT3, caption_BLE: np.ndarray, mask_BL: np.ndarray) -> Velocity:
         """Returns the velocity with its conditions; with guidance the null captions follow the prompts' captions."""
@@ -301,48 +313,15 @@ class Generation:
             merge=settings.merge,
         )
 
-    def _encode_clip(self, vae: VAE, video_Bthw3: np.ndarray) -> np.ndarray:
-        size = self.networks.config.vae.micro_frame_size
-        starts = range(0, video_Bthw3.shape[1], size)
-        frame_batch = self._frame_batch(*video_Bthw3.shape[2:4])
-        chunks = [
-            call("encode", self.timings, _encode_chunk, (frame_batch,), vae, video_Bthw3[:, at : at + size]) for at in starts
-        ]
-        return np.concatenate([np.asarray(chunk) for chunk in chunks], axis=1)
-
     def _decode_clip(self, latents_BTHWC: np.ndarray) -> np.ndarray:
         self._report("decode", self.settings.num_steps)
-        config, num_frames = self.networks.config.vae, self.settings.num_frames
-        size = config.micro_frame_size
-        step, side = latent_size(config, size, 1, 1)[0] or 0, config.spatial.downsampling
-        frame_batch = self._frame_batch(latents_BTHWC.shape[2] * side, latents_BTHWC.shape[3] * side)
-        chunks = []
-        with self.networks.use("vae", self.settings.dtype, self.timings) as vae:
-            for j in range(-(-num_frames // size)):
-                z, frames = latents_BTHWC[:, j * step : (j + 1) * step], min(size, num_frames - j * size)
-                chunks.append(np.asarray(call("decode", self.timings, _decode_chunk, (frames, frame_batch), vae, z)))
-        return np.concatenate(chunks, axis=1)
+        return self._coders.decode(latents_BTHWC, self.settings.num_frames)
 
     @property
     def _seed(self) -> int:
         return (self.settings.seed + self.loop * LOOP_SEED_STRIDE) % 2**32
 
-    def _frame_batch(self, height: int, width: int) -> int:
-        return max(1, FRAME_PIXELS // (height * width))
-
     def _report(self, stage: str, step: int = 0, carry: Carry | None = None) -> None:
         if self.callback is not None:
             at = {"step": step, "num_steps": self.settings.num_steps, "loop": self.loop, "num_loops": self.settings.loop}
             self.callback(Progress(stage=stage, carry=carry, **at))
-
-
-def _encode_text(t5: T5Encoder, ids_BL: Int[Array, "B L"], mask_BL: Bool[Array, "B L"]) -> Float[Array, "B L E"]:
-    return t5(ids_BL, mask_BL)
-
-
-def _encode_chunk(frame_batch: int, vae: VAE, video_Bthw3: Float[Array, "B t h w 3"]) -> Float[Array, "B T H W C"]:
-    return vae.encode_chunk(video_Bthw3, frame_batch=frame_batch)
-
-
-def _decode_chunk(num_frames: int, frame_batch: int, vae: VAE, z_BTHWC: Float[Array, "B T H W C"]) -> Float[Array, "B t h w 3"]:
-    return vae.decode_chunk(z_BTHWC, num_frames, frame_batch=frame_batch)

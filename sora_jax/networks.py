@@ -16,13 +16,15 @@ import jax
 from flax import nnx
 
 from sora_jax import model_directory
+from sora_jax.caption_cache import CaptionCache
 from sora_jax.checkpoint import load_network, unflatten
 from sora_jax.clip import Timings
-from sora_jax.config import BFLOAT16, FLOAT32, NETWORKS, ModelConfig
+from sora_jax.config import BFLOAT16, FLOAT32, NETWORKS, DTypePolicy, ModelConfig
 from sora_jax.model_directory import Manifest, ModelDirectoryError
 from sora_jax.stdit3 import STDiT3
-from sora_jax.streaming.network import STDiT3Stream, fixed_bytes
+from sora_jax.streaming.network import STDiT3Stream
 from sora_jax.streaming.profile import Profile
+from sora_jax.streaming.staging import Verified
 from sora_jax.t5 import T5Encoder
 from sora_jax.vae.codec import VAE
 
@@ -35,14 +37,18 @@ _POLICIES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 class Networks:
     """The open model directory; ``keep`` says whether networks stay in memory after their stage.
 
-    With a ``budget`` in bytes the transformer is streamed; ``profile`` then takes the times of its layers.
+    With a ``budget`` in bytes the transformer is streamed; ``profile`` then takes the times of its layers.  ``manifests`` say
+    what is on disk, ``verified`` which of its files were compared with them, ``caption_cache`` where features are kept.
     """
 
     def __init__(self, manifests: Mapping[str, Manifest], *, keep: bool, budget: int | None = None):
+        self.manifests = manifests
         self.config = ModelConfig(**{network: manifest.config for network, manifest in manifests.items()})
         self.directory = manifests["stdit3"].path.parent
         self.keep = keep
         self.profile: Profile | None = None
+        self.caption_cache: CaptionCache | None = None
+        self.verified = Verified()
         self._budget = budget
         self._streams: dict[str, STDiT3Stream] = {}
         self._loaded: dict[tuple[str, str], Any] = {}
@@ -79,8 +85,8 @@ class Networks:
         self._budget = budget
 
     @contextmanager
-    def transformer(self, dtype: str, timings: Timings, *, num_rows: int, num_tokens: int) -> Iterator[Any]:
-        """Yields the transformer for ``num_rows`` rows of ``num_tokens`` video tokens each: streamed if there is a budget.
+    def transformer(self, dtype: str, timings: Timings, *, fixed_bytes: int) -> Iterator[Any]:
+        """Yields the transformer: streamed if there is a budget, of which ``fixed_bytes`` are taken whatever is retained.
 
         Raises:
           ModelDirectoryError: a parameter is missing, damaged, or changed while it was streamed.
@@ -94,7 +100,7 @@ class Networks:
             self._streams[dtype] = STDiT3Stream(self.directory, dtype=dtype, budget=self._budget)
         stream = self._streams[dtype]
         stream.profile = self.profile
-        stream.retention.fixed_bytes = fixed_bytes(stream.blocks.source.manifest, num_rows=num_rows, num_tokens=num_tokens)
+        stream.retention.fixed_bytes = fixed_bytes
         with ExitStack() as resources:
             with timings.measure("load"):
                 network = resources.enter_context(stream.open())
@@ -125,6 +131,11 @@ class Networks:
             return jax.block_until_ready(jax.device_put(unflatten(abstract, flat)))
         except ValueError as error:
             raise ModelDirectoryError(f"{self.directory / network} does not fit its configuration: {error}") from error
+
+
+def policy_of(dtype: str) -> DTypePolicy:
+    """Returns the policy that computes in a dtype: ``float32`` or ``bfloat16``."""
+    return _POLICIES[dtype]
 
 
 def call(stage: str, timings: Timings, function: Callable[..., Any], static: tuple[Any, ...], *args: Any) -> Any:

@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 import sora_jax
 from sora_jax import merging, model_directory, settings, video
+from sora_jax.caption_cache import CaptionCache
 from sora_jax.clip import Clip, Timings, load_latents, save_latents
 from sora_jax.config import NETWORKS
 from sora_jax.generation import Callback, Generation, Inputs, read_inputs
@@ -49,6 +50,7 @@ class Pipeline:
         *,
         keep: bool | None = None,
         memory_budget: str | int | float | None = None,
+        caption_cache: str | os.PathLike[str] | None = None,
     ) -> Self:
         """Returns the pipeline of a model directory, or of the embedded pocket model; loads no weights yet.
 
@@ -57,7 +59,8 @@ class Pipeline:
           keep: whether networks stay in memory between stages and calls; None: if the model is below 1 GB and no budget
             is given.
           memory_budget: what the process may hold, such as ``"3.3GB"``, ``"auto"`` or bytes; the transformer's blocks are
-            then read while it runs, and as many retained as fit.
+            then read while it runs, and as many retained as fit; the other networks run from their files.
+          caption_cache: folder where caption features are kept, so that a prompt is encoded once; None: nowhere.
 
         Raises:
           ModelDirectoryError: a network is missing or damaged; the message holds the command that adds it.
@@ -66,6 +69,7 @@ class Pipeline:
         directory = POCKET if path is None else Path(path)
         budget = None if memory_budget is None else parse_budget(memory_budget)
         networks = Networks.open(directory, keep=keep, budget=budget)
+        networks.caption_cache = None if caption_cache is None else CaptionCache(caption_cache)
         index = model_directory.read_model_file(directory)
         tokenizer = Tokenizer.from_file(tokenizer_path(directory, index.get("tokenizer")))
         rows = networks.config.t5.vocab_size

@@ -130,7 +130,7 @@ def test_a_budget_too_small_names_the_minimum_and_what_fits(manifests: dict[str,
     large = dataclasses.replace(WORK, num_frames=340, height=512, width=512, batch=2)
     minimum = plan_memory(manifests, large).minimum
     assert plan_memory(manifests, large, minimum).peak <= minimum
-    with pytest.raises(ValueError, match=r"too small: 2 clips of 340 frames at 512x512 needs at least .* GB, for the stage"):
+    with pytest.raises(ValueError, match=r"too small: 2 clips of 340 frames at 512x512 needs .* GB at least, for the stage"):
         plan_memory(manifests, large, minimum - 1)
     with pytest.raises(ValueError, match=r"what fits: \d+ frames? at 512x512 or 340 frames at \d+x\d+") as raised:
         plan_memory(manifests, large, minimum // 2)
@@ -187,7 +187,7 @@ def test_inspect_prints_the_plan(tiny_model: Path, capsys: pytest.CaptureFixture
         assert stage["peak"] == sum(stage[name] for name in parts) <= fields["budget"]
         assert math.isfinite(stage["seconds"])
     assert cli.main(["inspect", str(tiny_model), "--memory-budget", "100MB", *size]) == cli.BAD_INPUT
-    assert "needs at least" in capsys.readouterr().err
+    assert "GB at least" in capsys.readouterr().err
 
 
 def _run(segment: Segment) -> Callable[..., Any]:

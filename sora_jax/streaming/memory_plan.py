@@ -137,7 +137,7 @@ def plan_memory(manifests: Mapping[str, Manifest], workload: Workload, budget: i
     if budget is not None and budget < plan.minimum:
         largest = max(plan.stages, key=lambda stage: stage.minimum)
         raise ValueError(
-            f"memory budget of {_gb(budget)} is too small: {_described(workload)} needs at least {_gb(plan.minimum)}, "
+            f"memory budget of {_gb(budget)} is too small: {_described(workload)} needs {_gb(plan.minimum)} at least, "
             f"for the stage {largest.name}; {_advice(manifests, workload, budget)}."
         )
     return plan
@@ -344,4 +344,4 @@ def _described(workload: Workload) -> str:
 
 
 def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.3g} MB"
+    return f"{num_bytes / 1e9:.3g} GB"

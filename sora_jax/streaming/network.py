@@ -6,7 +6,6 @@ dtype and on the back-end; how much is retained is state of the host, so one pro
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Iterator
 from typing import Literal, TypeVar, no_type_check
@@ -33,8 +32,6 @@ from sora_jax.streaming.stream import ENDS, BlockStream, Stored
 Backend = Literal["mmap", "host"]
 End = TypeVar("End", Embed, Final)
 
-_PROCESS_BYTES = 220_000_000  # Python with JAX
-_TOKEN_BYTES = 24  # of activations, for each token and feature
 _POLICIES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 
 
@@ -165,23 +162,6 @@ def block_bytes(manifest: Manifest) -> list[int]:
     """Returns the stored bytes of every block, in execution order."""
     blocks = [layer for layer in manifest.layers if layer not in ENDS]
     return [sum(manifest.parameters[name].nbytes for name in manifest.names(block)) for block in blocks]
-
-
-def fixed_bytes(manifest: Manifest, *, num_rows: int, num_tokens: int) -> int:
-    """Returns the estimated bytes of a process that streams the transformer and retains no block.
-
-    The interpreter with JAX, two staged layers, one in the program in float32, the layers that stay, and the activations of
-    a block; measured at full width: 135 MB for two rows of 2,560 tokens.
-    """
-    config = manifest.config
-    layer = max(block_bytes(manifest))
-    wide_layer = 4 * max(sum(_numbers(manifest, layer).values()) for layer in manifest.layers if layer not in ENDS)
-    ends = 4 * sum(sum(_numbers(manifest, layer).values()) for layer in ENDS)
-    return _PROCESS_BYTES + 2 * layer + wide_layer + ends + _TOKEN_BYTES * config.hidden_size * num_rows * num_tokens
-
-
-def _numbers(manifest: Manifest, layer: str) -> dict[str, int]:
-    return {name: math.prod(manifest.parameters[name].shape) for name in manifest.names(layer)}
 
 
 def _backend(backend: Backend | None, on_cpu: bool) -> Backend:

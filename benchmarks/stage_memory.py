@@ -1,0 +1,246 @@
+"""Peak memory and time of the text encoder and of decoding, run from their files at full size, each in its own process.
+
+Run:      python -m benchmarks.stage_memory SCRATCH --stages text decode --dtypes float32 bfloat16 int8 [--rival]
+          (--tiny tries it out at toy width in a minute; --linked stores one text-encoder block and links the other 23)
+Needs:    Linux; disk for the weights (text encoder 19, 9.5 or 4.8 GB, --linked 1.3, 0.7 or 0.3 GB; autoencoder 1.6 GB).
+Expect:   every peak at most 3.3 GB; the least peak (one segment at a time) of the int8 encoder at 300 tokens at most 0.8 GB;
+          17 frames of 256 x 256 decoded in at most 2.0 GB and in no more than PyTorch's time.
+Rival:    --rival: diffusers' AutoencoderKL and `torch_decoder` in eager mode on as many threads, weights random too.
+
+The peak is VmHWM of a child process (interpreter, compiler, file pages included) and stands beside what the memory plan said.
+Linked blocks share their bytes, so they are read from the page cache: read times then say nothing, memory does.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import ItemsView, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from benchmarks.machine import environment
+from sora_jax.checkpoint import flatten, save_network
+from sora_jax.clip import Timings
+from sora_jax.config import ModelConfig, open_sora_1_2, pocket
+from sora_jax.model_directory import NETWORK_FILE, Manifest, Parameter, open_network
+from sora_jax.networks import policy_of
+from sora_jax.stdit3 import STDiT3
+from sora_jax.streaming import host_loop
+from sora_jax.streaming.memory_plan import Workload, plan_memory
+from sora_jax.streaming.segment_loop import SegmentLoop
+from sora_jax.t5 import T5Encoder
+from sora_jax.vae.codec import VAE, latent_size
+
+RESULTS = Path(__file__).parent / "results" / "stage_memory.json"
+CLASSES: dict[str, Any] = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
+NETWORK_OF = {"text": "t5", "decode": "vae", "encode": "vae"}
+
+
+class RandomParameters(Mapping[str, np.ndarray]):
+    """Random parameters of a network by flat name, drawn when they are asked for."""
+
+    def __init__(self, network: str, config: Any):
+        abstract = jax.eval_shape(lambda: CLASSES[network](config, rngs=nnx.Rngs(0)))
+        self.shapes = {name: leaf.shape for name, leaf in flatten(abstract).items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        shape = self.shapes[name]
+        x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
+        if name.endswith("scale"):
+            return 1 + 0.1 * x
+        return x * np.float32(np.prod(shape[:-1]) ** -0.5 if name.endswith("kernel") else 0.05)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def items(self) -> ItemsView[str, np.ndarray]:
+        """Returns the parameters one at a time."""
+        return ItemsView(self)
+
+
+def main() -> None:
+    """Measures what the command line asks for, each case in a child process, prints and writes it."""
+    options = parse()
+    if options.child:
+        print(json.dumps(measure(options)))
+        return
+    report: dict[str, Any] = {"setting": setting(options), "environment": environment(), "results": []}
+    for stage in options.stages:
+        for stored in options.dtypes if stage == "text" else ["float32"]:
+            directory = write(options, NETWORK_OF[stage], stored)
+            for num_slots in (2, 1):
+                report["results"].append(child(options, [stage, stored, str(num_slots)]))
+                print(json.dumps(report["results"][-1]), flush=True)
+            if options.remove:
+                shutil.rmtree(directory)
+        if options.rival and stage == "decode":
+            report["results"].append(child(options, ["rival", "float32", "1"]))
+            print(json.dumps(report["results"][-1]), flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """Returns the command line's options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("scratch", type=Path, help="folder for the weights")
+    parser.add_argument("--stages", nargs="+", default=["text", "decode"], choices=list(NETWORK_OF))
+    parser.add_argument("--dtypes", nargs="+", default=["int8"], choices=["float32", "bfloat16", "int8"], help="of text")
+    parser.add_argument("--frames", type=int, default=17)
+    parser.add_argument("--size", type=int, default=256, help="rows and columns in pixels")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--linked", action="store_true", help="store one block of the text encoder and link the others")
+    parser.add_argument("--remove", action="store_true", help="remove the weights afterwards")
+    parser.add_argument("--rival", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="toy width")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--child", nargs=3, metavar=("STAGE", "STORED", "SLOTS"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def setting(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns what decides the numbers."""
+    left_out = ("out", "child", "scratch", "remove")
+    return {name: value for name, value in vars(options).items() if name not in left_out}
+
+
+def config_of(options: argparse.Namespace) -> ModelConfig:
+    """Returns the architecture: Open-Sora 1.2, or at toy width."""
+    return pocket if options.tiny else open_sora_1_2
+
+
+def write(options: argparse.Namespace, network: str, stored: str) -> Path:
+    """Writes a network of the true shapes with random weights, unless it is there, and returns its model directory."""
+    directory = options.scratch / f"{network}-{stored}{'-linked' if options.linked else ''}{'-tiny' if options.tiny else ''}"
+    config = getattr(config_of(options), network)
+    if (directory / network).exists():
+        return directory
+    if network != "t5" or not options.linked:
+        save_network(directory, network, config, RandomParameters(network, config), dtype=stored)
+        return directory
+    single = dataclasses.replace(config, num_layers=1)
+    manifest = save_network(directory, network, single, RandomParameters(network, single), dtype=stored)
+    _link_blocks(manifest, config)
+    return directory
+
+
+def _link_blocks(manifest: Manifest, config: Any) -> None:
+    """Gives an encoder of one block ``config.num_layers`` of them, all with the same files."""
+    parameters = dict(manifest.parameters)
+    for i in range(1, config.num_layers):
+        shutil.copytree(manifest.path / "block.0", manifest.path / f"block.{i}", copy_function=os.link)
+        for name in manifest.names("block.0"):
+            parameters[name.replace("block.0.", f"block.{i}.", 1)] = manifest.parameters[name]
+    whole = dataclasses.replace(manifest, config=config, parameters=parameters)
+    (manifest.path / NETWORK_FILE).write_text(json.dumps(whole.to_dict()))
+
+
+def child(options: argparse.Namespace, case: list[str]) -> dict[str, Any]:
+    """Returns the measurement of a case in a new process; of several repeats the fastest, with the largest peak."""
+    runs = []
+    for _ in range(options.repeats):
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.stage_memory", *sys.argv[1:], "--child", *case],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            return {"stage": case[0], "stored": case[1], "num_slots": int(case[2]), "failed": done.stderr[-2000:]}
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    return {**min(runs, key=lambda run: run["seconds"]), "peak_bytes": max(run["peak_bytes"] for run in runs)}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns peak, times and plan of one case, run in this process."""
+    stage, stored, num_slots = options.child[0], options.child[1], int(options.child[2])
+    if stage == "rival":
+        return measure_rival(options)
+    network, timings = NETWORK_OF[stage], Timings()
+    manifest = open_network(write(options, network, stored), network)
+    start = time.perf_counter()
+    loop = SegmentLoop(manifest, CLASSES[network], policy_of("float32"), timings, num_slots=num_slots)
+    out = run_stage(stage, loop, options)
+    seconds = time.perf_counter() - start
+    planned = plan_stage(options, manifest, stage)
+    least = planned.minimum if num_slots == 1 else planned.peak
+    return {
+        "stage": stage,
+        "stored": stored,
+        "num_slots": num_slots,
+        "seconds": seconds,
+        "timings": timings,
+        "planned_bytes": least,
+        "finite": bool(np.isfinite(out).all()),
+        **peak(),
+    }
+
+
+def run_stage(stage: str, loop: SegmentLoop, options: argparse.Namespace) -> np.ndarray:
+    """Returns the output of a stage on random inputs of the size asked for."""
+    rng, config = np.random.default_rng(0), config_of(options)
+    if stage == "text":
+        length = config.stdit3.model_max_length
+        ids = rng.integers(0, config.t5.vocab_size, (1, length)).astype(np.int32)
+        return host_loop.encode_text(loop, ids, np.ones((1, length), bool))
+    frames, rows, columns = latent_size(config.vae, options.frames, options.size, options.size)
+    if stage == "decode":
+        z = rng.standard_normal((1, frames or 1, rows, columns, 4)).astype(np.float32)
+        return host_loop.decode(loop, z, options.frames)
+    video = rng.uniform(-1, 1, (1, options.frames, options.size, options.size, 3)).astype(np.float32)
+    return host_loop.encode(loop, video)
+
+
+def plan_stage(options: argparse.Namespace, manifest: Manifest, stage: str) -> Any:
+    """Returns the memory plan's stage, with the other networks as they would be."""
+    manifests = {manifest.network: manifest}
+    for network, build in CLASSES.items():
+        config = getattr(config_of(options), network)
+        shapes = flatten(jax.eval_shape(lambda build=build, config=config: build(config, rngs=nnx.Rngs(0))))
+        parameters = {name: Parameter(leaf.shape, "float32", "") for name, leaf in shapes.items()}
+        manifests.setdefault(network, Manifest(Path(), network, config, "float32", parameters, {}))
+    work = Workload(num_frames=options.frames, height=options.size, width=options.size, encodes=stage == "encode")
+    return plan_memory(manifests, work).stage(stage)
+
+
+def measure_rival(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns peak and time of decoding in eager PyTorch."""
+    from benchmarks import torch_decoder
+
+    config = config_of(options).vae
+    start = time.perf_counter()
+    decode = torch_decoder.make(config)
+    built = time.perf_counter()
+    temporal_s, spatial_s = decode(options.frames, options.size)
+    return {
+        "stage": "rival",
+        "stored": "float32",
+        "num_slots": 1,
+        "seconds": temporal_s + spatial_s,
+        "timings": {"build": built - start, "temporal": temporal_s, "spatial": spatial_s},
+        **peak(),
+    }
+
+
+def peak() -> dict[str, int]:
+    """Returns the process's high-water mark, and what of its memory is its own and what are file pages now."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    names = {"peak_bytes": "VmHWM", "anon_bytes": "RssAnon", "file_bytes": "RssFile"}
+    return {name: int(fields[field].split()[0]) * 1024 for name, field in names.items()}
+
+
+if __name__ == "__main__":
+    main()
