@@ -84,6 +84,8 @@ def test_transformer_stages_are_the_network_on_both_rows(tiny_model, stages, var
     np.testing.assert_allclose(values["v_RTHWC"], expected[..., :4], **EQUAL)
 
 
+@pytest.mark.artefacts
+@pytest.mark.slow
 def test_codec_stages_are_the_chunked_codec(tiny_model, stages):
     vae = network(tiny_model, "vae")
     frames, rows, columns = SIZE.latents(CONFIG.vae)

@@ -78,6 +78,8 @@ def psnr_db(expected: np.ndarray, got: np.ndarray) -> float:
     return check.difference(expected.astype(np.float64), got.astype(np.float64))[0]
 
 
+@pytest.mark.artefacts
+@pytest.mark.slow
 def test_artefacts_alone_make_the_pipelines_video(tiny_model, tmp_path, target, in_process):
     made = export_tiny(tiny_model, tmp_path / "out", target, settings=GIVEN)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

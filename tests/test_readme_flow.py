@@ -10,9 +10,11 @@ from sora_jax import Leap, Schedule, sample
 
 mean, width = jnp.array([[0.7, -1.2]]), jnp.array([[0.3, 1.6]])  # the data: a Gaussian, so that the exact flow is known
 
+
 def velocity(z, t):  # from noise (t = 1) to data (t = 0)
     t = t[:, None]
     return mean - (t - (1 - t) * width**2) / (((1 - t) * width) ** 2 + t**2) * (z - (1 - t) * mean)
+
 
 noise = jax.random.normal(jax.random.key(0), (1000, 2))
 for steps, options in [(30, {}), (16, {}), (30, {"leap": Leap.static(15)}), (16, {"solver": "ab2"})]:

@@ -62,6 +62,7 @@ def test_the_bare_loop_is_the_plain_sampling() -> None:
     np.testing.assert_allclose(sampler_overhead.bare(z, jnp.asarray(schedule.visited)), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_ablation_compares_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation, "with_depth", lambda config, depth: small(depth))
     report = run(ablation, "--depth", 1, "--repeats", 2, "--sizes", "4x4", "--out", tmp_path / "a.json")
@@ -76,6 +77,7 @@ def test_ablation_compares_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
     assert set(found["product with TDTM 15"]) == {"product", "both", "reached"}
 
 
+@pytest.mark.slow
 def test_evaluation_speed_reports_both_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation_speed, "with_depth", lambda config, depth: small(depth))
     arguments = ("--repeats", 1, "--depth", 1, "--frames", 2, "--side", 4, "--sizes", "4x4", "--dtypes", "float32")
