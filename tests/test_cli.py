@@ -61,6 +61,7 @@ def test_a_prompt_becomes_a_file_that_knows_how_it_was_made(generate: Run, run: 
     assert "  seed: 3" in run("inspect", "clip.mp4")[2].splitlines()
 
 
+@pytest.mark.slow
 def test_equal_prompts_named_by_themselves_are_made_once(generate: Run) -> None:
     arguments = ("a", "a", "--prompt-as-path", "--num-frames", 1, "--steps", 1)
     assert generate(*arguments) == (0, [], "a.png\n")

@@ -74,6 +74,7 @@ def test_too_large_a_picture_is_an_error(dozen, tmp_path, monkeypatch):
         pocket_pictures.save_strips(pocket_pictures.strips(*dozen), tmp_path / "strips.png")
 
 
+@pytest.mark.slow
 def test_pictures_of_a_model_directory(tiny_model, tmp_path, monkeypatch, capsys):
     asked = []
     made = faithfulness.clips

@@ -27,7 +27,7 @@ from sora_jax.pocket.vocabulary import write_tokenizer
 from sora_jax.pocket.world import FPS, MOTIONS, NUM_FRAMES, SIZE_PX
 from sora_jax.tokenizer import Tokenizer
 
-DEFAULTS = {"num_steps": 30, "guidance": 7.0, "height": SIZE_PX, "width": SIZE_PX, "num_frames": NUM_FRAMES, "fps": FPS}
+DEFAULTS = {"num_steps": 30, "guidance": 3.0, "height": SIZE_PX, "width": SIZE_PX, "num_frames": NUM_FRAMES, "fps": FPS}
 LESSONS = ("4500:5700:left,right,up,down,grow,shrink", "7000:7400:left,right")
 TRAINING_SEED = 1_000_000  # of the captions that watch training, apart from those of published figures
 
