@@ -355,16 +355,20 @@ def _interruptibly(work: Callable[[], None], folders: Sequence[Path]) -> None:
     worker = threading.Thread(target=guarded, daemon=True)
     try:
         worker.start()
-        worker.join()
+        while worker.is_alive():
+            worker.join(0.1)  # a signal that another thread receives does not end a wait without limit
     except (KeyboardInterrupt, SystemExit) as interrupt:
+        from tqdm import tqdm
+
         from sora_jax import files
 
         files.remove_partial(*folders)
         code = INTERRUPTED if isinstance(interrupt, KeyboardInterrupt) else TERMINATED
-        print(file=sys.stderr)  # ends the line of the progress bar
-        _fail("interrupted", code)
-        sys.stdout.flush()
-        os._exit(code)
+        with tqdm.get_lock():  # the worker still runs, and must not draw its bar once more
+            print(file=sys.stderr)  # ends the line of the bar
+            _fail("interrupted", code)
+            sys.stdout.flush()
+            os._exit(code)
     if failures:
         raise failures[0]
 

@@ -56,6 +56,21 @@ def test_mp4_frames_stand_at_exact_multiples_of_the_frame_time(tmp_path: Path, f
         assert [frame.pts * frame.time_base for frame in container.decode(stream)] == [i / rate for i in range(10)]
 
 
+def test_equal_frames_make_equal_mp4_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    frames = rng.normal(120, 40, (17, 12, 12, 3)).repeat(8, 1).repeat(8, 2)
+    frames = np.clip(frames + rng.normal(0, 5, frames.shape), 0, 255).astype(np.uint8)
+    contiguous = np.ascontiguousarray
+
+    def after_other_work(frame: np.ndarray) -> np.ndarray:
+        used = [np.full(int(rng.integers(1, 200_000)), rng.integers(256), np.uint8) for _ in range(5)]
+        del used  # back to the allocator, with what it held
+        return contiguous(frame)
+
+    monkeypatch.setattr(video.np, "ascontiguousarray", after_other_work)
+    assert len({video.save(frames, tmp_path / f"{run}.mp4", fps=8).read_bytes() for run in range(30)}) == 1
+
+
 def test_mp4_is_yuv420p_bt709_and_its_index_comes_first(tmp_path: Path) -> None:
     colour = np.array([200, 30, 60])
     path = video.save(np.broadcast_to(colour.astype(np.uint8), (4, 32, 32, 3)), tmp_path / "clip.mp4", fps=24)
