@@ -12,14 +12,13 @@ phone's own runtime adds (compiling for its accelerator, heat) is not modelled a
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
-from benchmarks.machine import environment
+from benchmarks.machine import environment, write_report
 from sora_jax.checkpoint import flatten
 from sora_jax.config import open_sora_1_2
 from sora_jax.model_directory import Manifest, Parameter
@@ -73,8 +72,7 @@ def main() -> None:
     report["fitted"] = {"profile": dataclasses.asdict(fitted), **predict(manifests, fitted)}
     for name in ("nominal", "fitted"):
         print("\n".join([f"-- {name} --", *table(report[name])]))
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, options.json)
 
 
 def parse() -> argparse.Namespace:

@@ -1,8 +1,11 @@
-"""What a reader needs to judge a benchmark's numbers: device, threads, versions, commit, load."""
+"""What a reader needs to judge a benchmark's numbers (device, threads, versions, commit, load), and the file they are in."""
 
+import json
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +27,22 @@ def environment() -> dict[str, Any]:
         "commit": commit,
         "load": os.getloadavg(),
     }
+
+
+def write_report(report: Mapping[str, Any], path: Path | None, *, show: bool = False) -> None:
+    """Writes a report as JSON to a file, where one is named, and prints it, where it is to be shown.
+
+    A report without an ``environment`` gets this machine's; the file's folders are made.
+    """
+    text = compact({**report, "environment": report.get("environment") or environment()})
+    if show:
+        print(text, end="")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def compact(value: Any) -> str:
+    """Returns indented JSON in which lists of numbers and words are one line each."""
+    flat_list, line_break = re.compile(r"\[\n +([^\[\]{}]+?)\n *\]"), re.compile(r"\n *")
+    return flat_list.sub(lambda match: f"[{line_break.sub(' ', match[1])}]", json.dumps(value, indent=1)) + "\n"

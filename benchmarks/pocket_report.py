@@ -1,4 +1,4 @@
-"""What the training of the pocket model took: ``python benchmarks/pocket_report.py --work training``.
+"""What the training of the pocket model took: ``python -m benchmarks.pocket_report --work training``.
 
 Reads the reports that training wrote (one JSON line each in ``<stage>.jsonl``), the arguments of its starts
 (``runs.jsonl``) and the manifests of its model, and writes ``benchmarks/results/pocket_training.json``: settings of every
@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import math
-import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import write_report
 from sora_jax.config import pocket
 from sora_jax.model_directory import open_network, present_networks
 from sora_jax.pocket import train, train_codec, train_flow, train_text, world
@@ -172,12 +172,6 @@ def _constants(module: ModuleType) -> dict[str, Any]:
     return {name: value for name, value in public.items() if isinstance(value, int | float | tuple)}
 
 
-def compact(value: Any) -> str:
-    """Returns indented JSON in which lists of numbers and words are one line each."""
-    flat_list = re.compile(r"\[\s+([^\[\]{}]+?)\s+\]")
-    return flat_list.sub(lambda match: f"[{' '.join(match[1].split())}]", json.dumps(value, indent=1)) + "\n"
-
-
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -194,8 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"file to write (default {RESULTS.name} in results)")
     options = parser.parse_args(arguments)
     made = report(options.work, json.loads(options.out.read_text()) if options.out.exists() else None)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(compact(made))
+    write_report(made, options.out)
     for name, stage in made["stages"].items():
         last = {score: values[-1] for score, values in stage["scores"].items() if score not in _CLOCK}
         print(f"{name}: {stage['steps_done']} of {stage['steps']} steps, {stage['seconds'] / 60:.1f} min, {last}")

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import write_report
 from sora_jax.cli import describe
 from sora_jax.pipeline import Pipeline
 
@@ -37,9 +38,7 @@ def main() -> None:
         pipe = Pipeline.from_pretrained(options.model)
         names = ("preset", "num_steps", "leap", "merge_steps", "plan", "num_frames", "height", "width", "resolution", "dtype")
         given = {name: getattr(options, name) for name in (*names, "aspect_ratio")}
-        options.out.mkdir(parents=True, exist_ok=True)
-        settings = pipe.resolve(given).to_dict()
-        (options.out / "study.json").write_text(json.dumps({"model": pipe.model_id, "settings": settings}, indent=1) + "\n")
+        write_report({"model": pipe.model_id, "settings": pipe.resolve(given).to_dict()}, options.out / "study.json")
         for at, job in missing:
             pipe(job[0], seed=options.seed + at, **given).save(options.out / file_name(*job))
             print(file_name(*job), flush=True)

@@ -163,9 +163,3 @@ def test_a_line_half_written_is_left_out(tmp_path):
 def test_a_folder_without_reports_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no reports; expected one of spatial\.jsonl"):
         pocket_report.report(tmp_path)
-
-
-def test_compact_json_is_the_same_json():
-    value = {"a": [1, 2.5, None], "b": [[1, 2], [3]], "c": [{"d": [True]}], "e": [], "f": "x"}
-    assert json.loads(pocket_report.compact(value)) == value
-    assert '"a": [1, 2.5, null]' in pocket_report.compact(value)
