@@ -123,6 +123,15 @@ def _parser() -> argparse.ArgumentParser:
             description="Writes a model's stages as programs of fixed shapes, each compared with JAX before it counts.",
         )
     )
+    _add_run_exported(
+        commands.add_parser(
+            "run-exported",
+            parents=[common],
+            allow_abbrev=False,
+            help="make a clip with an exported model",
+            description="Makes a clip from a prompt with the artefacts of an export, read through its manifest.",
+        )
+    )
     inspect = commands.add_parser(
         "inspect", parents=[common], allow_abbrev=False, help="show what a clip or a model directory holds"
     )
@@ -279,6 +288,24 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
+def _add_run_exported(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_run_exported)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="what sora-jax export has made")
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, default=Path("clip.mp4"), help="default: clip.mp4")
+    parser.add_argument("--seed", metavar="N", type=int, default=0)
+    parser.add_argument("--size", metavar="FxHxW", help="one of those exported (default: the first)")
+    loop = parser.add_argument_group("the loop (defaults are the manifest's)")
+    loop.add_argument("--steps", dest="num_steps", metavar="N", type=int)
+    loop.add_argument("--guidance", metavar="G", type=float)
+    loop.add_argument("--merge-steps", metavar="K", type=int)
+    loop.add_argument("--leap", metavar="off|N|dynamic", type=_leap)
+    loop.add_argument("--sampler", action="store_true", help="StableHLO: the whole loop as one program")
+    parser.add_argument("--unload", action="store_true", help="let every stage go when the manifest says so")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing clip")
+    parser.add_argument("--quiet", action="store_true", help="no remarks")
+
+
 def _add_plan(plan: argparse._ArgumentGroup) -> None:
     plan.add_argument("--memory-budget", metavar="SIZE|auto", help="memory to make do with, for example 3.3GB")
     plan.add_argument("--num-frames", metavar="N|2s")
@@ -337,6 +364,15 @@ def _export(options: argparse.Namespace) -> None:
     from sora_jax import export_command
 
     export_command.run(options)
+
+
+def _run_exported(options: argparse.Namespace) -> None:
+    def work() -> None:
+        from sora_jax import run_exported_command
+
+        run_exported_command.run(options)
+
+    _interruptibly(work, [options.output.parent])
 
 
 def _interruptibly(work: Callable[[], None], folders: Sequence[Path]) -> None:

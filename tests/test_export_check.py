@@ -90,7 +90,7 @@ def complete_manifest() -> dict:
         "weights": {"dtype": "float", "stored_dtype": {"t5": "int8"}, "dequantised": True},
         "made_by": manifest.versions(["numpy"]),
         "model": {"name": "tiny", "licence": None, "networks": {"t5": {"config": CONFIG.t5.to_dict(), "sha256": "0" * 64}}},
-        "tokens": {"length": 12, "file": None},
+        "tokens": {"length": 12, "file": None, "scores": {"aes": 6.5, "flow": None, "camera_motion": None}},
         "sizes": [manifest.size_entry(CONFIG, SIZE, SETTINGS)],
         "sampling": manifest.sampling_entry(SETTINGS),
         "phases": manifest.phases([entry["name"] for entry in entries]),

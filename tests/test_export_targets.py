@@ -93,6 +93,9 @@ def test_artefacts_alone_make_the_pipelines_video(tiny_model, tmp_path, target, 
     if target == "stablehlo":
         frames = run(model, pipeline, seed=3, loop="sampler")
         assert psnr_db(clip.frames, frames) >= EQUAL_DB
+    command = ["run-exported", str(tmp_path / "elsewhere"), PROMPT, "--seed", "3", "--unload", "-o", str(tmp_path / "clip.npz")]
+    assert cli.main(command) == cli.OK
+    assert psnr_db(clip.frames, np.load(tmp_path / "clip.npz")["frames"][None]) >= EQUAL_DB
 
 
 def test_int8_is_a_quarter_of_the_bytes(tiny_model, tmp_path, target, in_process):

@@ -189,7 +189,8 @@ def _manifest(
 ) -> dict[str, Any]:
     networks: dict[str, Manifest] = job.networks()
     index = model_directory.read_model_file(job.directory)
-    tokens: dict[str, Any] = {"length": pipeline.config.stdit3.model_max_length, "file": None}
+    scores = {name: getattr(chosen, name) for name in ("aes", "flow", "camera_motion")}
+    tokens: dict[str, Any] = {"length": pipeline.config.stdit3.model_max_length, "file": None, "scores": scores}
     if "t5" in job.parts:
         source = tokenizer_path(Path(job.directory), index.get("tokenizer"))
         shutil.copyfile(source, folder / source.name)

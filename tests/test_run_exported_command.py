@@ -1,0 +1,30 @@
+"""``sora-jax run-exported`` refuses in one line; that it makes the pipeline's clip is in tests/test_export_targets.py."""
+
+import pytest
+
+from sora_jax import cli
+from sora_jax.export import manifest
+from tests.test_export_check import complete_manifest
+
+pytest.importorskip("jsonschema", reason="manifests are validated with jsonschema (extra stablehlo, onnx or coreml)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "has no tokenizer; export it with the stage t5"),
+        (("--size", "20x16x16"), "was not exported for size 20x16x16; it has 20x16x32"),
+        (("--leap", "never"), "leap is 'never'; expected off, dynamic, or the number of a step"),
+        (("-o", "clip.avi"), "avi"),
+    ],
+)
+def test_an_exported_folder_that_cannot_make_the_clip_says_why(tmp_path, capsys, arguments, message):
+    made = complete_manifest()
+    if arguments:
+        made["tokens"]["file"] = "a"
+    manifest.write(tmp_path, made)
+    (tmp_path / "a").write_bytes(b"x")
+    assert cli.main(["run-exported", str(tmp_path), "a red circle", *arguments]) == cli.BAD_INPUT
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
