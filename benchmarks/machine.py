@@ -1,4 +1,4 @@
-"""What a reader needs to judge a benchmark's numbers (device, threads, versions, commit, load), and the file they are in."""
+"""What a reader needs to judge a benchmark's numbers (device, versions, commit, load), their file; and memory of a process."""
 
 import json
 import os
@@ -46,3 +46,10 @@ def compact(value: Any) -> str:
     """Returns indented JSON in which lists of numbers and words are one line each."""
     flat_list, line_break = re.compile(r"\[\n +([^\[\]{}]+?)\n *\]"), re.compile(r"\n *")
     return flat_list.sub(lambda match: f"[{line_break.sub(' ', match[1])}]", json.dumps(value, indent=1)) + "\n"
+
+
+def memory() -> dict[str, int]:
+    """Returns bytes of this process: its high-water mark, and what it holds now of its own and of file pages (Linux)."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    names = {"peak_bytes": "VmHWM", "anonymous_bytes": "RssAnon", "file_bytes": "RssFile"}
+    return {name: int(fields[field].split()[0]) * 1024 for name, field in names.items()}

@@ -1,11 +1,14 @@
-"""The transformer at its real width with random weights, its inputs, and the arithmetic of an evaluation.
+"""Networks with random weights: on their way to files, or the transformer at its real width in memory, and its arithmetic.
 
-Invariant: all block pairs share the arrays of one, so that 28 pairs take the memory of one (0.2 GB in float32, not 4.5);
-the arithmetic is the same, and a pair is too large for the caches of a processor to make a difference.
+Invariant: in memory all block pairs share the arrays of one, so that 28 pairs take the memory of one (0.2 GB in float32, not
+4.5); the arithmetic is the same, and a pair is too large for the caches of a processor to make a difference.  In files every
+parameter has its own values, small enough for activations to stay finite.
 """
 
 import dataclasses
 import re
+import zlib
+from collections.abc import Callable, ItemsView, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +24,36 @@ from sora_jax.velocity import Velocity
 
 POLICIES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 CAPTION_TOKENS = 120  # real ones, of 300: what masks leave
+
+
+class RandomParameters(Mapping[str, np.ndarray]):
+    """Random float32 parameters of a network by flat name, drawn when they are asked for: all of them are never in memory.
+
+    Args:
+      build: the network's class; only its shapes are made.
+      config: its architecture.
+    """
+
+    def __init__(self, build: Callable[..., Any], config: Any):
+        abstract = jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+        self.shapes = {name: leaf.shape for name, leaf in flatten(abstract).items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        shape = self.shapes[name]
+        x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
+        if name.endswith("scale"):  # of norms
+            return 1 + 0.1 * x
+        return x * np.float32(np.prod(shape[:-1]) ** -0.5 if name.endswith("kernel") else 0.05)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def items(self) -> ItemsView[str, np.ndarray]:
+        """Returns the parameters one at a time."""
+        return ItemsView(self)
 
 
 def random_stdit3(config: STDiT3Config, dtype: str, *, seed: int = 0) -> STDiT3:

@@ -19,8 +19,6 @@ import shutil
 import subprocess
 import sys
 import time
-import zlib
-from collections.abc import ItemsView, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks.machine import environment
+from benchmarks.machine import environment, memory
+from benchmarks.random_network import RandomParameters
 from sora_jax.checkpoint import flatten, save_network
 from sora_jax.clip import Timings
 from sora_jax.config import ModelConfig, open_sora_1_2, pocket
@@ -44,31 +43,6 @@ from sora_jax.vae.codec import VAE, latent_size
 RESULTS = Path(__file__).parent / "results" / "stage_memory.json"
 CLASSES: dict[str, Any] = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
 NETWORK_OF = {"text": "t5", "decode": "vae", "encode": "vae"}
-
-
-class RandomParameters(Mapping[str, np.ndarray]):
-    """Random parameters of a network by flat name, drawn when they are asked for."""
-
-    def __init__(self, network: str, config: Any):
-        abstract = jax.eval_shape(lambda: CLASSES[network](config, rngs=nnx.Rngs(0)))
-        self.shapes = {name: leaf.shape for name, leaf in flatten(abstract).items()}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        shape = self.shapes[name]
-        x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
-        if name.endswith("scale"):
-            return 1 + 0.1 * x
-        return x * np.float32(np.prod(shape[:-1]) ** -0.5 if name.endswith("kernel") else 0.05)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def items(self) -> ItemsView[str, np.ndarray]:
-        """Returns the parameters one at a time."""
-        return ItemsView(self)
 
 
 def main() -> None:
@@ -129,10 +103,10 @@ def write(options: argparse.Namespace, network: str, stored: str) -> Path:
     if (directory / network).exists():
         return directory
     if network != "t5" or not options.linked:
-        save_network(directory, network, config, RandomParameters(network, config), dtype=stored)
+        save_network(directory, network, config, RandomParameters(CLASSES[network], config), dtype=stored)
         return directory
     single = dataclasses.replace(config, num_layers=1)
-    manifest = save_network(directory, network, single, RandomParameters(network, single), dtype=stored)
+    manifest = save_network(directory, network, single, RandomParameters(CLASSES[network], single), dtype=stored)
     _link_blocks(manifest, config)
     return directory
 
@@ -185,7 +159,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "timings": timings,
         "planned_bytes": least,
         "finite": bool(np.isfinite(out).all()),
-        **peak(),
+        **memory(),
     }
 
 
@@ -231,15 +205,8 @@ def measure_rival(options: argparse.Namespace) -> dict[str, Any]:
         "num_slots": 1,
         "seconds": temporal_s + spatial_s,
         "timings": {"build": built - start, "temporal": temporal_s, "spatial": spatial_s},
-        **peak(),
+        **memory(),
     }
-
-
-def peak() -> dict[str, int]:
-    """Returns the process's high-water mark, and what of its memory is its own and what are file pages now."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    names = {"peak_bytes": "VmHWM", "anon_bytes": "RssAnon", "file_bytes": "RssFile"}
-    return {name: int(fields[field].split()[0]) * 1024 for name, field in names.items()}
 
 
 if __name__ == "__main__":

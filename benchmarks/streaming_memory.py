@@ -1,6 +1,6 @@
 """Peak memory of one guided evaluation of the streamed transformer, measured in a process of its own.
 
-Run:      python benchmarks/streaming_memory.py WEIGHTS_DIR [--budgets 3.3GB 1.5GB minimum] [--backends mmap host]
+Run:      python -m benchmarks.streaming_memory WEIGHTS_DIR [--budgets 3.3GB 1.5GB minimum] [--backends mmap host]
           (writes 4.5 GB of random weights into WEIGHTS_DIR, unless they are there; --blocks 4 --frames 2 tries it out)
 Needs:    Linux; as much memory as the largest budget; 68 frames at 256 x 256 (5,120 tokens, two rows) take minutes.
 Expect:   every peak at most its budget; `minimum` (nothing retained) about 0.65 GB.
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from benchmarks import streaming_model
-from benchmarks.machine import environment
+from benchmarks.machine import environment, memory
 from sora_jax.clip import Timings
 from sora_jax.streaming.budget import parse_budget
 from sora_jax.streaming.network import STDiT3Stream
@@ -107,19 +107,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         )
         with timings.measure("compile"):
             jax.block_until_ready(sampler.run(carry, 0))
-        compiling = status()["VmHWM"]
+        compiling = memory()["peak_bytes"]
         start = time.perf_counter()
         carry = jax.block_until_ready(sampler.run(carry, options.evaluations))
         seconds = time.perf_counter() - start
-        now = status()
+        now = memory()
         retained = stream.retention.count
     limit = stream.retention.budget
     return {
-        "peak_bytes": now["VmHWM"],
-        "within_budget": None if limit is None else now["VmHWM"] <= limit,
+        **now,
+        "within_budget": None if limit is None else now["peak_bytes"] <= limit,
         "peak_after_compiling_bytes": compiling,
-        "anonymous_bytes": now["RssAnon"],
-        "file_bytes": now["RssFile"],
         "planned_without_retained_bytes": planned,
         "retained_planned": planned_retained,
         "retained_measured": retained,
@@ -128,12 +126,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "evaluations_s": round(seconds, 2),
         "finite": bool(jax.numpy.isfinite(carry.z).all()),
     }
-
-
-def status() -> dict[str, int]:
-    """Returns this process's memory in bytes, by the names of /proc."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "Rss"))}
 
 
 if __name__ == "__main__":

@@ -5,18 +5,15 @@ enough for the velocity to stay finite.
 """
 
 import dataclasses
-import zlib
-from collections.abc import ItemsView, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
-from sora_jax.checkpoint import flatten, save_network
-from sora_jax.config import STDiT3Config, open_sora_1_2
+from benchmarks.random_network import RandomParameters
+from sora_jax.checkpoint import save_network
+from sora_jax.config import open_sora_1_2
 from sora_jax.sampler import Sampler
 from sora_jax.schedule import Schedule
 from sora_jax.stdit3 import STDiT3
@@ -25,38 +22,11 @@ from sora_jax.velocity import Velocity
 GUIDANCE = 7.0
 
 
-class RandomParameters(Mapping[str, np.ndarray]):
-    """Random parameters by flat name, drawn when they are asked for: 4.5 GB of them are never in memory."""
-
-    def __init__(self, config: STDiT3Config):
-        self.shapes = {
-            name: leaf.shape for name, leaf in flatten(jax.eval_shape(lambda: STDiT3(config, rngs=nnx.Rngs(0)))).items()
-        }
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        shape = self.shapes[name]
-        rng = np.random.default_rng(zlib.crc32(name.encode()))
-        x = rng.standard_normal(shape, np.float32)
-        if name.endswith("norm.scale"):
-            return 1 + 0.1 * x
-        return x * np.float32(np.prod(shape[:-1]) ** -0.5 if name.endswith("kernel") else 0.05)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def items(self) -> ItemsView[str, np.ndarray]:
-        """Returns the parameters one at a time."""
-        return ItemsView(self)
-
-
 def write(directory: Path, *, num_blocks: int, dtype: str = "float32") -> Path:
     """Writes a transformer with ``num_blocks`` blocks (56 are all), unless it is there, and returns the directory."""
     config = dataclasses.replace(open_sora_1_2.stdit3, depth=num_blocks // 2)
     if not (directory / "stdit3").exists():
-        save_network(directory, "stdit3", config, RandomParameters(config), dtype=dtype)
+        save_network(directory, "stdit3", config, RandomParameters(STDiT3, config), dtype=dtype)
     return directory
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from sora_jax.model_directory import STORED_DTYPES, Manifest
 from sora_jax.quantisation import SCALE_SUFFIX, dequantise
-from sora_jax.streaming.staging import Verified, damaged, read_parameter
+from sora_jax.streaming.staging import Verified, damaged, parameter_file, read_parameter
 
 
 def read_rows(manifest: Manifest, name: str, ids: Int[np.ndarray, "*ids"]) -> Float[np.ndarray, "*ids E"]:
@@ -29,23 +29,11 @@ def read_rows(manifest: Manifest, name: str, ids: Int[np.ndarray, "*ids"]) -> Fl
     if unique[0] < 0 or unique[-1] >= num_rows:
         raise ValueError(f"token ids {unique[0]} to {unique[-1]} are not all in the vocabulary, 0 to {num_rows - 1}.")
     rows = np.empty((len(unique), width), STORED_DTYPES[parameter.dtype])
-    path = manifest.chunk_path(name)
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size != parameter.nbytes:
-                raise damaged(manifest, name, f"has {size} bytes, expected {parameter.nbytes}")
-            for row, at in zip(rows, unique, strict=True):
-                got = os.preadv(descriptor, [row.view(np.uint8).data], int(at) * row.nbytes)
-                if got != row.nbytes:
-                    raise damaged(manifest, name, f"ended at byte {int(at) * row.nbytes + got} while it was read")
-        finally:
-            os.close(descriptor)
-    except FileNotFoundError:
-        raise damaged(manifest, name, "is missing") from None
-    except OSError as error:
-        raise damaged(manifest, name, f"cannot be read ({error.strerror})") from error
+    with parameter_file(manifest, name) as descriptor:
+        for row, at in zip(rows, unique, strict=True):
+            got = os.preadv(descriptor, [row.view(np.uint8).data], int(at) * row.nbytes)
+            if got != row.nbytes:
+                raise damaged(manifest, name, f"ended at byte {int(at) * row.nbytes + got} while it was read")
     if name + SCALE_SUFFIX in manifest.parameters:
         scale = read_whole(manifest, name + SCALE_SUFFIX, Verified())
         rows = dequantise(name, rows, scale[unique])

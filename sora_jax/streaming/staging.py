@@ -5,6 +5,7 @@ the thread ends with the ``with`` block, whatever happened in it.  Files are rea
 error and not a signal.  What a group is computed with is not this module's business.
 """
 
+import contextlib
 import hashlib
 import mmap
 import os
@@ -137,22 +138,37 @@ def read_parameter(
     Raises:
       ModelDirectoryError: the file is missing, unreadable, of the wrong size, or not what the manifest says.
     """
-    path, parameter = str(manifest.chunk_path(name)), manifest.parameters[name]
+    parameter = manifest.parameters[name]
+    with parameter_file(manifest, name) as descriptor:
+        status = os.fstat(descriptor)
+        done = _fill(descriptor, into, stop)
+    if done != parameter.nbytes:
+        raise damaged(manifest, name, f"ended at byte {done} while it was read")
+    if not verified.check(str(manifest.chunk_path(name)), status, into, parameter.sha256):
+        raise damaged(manifest, name, "was changed: its bytes do not have the manifest's checksum")
+
+
+@contextlib.contextmanager
+def parameter_file(manifest: Manifest, name: str) -> Iterator[int]:
+    """Yields the descriptor of a stored array's file; what goes wrong with it is named.
+
+    Raises:
+      ModelDirectoryError: the file is missing, unreadable or of the wrong size.
+    """
+    expected = manifest.parameters[name].nbytes
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(manifest.chunk_path(name), os.O_RDONLY)
         try:
-            status = os.fstat(descriptor)
-            done = _fill(descriptor, into, stop) if status.st_size == parameter.nbytes else status.st_size
+            size = os.fstat(descriptor).st_size
+            if size != expected:
+                raise damaged(manifest, name, f"has {size} bytes, expected {expected}")
+            yield descriptor
         finally:
             os.close(descriptor)
     except FileNotFoundError:
         raise damaged(manifest, name, "is missing") from None
     except OSError as error:
         raise damaged(manifest, name, f"cannot be read ({error.strerror})") from error
-    if done != parameter.nbytes:
-        raise damaged(manifest, name, f"has {done} bytes, expected {parameter.nbytes}")
-    if not verified.check(path, status, into, parameter.sha256):
-        raise damaged(manifest, name, "was changed: its bytes do not have the manifest's checksum")
 
 
 def damaged(manifest: Manifest, name: str, state: str) -> ModelDirectoryError:
