@@ -22,26 +22,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 
 from benchmarks.machine import environment, memory
 from benchmarks.random_network import RandomParameters
-from sora_jax.checkpoint import flatten, save_network
+from benchmarks.streaming_model import CLASSES, planned
+from sora_jax.checkpoint import save_network
 from sora_jax.clip import Timings
 from sora_jax.config import ModelConfig, open_sora_1_2, pocket
-from sora_jax.model_directory import NETWORK_FILE, Manifest, Parameter, open_network
+from sora_jax.model_directory import NETWORK_FILE, Manifest, open_network
 from sora_jax.networks import policy_of
-from sora_jax.stdit3 import STDiT3
 from sora_jax.streaming import host_loop
-from sora_jax.streaming.memory_plan import Workload, plan_memory
+from sora_jax.streaming.memory_plan import Workload
 from sora_jax.streaming.segment_loop import SegmentLoop
-from sora_jax.t5 import T5Encoder
-from sora_jax.vae.codec import VAE, latent_size
+from sora_jax.vae.codec import latent_size
 
 RESULTS = Path(__file__).parent / "results" / "stage_memory.json"
-CLASSES: dict[str, Any] = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
 NETWORK_OF = {"text": "t5", "decode": "vae", "encode": "vae"}
 
 
@@ -149,15 +145,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     loop = SegmentLoop(manifest, CLASSES[network], policy_of("float32"), timings, num_slots=num_slots)
     out = run_stage(stage, loop, options)
     seconds = time.perf_counter() - start
-    planned = plan_stage(options, manifest, stage)
-    least = planned.minimum if num_slots == 1 else planned.peak
+    work = Workload(num_frames=options.frames, height=options.size, width=options.size, encodes=stage == "encode")
+    plan = planned(manifest, config_of(options), work, stage)
     return {
         "stage": stage,
         "stored": stored,
         "num_slots": num_slots,
         "seconds": seconds,
         "timings": timings,
-        "planned_bytes": least,
+        "planned_bytes": plan.minimum if num_slots == 1 else plan.peak,
         "finite": bool(np.isfinite(out).all()),
         **memory(),
     }
@@ -176,18 +172,6 @@ def run_stage(stage: str, loop: SegmentLoop, options: argparse.Namespace) -> np.
         return host_loop.decode(loop, z, options.frames)
     video = rng.uniform(-1, 1, (1, options.frames, options.size, options.size, 3)).astype(np.float32)
     return host_loop.encode(loop, video)
-
-
-def plan_stage(options: argparse.Namespace, manifest: Manifest, stage: str) -> Any:
-    """Returns the memory plan's stage, with the other networks as they would be."""
-    manifests = {manifest.network: manifest}
-    for network, build in CLASSES.items():
-        config = getattr(config_of(options), network)
-        shapes = flatten(jax.eval_shape(lambda build=build, config=config: build(config, rngs=nnx.Rngs(0))))
-        parameters = {name: Parameter(leaf.shape, "float32", "") for name, leaf in shapes.items()}
-        manifests.setdefault(network, Manifest(Path(), network, config, "float32", parameters, {}))
-    work = Workload(num_frames=options.frames, height=options.size, width=options.size, encodes=stage == "encode")
-    return plan_memory(manifests, work).stage(stage)
 
 
 def measure_rival(options: argparse.Namespace) -> dict[str, Any]:

@@ -23,14 +23,13 @@ import jax
 from benchmarks import streaming_model
 from benchmarks.machine import environment, memory
 from sora_jax.clip import Timings
+from sora_jax.config import open_sora_1_2
 from sora_jax.streaming.budget import parse_budget
+from sora_jax.streaming.memory_plan import Workload
 from sora_jax.streaming.network import STDiT3Stream
 
 RESULTS = Path(__file__).parent / "results" / "streaming_memory.json"
 NONE, MINIMUM = "none", "minimum"
-# What is planned before the first evaluation measures it: the process with its program and the layers that always stay,
-# activations of a token, and three layers (two staged, one in the program).
-PROCESS_BYTES, TOKEN_BYTES = 400_000_000, 26_400
 
 
 def main() -> None:
@@ -63,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=32, help="latent columns")
     parser.add_argument("--evaluations", type=int, default=1)
     parser.add_argument("--verify", action="store_true", help="compare checksums, as a first run does")
+    parser.add_argument("--unplanned", action="store_true", help="without the memory plan: measuring alone keeps the budget")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
@@ -80,7 +80,7 @@ def case(options: argparse.Namespace, backend: str, budget: str) -> dict[str, An
     command += ["--backends", backend, "--budgets", budget]
     for name in ("blocks", "stored", "dtype", "frames", "height", "width", "evaluations"):
         command += [f"--{name}", str(getattr(options, name))]
-    command += ["--verify"] if options.verify else []
+    command += [f"--{flag}" for flag in ("verify", "unplanned") if getattr(options, flag)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = json.loads(done.stdout) if done.returncode == 0 else {"failed": done.stderr.strip().splitlines()[-1:]}
     return {"backend": backend, "budget": budget, **found}
@@ -89,7 +89,6 @@ def case(options: argparse.Namespace, backend: str, budget: str) -> dict[str, An
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Returns peak, retained blocks and times of one case, measured in this process."""
     (backend,), (budget,) = options.backends, options.budgets
-    tokens = streaming_model.num_tokens(options.frames, options.height, options.width)
     stream = STDiT3Stream(
         options.weights,
         dtype=options.dtype,
@@ -98,8 +97,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         retained=0 if budget == MINIMUM else None,
         verify=options.verify,
     )
-    planned = PROCESS_BYTES + TOKEN_BYTES * 2 * tokens + 3 * stream.blocks.source.num_bytes(stream.blocks.blocks[0])
-    stream.retention.fixed_bytes = planned
+    work = Workload(num_frames=17 * options.frames // 5, height=8 * options.height, width=8 * options.width)
+    planned = streaming_model.planned(stream.blocks.source.manifest, open_sora_1_2, work, "denoise").fixed
+    stream.retention.fixed_bytes = 0 if options.unplanned else planned
     planned_retained, timings = stream.retention.count, Timings()
     with stream.open() as network:
         sampler, carry = streaming_model.make_sampler(

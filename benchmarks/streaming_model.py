@@ -1,4 +1,4 @@
-"""A transformer of real width with random weights in a model directory, and a guided sampling of it: shared by benchmarks.
+"""A transformer of real width with random weights in a model directory, a guided sampling of it, and what plans say of it.
 
 Invariant: shapes, dtypes and file sizes are those of Open-Sora 1.2 but for the number of blocks; the values are random, small
 enough for the velocity to stay finite.
@@ -13,13 +13,18 @@ import jax.numpy as jnp
 
 from benchmarks.random_network import RandomParameters
 from sora_jax.checkpoint import save_network
-from sora_jax.config import open_sora_1_2
+from sora_jax.config import ModelConfig, open_sora_1_2
+from sora_jax.model_directory import Manifest, Parameter
 from sora_jax.sampler import Sampler
 from sora_jax.schedule import Schedule
 from sora_jax.stdit3 import STDiT3
+from sora_jax.streaming.memory_plan import StagePlan, Workload, plan_memory
+from sora_jax.t5 import T5Encoder
+from sora_jax.vae.codec import VAE
 from sora_jax.velocity import Velocity
 
 GUIDANCE = 7.0
+CLASSES: dict[str, Any] = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
 
 
 def write(directory: Path, *, num_blocks: int, dtype: str = "float32") -> Path:
@@ -48,6 +53,16 @@ def make_sampler(network: Any, *, frames: int, rows: int, columns: int, num_step
     schedule = Schedule.open_sora(num_steps, height_px=8 * rows, width_px=8 * columns, num_frames=17 * frames // 5)
     sampler = Sampler.create(velocity, schedule, guidance=GUIDANCE)
     return sampler, sampler.start(jax.random.normal(keys[1], (1, frames, rows, columns, config.in_channels)))
+
+
+def planned(manifest: Manifest, config: ModelConfig, work: Workload, stage: str) -> StagePlan:
+    """Returns the memory plan's stage; the networks that are not there are taken for stored in float32."""
+    manifests = {manifest.network: manifest}
+    for network, build in CLASSES.items():
+        parts = getattr(config, network)
+        parameters = {name: Parameter(shape, "float32", "") for name, shape in RandomParameters(build, parts).shapes.items()}
+        manifests.setdefault(network, Manifest(Path(), network, parts, "float32", parameters, {}))
+    return plan_memory(manifests, work).stage(stage)
 
 
 def num_tokens(frames: int, rows: int, columns: int) -> int:

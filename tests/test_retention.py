@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from benchmarks.machine import memory
 from sora_jax.streaming.profile import Profile
 from sora_jax.streaming.retention import PeakMeter, Retention, resident_bytes
 
@@ -30,45 +31,47 @@ def test_a_refused_budget_changes_nothing():
     assert (retention.budget, retention.count) == (250, 2)
 
 
-def test_a_measured_peak_replaces_the_planned_bytes():
+def test_a_measured_need_replaces_the_planned_bytes():
     retention = Retention(LAYERS, budget=450, fixed_bytes=200)
     assert retention.count == 2
-    retention.correct(350)  # two layers retained: 150 without them
+    retention.correct(150)
     assert (retention.fixed_bytes, retention.count) == (150, 3)
-    retention.correct(600)
+    retention.correct(300)
     assert (retention.fixed_bytes, retention.count) == (300, 1)
-    retention.correct(900)  # more than any retention could save: nothing is retained
+    retention.correct(700)  # more than any retention could save: nothing is retained
     assert retention.count == 0
 
 
-def test_what_is_held_already_stops_retaining_whatever_was_planned():
+def test_a_need_beyond_the_plan_lets_layers_go_at_once_and_a_smaller_one_changes_nothing():
     retention = Retention(LAYERS, budget=450, fixed_bytes=50)
-    retention.guard(349, 1)  # room for one more layer
-    assert retention.count == 4
-    retention.guard(351, 2)
-    assert retention.count == 2
-    retention.guard(451, 2)  # beyond the budget: one is let go
+    retention.guard(40)
+    assert (retention.fixed_bytes, retention.count) == (50, 4)
+    retention.guard(250)
+    assert (retention.fixed_bytes, retention.count) == (250, 2)
+    retention.guard(180)
+    assert (retention.fixed_bytes, retention.count) == (250, 2)
+    retention.budget = 351  # the need that was found holds for another budget too
     assert retention.count == 1
-    retention.correct(440)
-    assert (retention.fixed_bytes, retention.count) == (340, 1)
 
 
 def test_a_number_of_layers_takes_the_place_of_the_budget():
     retention = Retention(LAYERS, budget=450, fixed_bytes=200)
     retention.count = 4
     retention.correct(10**6)
+    retention.guard(10**6)
     assert (retention.budget, retention.count) == (None, 4)
 
 
 @pytest.mark.skipif(resident_bytes() is None, reason="this system does not say how much memory a process holds")
-def test_the_meter_sees_what_was_held_and_freed():
-    meter = PeakMeter()
+def test_the_meter_sees_what_was_held_and_freed_since_the_last_sample():
+    meter, before, more = PeakMeter(), memory()["peak_bytes"], 200_000_000
     meter.start()
-    before = meter.peak_bytes
-    held = bytearray(b"x") * 200_000_000
-    meter.sample()
+    held = b"x" * (before - (resident_bytes() or 0) + more)
+    size = len(held)
     del held
-    assert 190_000_000 < meter.peak_bytes - before < 250_000_000
+    found = meter.sample()
+    assert abs(found - before - more) < more / 4
+    assert meter.sample() < found - size + more / 2  # counted once
 
 
 def test_a_trace_has_one_lane_for_each_kind_and_microseconds(tmp_path):

@@ -36,7 +36,6 @@ class Retention:
         count: int | None = None,
     ):
         self._sums = [0, *itertools.accumulate(layer_bytes)]
-        self._layer = max(layer_bytes)
         self._lock = threading.Lock()
         self._fixed_bytes = fixed_bytes
         self._budget = budget
@@ -66,7 +65,7 @@ class Retention:
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes of the process without any retained layer: planned, or measured once `correct` was called."""
+        """Bytes of the process without any retained layer: planned, or measured if that is more, or the plan was corrected."""
         return self._fixed_bytes
 
     @fixed_bytes.setter
@@ -76,22 +75,22 @@ class Retention:
             if self._budget is not None:
                 self._fit(self._budget)
 
-    def correct(self, peak_bytes: int) -> None:
-        """Takes a measured peak, of an evaluation with the present number of retained layers, for the planned bytes."""
+    def correct(self, fixed_bytes: int) -> None:
+        """Takes what a whole evaluation was found to need besides retained layers for what was planned."""
         with self._lock:
             if self._budget is not None:
-                self._fixed_bytes = peak_bytes - self._sums[self._count]
+                self._fixed_bytes = fixed_bytes
                 self._count = self._largest(self._budget)
 
-    def guard(self, resident: int, retained: int) -> None:
-        """Retains no more layers than the ``retained`` of now, or fewer, if the process holds ``resident`` bytes already.
+    def guard(self, fixed_bytes: int) -> None:
+        """Retains fewer layers from now on, if this many bytes were needed besides retained ones and that is more than known.
 
-        A plan may be too low; the first evaluation then ends with what fits, and `correct` raises the number if it can.
+        A plan may be too low; the evaluation then goes on with what fits.
         """
         with self._lock:
-            if self._budget is not None and resident + self._layer > self._budget and retained <= self._count:
-                beyond = max(0, resident - self._budget)
-                self._count = max(0, retained - -(-beyond // self._layer))
+            if self._budget is not None and fixed_bytes > self._fixed_bytes:
+                self._fixed_bytes = fixed_bytes
+                self._count = min(self._count, self._largest(self._budget))
 
     def _fit(self, budget: int) -> None:
         if budget < self._fixed_bytes:
@@ -106,27 +105,22 @@ class Retention:
 
 
 class PeakMeter:
-    """The largest amount of memory that this process held since `start`, as far as the system tells (Linux)."""
+    """The most that this process held between two samples, as far as the system tells (Linux).
+
+    The system keeps a high-water mark: it says what was held in between if it rose, and that it was no more if not.
+    """
 
     def __init__(self) -> None:
-        self._largest = self._high_water = 0
+        self._high_water = 0
 
     def start(self) -> None:
-        """Forgets what was measured before."""
+        """Leaves out what happened before."""
         self._high_water = _status_bytes("VmHWM")
-        self._largest = resident_bytes() or 0
 
     def sample(self) -> int | None:
-        """Returns what the process holds now, where the system says it."""
-        held = resident_bytes()
-        self._largest = max(self._largest, held or 0)
-        return held
-
-    @property
-    def peak_bytes(self) -> int | None:
-        """The process's high-water mark if it rose since the start, else the largest sample; None: the system does not say."""
-        high_water = _status_bytes("VmHWM")
-        return (high_water if high_water > self._high_water else self._largest) or None
+        """Returns the high-water mark if it rose since the last sample, else what the process holds now; None: unknown."""
+        before, self._high_water = self._high_water, _status_bytes("VmHWM")
+        return self._high_water if self._high_water > before else resident_bytes()
 
 
 def give_back_freed() -> None:

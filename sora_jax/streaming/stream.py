@@ -55,7 +55,8 @@ class BlockStream(abc.ABC):
             for temporal in (False, True)
         ]
         self._prefetcher = Prefetcher(self._timed_load, self._describe, stall_s=stall_s)
-        self._meter = PeakMeter()
+        self._meter, self._needed = PeakMeter(), 0
+        self._sizes = [source.num_bytes(layer) for layer in self.blocks]
         self._in_use = threading.Lock()
         self._failure: BaseException | None = None
         self._next = 0
@@ -129,20 +130,26 @@ class BlockStream(abc.ABC):
             raise
 
     def _observe(self, index: int) -> None:
-        """Keeps count of evaluations and measures memory; the first complete evaluation corrects the plan."""
-        if index == 0 and self.evaluations == 0:
-            give_back_freed()
-            self._meter.start()
+        """Keeps count of evaluations and measures what they need besides retained layers, block by block.
+
+        A block that needs more than was known lets go of layers at once; the first whole evaluation replaces the plan.
+        """
+        self._next = (index + 1) % (len(self.blocks) + 1)
+        if index == 0:
+            if self.evaluations == 0:
+                give_back_freed()
+            self._meter.start()  # what happened between evaluations is not theirs
+            self._needed = 0
+            return
         held = self._meter.sample()
         if held is not None:
-            self.retention.guard(held, len(self.retained))
-        self._next = (index + 1) % (len(self.blocks) + 1)
+            retained = sum(size for i, size in enumerate(self._sizes) if self._holds(i))
+            self._needed = max(self._needed, held - retained)
+            self.retention.guard(self._needed)
         if index == len(self.blocks):
             self.evaluations += 1
-            peak = self._meter.peak_bytes
-            budget = self.retention.budget
-            if peak is not None and budget is not None and (self.evaluations == 1 or peak > budget):
-                self.retention.correct(peak)
+            if self.evaluations == 1 and held is not None:
+                self.retention.correct(self._needed)
 
     def _following(self, index: int) -> list[int]:
         """Returns the next layers that have to be read after block ``index``, into the next evaluation."""
