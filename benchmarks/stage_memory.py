@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import environment, memory
+from benchmarks.machine import environment, memory, write_report
 from benchmarks.random_network import RandomParameters
 from benchmarks.streaming_model import CLASSES, planned
 from sora_jax.checkpoint import save_network
@@ -59,8 +59,7 @@ def main() -> None:
         if options.rival and stage == "decode":
             report["results"].append(child(options, ["rival", "float32", "1"]))
             print(json.dumps(report["results"][-1]), flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, options.out)
 
 
 def parse() -> argparse.Namespace:

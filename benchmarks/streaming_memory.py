@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from benchmarks import streaming_model
-from benchmarks.machine import environment, memory
+from benchmarks.machine import environment, memory, write_report
 from sora_jax.clip import Timings
 from sora_jax.config import open_sora_1_2
 from sora_jax.streaming.budget import parse_budget
@@ -44,8 +44,7 @@ def main() -> None:
         for budget in options.budgets:
             report["results"].append(case(options, backend, budget))
             print(json.dumps(report["results"][-1]), flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, options.out)
 
 
 def parse() -> argparse.Namespace:

@@ -32,7 +32,7 @@ from typing import Any
 import jax
 
 from benchmarks import streaming_model
-from benchmarks.machine import environment
+from benchmarks.machine import environment, write_report
 from sora_jax.streaming.network import STDiT3Stream
 from sora_jax.streaming.profile import Profile
 
@@ -81,8 +81,7 @@ def main() -> None:
                     drawn |= bench.drawn(min(options.rates), fewest=len(options.tokens) > 1 and tokens == min(options.tokens))
             for result in report["results"][-1 - len(options.rates) :]:
                 print(json.dumps(result), flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, options.out)
     draw(drawn, options.picture)
 
 
