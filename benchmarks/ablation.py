@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.evaluation_speed import interleaved
+from benchmarks.interleaved import interleaved
 from benchmarks.machine import environment
 from benchmarks.random_network import gflop, random_velocity, with_depth
 from sora_jax import Leap, Schedule, noise

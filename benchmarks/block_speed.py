@@ -1,9 +1,10 @@
-"""Time of one pair of STDiT3 blocks at real width, beside the same pair in PyTorch eager.
+"""Time of one pair of STDiT3 blocks at real width, beside the same pair in PyTorch, eager and compiled.
 
-Run:      python benchmarks/block_speed.py [--repeats 10] [--frames 5 --height 20 --width 20] [--dtypes float32 bfloat16]
-Needs:    torch beside the package; about 1 GB of memory; seconds a repeat on two cores.
-Expect:   float32 at the speed of the bare matrix product printed beside it; PyTorch not faster.
-Rival:    `torch_pair` below, written with torch.nn.functional (fused attention, fused layer norm).
+Command:  python -m benchmarks.block_speed [--repeats 10] [--frames 5 --height 20 --width 20] [--dtypes float32 bfloat16]
+Needs:    torch beside the package; about 1 GB of memory; 5 seconds a repeat on two cores, a minute for compiling.
+Expect:   float32: PyTorch not faster. bfloat16: at least 1.7 times as fast as PyTorch's float32, and as its bfloat16.
+Rival:    `torch_pair` below, written with torch.nn.functional (fused attention, fused layer norm), eager and by
+          torch.compile (which needs a C++ compiler).
 
 The candidates run in turn within each repeat, on the same threads, after their outputs were compared.  Wall time suffers
 from whatever else the machine does: read it only where the recorded load is below the number of threads, and CPU seconds
@@ -14,9 +15,7 @@ import argparse
 import functools
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch  # noqa: TID251  # the rival
 from flax import nnx
 from torch.nn import functional  # noqa: TID251
 
+from benchmarks.machine import environment
 from sora_jax.checkpoint import flatten, unflatten
 from sora_jax.config import BFLOAT16, FLOAT32, open_sora_1_2
 from sora_jax.merging import Merge
@@ -59,7 +59,8 @@ def main() -> None:
         candidates = prepare(options, dtype)
         report["results"][dtype] = measure(candidates, options)
         print(dtype, json.dumps(report["results"][dtype], indent=1))
-    report["environment"]["load_after"] = os.getloadavg()
+    report["environment"]["versions"]["torch"] = torch.__version__
+    report["load_after"] = environment()["load"]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -88,25 +89,36 @@ def prepare(options: argparse.Namespace, dtype: str) -> dict[str, Candidate]:
     torch_flats = {kind: {name: to_torch(value) for name, value in flat.items()} for kind, flat in flats.items()}
     torch_arrays = {name: torch.from_numpy(value) for name, value in arrays.items()}
     torch_arrays |= {name: torch_arrays[name].to(getattr(torch, dtype)) for name in ("x", "caption")}
-    rival = functools.partial(torch_pair, torch_flats, torch_arrays)
-
-    ours, theirs = np.asarray(plain(), np.float32), rival().float().numpy()
-    error = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-    if not error < AGREEMENT[dtype]:
-        raise ValueError(
-            f"{dtype}: the rivals differ by rel L2 {error:.2e}, expected < {AGREEMENT[dtype]:.0e}; nothing was timed."
-        )
-    print(f"{dtype}: rivals agree to rel L2 {error:.1e}")
+    rivals = {
+        "torch": functools.partial(torch_pair, torch_flats, torch_arrays),
+        "torch compiled": functools.partial(torch.compile(torch_pair), torch_flats, torch_arrays),
+    }
+    for name, rival in rivals.items():
+        check_agreement(f"{dtype}, {name}", plain(), rival, AGREEMENT[dtype])
     a, b = (jnp.ones(shape, dtype) for shape in ((PRODUCT_ROWS, CONFIG.hidden_size), (CONFIG.hidden_size, CONFIG.mlp_size)))
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype))
     torch_a, torch_b = to_torch(a.T), to_torch(b)  # which transposes
     return {
         "jax": lambda: jax.block_until_ready(plain()),
         "jax merged": lambda: jax.block_until_ready(merged()),
-        "torch": rival,
+        **rivals,
         "jax product": lambda: jax.block_until_ready(product(a, b)),
         "torch product": lambda: functional.linear(torch_a, torch_b),
     }
+
+
+def check_agreement(name: str, ours: jax.Array, rival: Callable[[], torch.Tensor], limit: float) -> None:
+    """Makes sure that a rival computes the same.
+
+    Raises:
+      ValueError: it does not.
+    """
+    with torch.no_grad():
+        theirs = rival().float().numpy()
+    error = float(np.linalg.norm(np.asarray(ours, np.float32) - theirs) / np.linalg.norm(theirs))
+    if not error < limit:
+        raise ValueError(f"{name}: the rivals differ by rel L2 {error:.2e}, expected < {limit:.0e}; nothing was timed.")
+    print(f"{name}: rivals agree to rel L2 {error:.1e}", flush=True)
 
 
 def measure(candidates: dict[str, Candidate], options: argparse.Namespace) -> dict[str, Any]:
@@ -156,6 +168,7 @@ def gflop(options: argparse.Namespace) -> dict[str, float]:
         "jax": pair(frames),
         "jax merged": pair(-(-frames // 2)),
         "torch": pair(frames),
+        "torch compiled": pair(frames),
         "jax product": product,
         "torch product": product,
     }
@@ -285,21 +298,6 @@ def torch_cross_attention(
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
     out = out.transpose(1, 2).reshape(batch, frames, places, width)
     return functional.linear(out, p["cross_attn.proj.kernel"], p["cross_attn.proj.bias"])
-
-
-def environment() -> dict[str, Any]:
-    """Returns what a reader needs to judge the numbers."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
-    )
-    return {
-        "device": f"{jax.devices()[0].device_kind}: {cpu or platform.processor()}",
-        "threads": len(os.sched_getaffinity(0)),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "torch": torch.__version__},
-        "commit": commit,
-        "load_before": os.getloadavg(),
-    }
 
 
 if __name__ == "__main__":

@@ -17,17 +17,20 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.interleaved import interleaved
 from benchmarks.machine import environment
 from benchmarks.random_network import gflop, random_velocity, with_depth
-from sora_jax import noise
+from sora_jax import Schedule, noise
 from sora_jax.config import STDiT3Config, open_sora_1_2
+from sora_jax.evaluation import guided_velocity
+from sora_jax.sampler import Sampler
 from sora_jax.velocity import Velocity
 
 RESULTS = Path(__file__).parent / "results" / "evaluation_speed.json"
@@ -130,21 +133,9 @@ def prepared(
 
 @functools.partial(jax.jit, static_argnames="merge")
 def evaluation(velocity: Velocity, z: jax.Array, *, merge: bool) -> jax.Array:
-    """Returns the guided velocity of one sample, as the sampler computes it."""
-    conditional, unconditional = jnp.split(velocity(jnp.tile(z, (2, 1, 1, 1, 1)), jnp.full(2, TIMESTEP), merge=merge), 2)
-    return unconditional + GUIDANCE * (conditional - unconditional)
-
-
-def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Returns the seconds of every run, taken in turn; the first round warms caches and is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            jax.block_until_ready(run())
-            if repeat:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
+    """Returns the guided velocity of one sample: what a step of the sampler evaluates."""
+    sampler = Sampler.create(velocity, Schedule.uniform(1), guidance=GUIDANCE, merge_steps=0)
+    return guided_velocity(sampler, z, jnp.asarray(TIMESTEP), None, merged=merge)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.interleaved import interleaved
 from benchmarks.machine import environment
 from sora_jax import Leap, Pipeline, Plan, Schedule, noise
 from sora_jax.sampler import Sampler
@@ -118,18 +118,6 @@ def evaluations(model: Path | None, pairs: int) -> dict[str, Any]:
         "by_evaluations": STEPS / 16,
         "pairs": pairs,
     }
-
-
-def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Returns the seconds of every run, taken in turn; the first round compiles and is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            jax.block_until_ready(run())
-            if repeat:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Command:  python -m benchmarks.sampler_study --work study [MODEL_DIR] [--prompts 32 --seeds 1]         the grid
           python -m benchmarks.sampler_study --work study --frontier --prompts 64 --seeds 2            its best methods
 Needs:    any model directory, its prompts one a line (--prompt-file); the embedded model brings captions and a judge.
-Writes:   WORK/clips.jsonl, one line a clip; RESULTS.json, .md and .png at the end (--report writes them alone).
+Writes:   WORK/clips.jsonl, one line a clip; OUT.json, OUT.md and two pictures at the end (--report writes them alone).
 Expect:   half an hour for the grid of the embedded model on two cores.
 
 A clip is compared with those of 30 and of 200 Euler steps from the same noise (PSNR, SSIM), judged against its caption where
@@ -45,6 +45,7 @@ from sora_jax.settings import Settings
 from sora_jax.velocity import Velocity
 
 RESULTS = Path(__file__).parent / "results" / "sampler_study"
+PICTURES = Path(__file__).parent.parent / "docs"
 SEED_STRIDE = 1_000_003  # between the noises of a prompt
 
 
@@ -106,7 +107,7 @@ def main() -> None:
             every = chosen(every, [method.name for method in every if re.search(options.methods, method.name)])
         for noise, indices in () if options.report else study.batches():
             run_batch(study, every, noise, indices)
-        study_report.write(read_lines(study.lines), options.out, about(study))
+        study_report.write(read_lines(study.lines), options.out, about(study), options.pictures)
     except (ValueError, OSError) as error:
         sys.exit(f"sampler_study: error: {describe(error)}")
 
@@ -117,6 +118,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL_DIR", type=Path, nargs="?", help="default: the embedded model")
     parser.add_argument("--work", type=Path, required=True, help="folder of latents and lines; the study goes on from it")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results, without suffix")
+    parser.add_argument("--pictures", type=Path, default=PICTURES, help="folder of the pictures")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=1, help="noises for each prompt")
     parser.add_argument("--prompt-file", type=Path, help="one prompt a line (default: captions of the embedded model)")
@@ -174,8 +176,9 @@ def about(study: Study) -> dict[str, Any]:
 
 def frontier_names(study: Study) -> list[str]:
     """Returns the best methods so far by likeness to either reference, and those that the paper names."""
-    rows = [row for row in study_report.summarise(read_lines(study.lines)) if row["name"] != LONG_REFERENCE]
-    best = {name for kind in ("ssim_30", "ssim_200", "psnr_200") for name in frontier(rows, kind)}
+    grid = study_report.summarise(study_report.shared(read_lines(study.lines)))
+    rows = [row for row in grid if row["name"] != LONG_REFERENCE]
+    best = {name for kind in ("ssim_30", "ssim_200", "psnr_30", "psnr_200") for name in frontier(rows, kind)}
     return sorted(best | {"Euler 16", "LPL 16", "LPL dynamic", "AB2 16", "TDTM 15"})
 
 

@@ -1,10 +1,9 @@
-"""Tables and figures of `sampler_study`: from its lines to JSON, markdown and a picture.
+"""Tables of `sampler_study`: from its lines to JSON and markdown.
 
-Invariant: every number comes from the lines; nothing is made or measured here.  Medians stand with their quartiles, shares
-with their 95 % interval.  The picture needs matplotlib (extra ``study``); without it the tables are written alone.
+Invariant: every number comes from the lines; nothing is made or measured here.  Methods of one table are compared on the
+same clips.  Medians stand with their quartiles, shares with their 95 % interval.
 """
 
-import importlib.util
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,16 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import study_pictures
 from benchmarks.machine import environment
 from benchmarks.study_methods import LEAP_EVALUATIONS, LONG_REFERENCE, MERGED_STEPS, REFERENCE, STEPS, frontier
 from sora_jax.pocket.scores import Rate
 
-MEDIANS = ("psnr_30", "ssim_30", "psnr_200", "ssim_200", "steadiness", "flow", "flow_kept", "pace", "object_px")
+OVER_EULER = ("over_euler_30", "over_euler_200")
+MEDIANS = ("psnr_30", "ssim_30", "psnr_200", "ssim_200", *OVER_EULER, "steadiness", "flow", "flow_kept", "pace", "object_px")
 SHARES = ("colour", "shape", "motion", "speed", "all")
 _BAND = (0.05, 0.95)
 _NOTE = (
     "Evaluations are those of the guided velocity: conditional and unconditional rows together count one. PSNR and SSIM are "
-    f"against {STEPS} and 200 Euler steps from the same noise; medians, quartiles in brackets. Shares are of clips that show "
+    f"against {STEPS} and 200 Euler steps from the same noise; medians, quartiles in brackets. Over Euler: PSNR less that of "
+    "the same clip by plain Euler at as many evaluations, dB. Shares are of clips that show "
     "what their caption names, with 95 % intervals. Pace: speed of the object over the speed its caption names. Flow kept: "
     f"flow magnitude over that of {STEPS} Euler steps. Steadiness: VBench's formula of temporal flickering. LPL released "
     "decides for a whole batch from its first clip."
@@ -31,37 +33,69 @@ _NOTE = (
 Row = Mapping[str, Any]
 
 
-def write(lines: Sequence[Row], out: Path, about: Mapping[str, Any]) -> None:
-    """Writes OUT.json, OUT.md and, with matplotlib, OUT.png.
+def write(lines: Sequence[Row], out: Path, about: Mapping[str, Any], pictures: Path) -> None:
+    """Writes OUT.json, OUT.md and the pictures.
 
     Raises:
       ValueError: there are no lines.
     """
     if not lines:
         raise ValueError("the study has no lines yet; run it without --report.")
-    rows = summarise(lines)
+    rows = summarise(shared(lines))
     compared = [row for row in rows if row["name"] != LONG_REFERENCE]
     report = {
         **about,
         "environment": environment(),
         "clips": len(lines),
         "methods": rows,
-        "frontier": {name: frontier(compared, name) for name in ("ssim_30", "ssim_200")},
+        "frontier": {name: frontier(compared, name) for name in ("ssim_30", "ssim_200", "psnr_30", "psnr_200")},
+        "best_on_more_clips": summarise(most_clips(lines)),
         "cosines": cosines(lines),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     out.with_suffix(".md").write_text(markdown(report))
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no picture: matplotlib is not installed (pip install '.[study]')")
-    else:
-        draw(report, out.with_suffix(".png"))
+    study_pictures.draw(report, pictures)
+
+
+def shared(lines: Sequence[Row]) -> list[Row]:
+    """Returns the lines of the clips, by prompt and noise, that every method made."""
+    made: dict[str, set[tuple[int, int]]] = {}
+    for line in lines:
+        made.setdefault(line["method"], set()).add((line["prompt"], line["noise"]))
+    common = set.intersection(*made.values())
+    return [line for line in lines if (line["prompt"], line["noise"]) in common]
+
+
+def most_clips(lines: Sequence[Row]) -> list[Row]:
+    """Returns the lines of the methods that made the most clips; none where all made as many."""
+    counts: dict[str, int] = {}
+    for line in lines:
+        counts[line["method"]] = counts.get(line["method"], 0) + 1
+    most = max(counts.values())
+    return [line for line in lines if counts[line["method"]] == most] if most > min(counts.values()) else []
+
+
+def over_euler(lines: Iterable[Row]) -> list[Row]:
+    """Returns the lines, each with its PSNR less that of plain Euler's clip at as many evaluations, where there is one."""
+    lines = list(lines)
+    plain = {(x["prompt"], x["noise"], x["evaluations"]): x for x in lines if x["family"] == "Euler"}
+    out = []
+    for line in lines:
+        rival = plain.get((line["prompt"], line["noise"], line["evaluations"]))
+        gains = (
+            {name: line[like] - rival[like] for name, like in zip(OVER_EULER, ("psnr_30", "psnr_200"), strict=True)}
+            if rival
+            else {}
+        )
+        out.append({**line, **gains})
+    return out
 
 
 def summarise(lines: Iterable[Row]) -> list[dict[str, Any]]:
     """Returns a row for each method: evaluations and medians with quartiles, shares with intervals; fewest first."""
     groups: dict[str, list[Row]] = {}
-    for line in lines:
+    for line in over_euler(lines):
         groups.setdefault(line["method"], []).append(line)
     rows = []
     for name, group in groups.items():
@@ -108,6 +142,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     rows = {row["name"]: row for row in report["methods"]}
     settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
     machine = report["environment"]
+    more = ["## The best and the paper's on more clips", "", *table(report["best_on_more_clips"]), ""]
+    more = more if report["best_on_more_clips"] else []
     lines = [
         "# Sampler study",
         "",
@@ -117,8 +153,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         "## Best at their number of evaluations",
         "",
-        *table([rows[name] for name in dict.fromkeys([*report["frontier"]["ssim_200"], *report["frontier"]["ssim_30"]])]),
+        *table([rows[name] for name in dict.fromkeys(name for names in report["frontier"].values() for name in names)]),
         "",
+        *more,
         "## Linear proportional leap (the paper's table 3)",
         "",
         *table([rows[name] for name in leap_names() if name in rows]),
@@ -170,44 +207,3 @@ def cosine_table(found: Mapping[str, Any]) -> list[str]:
     for step, mean, low, high in zip(found["step"], found["mean"], found["low"], found["high"], strict=True):
         lines.append(f"| {step} | {mean:.5f} | {low:.5f} .. {high:.5f} | {found['leaps'].get(str(step), 0)} |")
     return lines
-
-
-def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Draws likeness over evaluations, against both references, and the cosines."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    for axis, measure, title in zip(axes, ("ssim_30", "ssim_200"), ("30", "200"), strict=False):
-        draw_families(axis, report["methods"], measure)
-        axis.set(xlabel="evaluations", ylabel=f"SSIM against {title} Euler steps, median", xlim=(7, 31))
-    axes[0].legend(fontsize=7)
-    found = report["cosines"]
-    axes[2].fill_between(found["step"], found["low"], found["high"], alpha=0.3, label="5 % to 95 % of clips")
-    axes[2].plot(found["step"], found["mean"], label="mean")
-    if found["leaps"]:
-        steps = [int(step) for step in found["leaps"]]
-        at = [found["mean"][found["step"].index(step)] for step in steps]
-        sizes = [20 + 10 * count for count in found["leaps"].values()]
-        axes[2].scatter(steps, at, s=sizes, color="tab:red", zorder=3, label="dynamic rule leaps (area: clips)")
-    axes[2].set(xlabel="step", ylabel="cosine of this velocity and the one before")
-    axes[2].legend(fontsize=7)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-
-
-def draw_families(axis: Any, rows: Sequence[Row], measure: str) -> None:
-    """Draws a line for each family of methods that differ in their evaluations, a mark for each that stands alone."""
-    families: dict[str, list[Row]] = {}
-    for row in rows:
-        if row["name"] != LONG_REFERENCE and row["family"] not in ("TDTM", "LPL and TDTM"):
-            families.setdefault(row["family"], []).append(row)
-    for index, (family, group) in enumerate(sorted(families.items())):
-        colour, style = f"C{index % 10}", "-" if index < 10 else "--"
-        x, y = [row["evaluations"] for row in group], [row[measure]["median"] for row in group]
-        if len(group) > 1:
-            axis.plot(x, y, style, color=colour, marker=".", label=family, linewidth=1)
-        else:
-            axis.plot(x, y, "*", color=colour, markersize=9, label=family)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +29,8 @@ def work(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(model: Path, folder: Path, *more: str) -> None:
     names = f"^({'|'.join(WANTED)})$"
-    arguments = [model, "--work", folder, "--out", folder / "report", "--prompt-file", folder / "prompts.txt"]
-    arguments += ["--prompts", 2, "--methods", names, *more]
+    arguments = [model, "--work", folder, "--out", folder / "report", "--pictures", folder]
+    arguments += ["--prompt-file", folder / "prompts.txt", "--prompts", 2, "--methods", names, *more]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sampler_study", *map(str, arguments)])
         sampler_study.main()
@@ -144,14 +145,32 @@ def test_a_rendered_clip_shows_what_its_caption_names() -> None:
         assert found["flow_kept"] == 1
 
 
+def line(method: str, prompt: int, psnr: float, evaluations: float = 16.0) -> dict[str, Any]:
+    return {"method": method, "family": method, "prompt": prompt, "noise": 0, "evaluations": evaluations, "psnr_30": psnr}
+
+
 def test_shares_count_only_what_captions_name() -> None:
-    lines = [
-        {"method": "m", "family": "m", "evaluations": 8.0, "psnr_30": float(i), **({"shape": i > 1} if i else {})}
-        for i in range(4)
-    ]
+    lines = [{**line("m", i, float(i)), **({"shape": i > 1} if i else {})} for i in range(4)]
     (row,) = study_report.summarise(lines)
     assert (row["shape"]["count"], row["shape"]["total"]) == (2, 3)
     assert row["psnr_30"] == {"median": 1.5, "low": 0.75, "high": 2.25}
+
+
+def test_tables_compare_methods_on_the_same_clips() -> None:
+    lines = [line("a", 0, 1), line("a", 1, 2), line("a", 2, 9), line("b", 1, 3), line("b", 0, 4)]
+    assert [(one["method"], one["prompt"]) for one in study_report.shared(lines)] == [("a", 0), ("a", 1), ("b", 1), ("b", 0)]
+    assert study_report.most_clips(lines) == lines[:3]
+    assert study_report.most_clips(lines[:2] + lines[3:]) == []
+
+
+def test_gains_over_euler_are_of_the_same_clip_at_as_many_evaluations() -> None:
+    """The median of differences, not the difference of medians; and none where Euler has no such clip."""
+    euler = [line("Euler", 0, 10), line("Euler", 1, 20), line("Euler", 2, 60), line("Euler", 3, 0, evaluations=8)]
+    other = [line("b", 0, 13), line("b", 1, 21), line("b", 2, 70), line("b", 3, 50)]
+    rows = {row["name"]: row for row in study_report.summarise([{**one, "psnr_200": 0.0} for one in euler + other])}
+    assert rows["b"]["over_euler_30"]["median"] == 3
+    assert rows["b"]["over_euler_200"]["high"] == 0
+    assert "over_euler_30" not in study_report.summarise([line("b", 0, 13, evaluations=17)])[0]
 
 
 def test_the_second_stage_asks_for_the_best_methods(work: Path, tiny_model: Path) -> None:

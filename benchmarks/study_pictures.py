@@ -1,0 +1,77 @@
+"""Pictures of `sampler_study`: likeness over evaluations, and the cosine of each step (the paper's figure 5).
+
+Needs matplotlib (extra ``study``); without it nothing is drawn and one line says so.
+"""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+# Families drawn, in the order of the legend, with colour and line.
+DRAWN = {
+    "Euler": ("black", "-"),
+    "Euler shift 2": ("grey", "--"),
+    "AB2": ("tab:blue", "-"),
+    "AB2 shift 2": ("tab:blue", "--"),
+    "DPM++": ("tab:cyan", "-"),
+    "LPL": ("tab:red", "-"),
+    "LPL extrapolated": ("tab:orange", "-"),
+    "LPL dynamic": ("tab:red", ""),
+    "LPL released": ("tab:pink", ""),
+    "reuse": ("tab:green", "-"),
+    "reuse AB2": ("tab:olive", "--"),
+    "guidance reuse": ("tab:purple", "-"),
+}
+CEILING_DB = 60.0  # of the picture: what is closer to the reference looks the same
+
+
+def draw(report: Mapping[str, Any], folder: Path) -> None:
+    """Writes sampler_frontier.png and sampler_cosines.png."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures: matplotlib is not installed (pip install '.[study]')")
+        return
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    frontier, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=False)
+    for axis, steps in zip(axes, ("30", "200"), strict=True):
+        draw_families(axis, report["methods"], f"psnr_{steps}")
+        axis.set(xlabel="evaluations", ylabel=f"PSNR against {steps} Euler steps, median, dB", xlim=(7, 31))
+    frontier.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure, axis = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    draw_cosines(axis, report["cosines"])
+    for name, one in (("frontier", frontier), ("cosines", figure)):
+        one.savefig(folder / f"sampler_{name}.png", dpi=90, metadata={"Software": None})
+        pyplot.close(one)
+
+
+def draw_families(axis: Any, rows: Sequence[Row], measure: str) -> None:
+    """Draws a line for each family of methods that differ in their evaluations, a star for each that stands alone."""
+    for family, (colour, style) in DRAWN.items():
+        group = [row for row in rows if row["family"] == family and row[measure]["median"] < CEILING_DB]
+        x, y = [row["evaluations"] for row in group], [row[measure]["median"] for row in group]
+        if style:
+            axis.plot(x, y, style, color=colour, marker=".", label=family, linewidth=1.2)
+        else:
+            axis.plot(x, y, "*", color=colour, markersize=10, label=family)
+
+
+def draw_cosines(axis: Any, found: Mapping[str, Any]) -> None:
+    """Draws mean and band of one minus the cosine, and where the dynamic rule leapt."""
+    distance = {name: [1 - value for value in found[name]] for name in ("mean", "low", "high")}
+    axis.fill_between(found["step"], distance["high"], distance["low"], alpha=0.3, label="5 % to 95 % of clips")
+    axis.semilogy(found["step"], distance["mean"], label="mean")
+    if found["leaps"]:
+        steps = [int(step) for step in found["leaps"]]
+        at = [distance["mean"][found["step"].index(step)] for step in steps]
+        total = sum(found["leaps"].values())
+        sizes = [20 + 400 * count / total for count in found["leaps"].values()]
+        axis.scatter(steps, at, s=sizes, color="tab:red", zorder=3, label="dynamic rule leaps (area: clips)")
+    axis.set(xlabel="step of 30", ylabel="1 - cosine of this velocity and the one before")
+    axis.legend(fontsize=8)
