@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.interleaved import interleaved
-from benchmarks.machine import environment
+from benchmarks.machine import environment, write_report
 from benchmarks.random_network import gflop, random_velocity, with_depth
 from sora_jax import Leap, Schedule, noise
 from sora_jax.checkpoint import flatten, save_network
@@ -66,8 +66,7 @@ def main() -> None:
         report["sizes"][size] = measured(config, options.dtype, frames, side, options.repeats)
         print(size, json.dumps(report["sizes"][size], indent=1), flush=True)
     report["load_after"] = environment()["load"]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, options.out)
 
 
 def parse() -> argparse.Namespace:

@@ -28,7 +28,7 @@ import torch  # noqa: TID251  # the rival
 from flax import nnx
 from torch.nn import functional  # noqa: TID251
 
-from benchmarks.machine import environment
+from benchmarks.machine import environment, write_report
 from sora_jax.checkpoint import flatten, unflatten
 from sora_jax.config import BFLOAT16, FLOAT32, open_sora_1_2
 from sora_jax.merging import Merge
@@ -61,8 +61,7 @@ def main() -> None:
         print(dtype, json.dumps(report["results"][dtype], indent=1))
     report["environment"]["versions"]["torch"] = torch.__version__
     report["load_after"] = environment()["load"]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, options.out)
 
 
 def parse() -> argparse.Namespace:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.interleaved import interleaved
-from benchmarks.machine import environment
+from benchmarks.machine import environment, write_report
 from benchmarks.random_network import gflop, random_velocity, with_depth
 from sora_jax import Schedule, noise
 from sora_jax.config import STDiT3Config, open_sora_1_2
@@ -57,8 +57,7 @@ def main() -> None:
         report["merging"][f"{frames} x {side} x {side}"] = found
         print(f"{frames} x {side} x {side}:", json.dumps(found), flush=True)
     report["load_after"] = environment()["load"]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, options.out)
 
 
 def parse() -> argparse.Namespace:

@@ -11,7 +11,6 @@ counts denoising alone, programs being compiled before.
 
 import argparse
 import functools
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.interleaved import interleaved
-from benchmarks.machine import environment
+from benchmarks.machine import environment, write_report
 from sora_jax import Leap, Pipeline, Plan, Schedule, noise
 from sora_jax.sampler import Sampler
 
@@ -46,9 +45,7 @@ def main() -> None:
         "evaluations": evaluations(options.model, options.pairs),
         "load_after": environment()["load"],
     }
-    print(json.dumps(report, indent=1))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, options.out, show=True)
 
 
 def bookkeeping(pairs: int) -> dict[str, Any]:

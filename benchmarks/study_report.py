@@ -4,7 +4,6 @@ Invariant: every number comes from the lines; nothing is made or measured here. 
 same clips.  Medians stand with their quartiles, shares with their 95 % interval.
 """
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import study_pictures
-from benchmarks.machine import environment
+from benchmarks.machine import environment, write_report
 from benchmarks.study_methods import LEAP_EVALUATIONS, LONG_REFERENCE, MERGED_STEPS, REFERENCE, STEPS, frontier
 from sora_jax.pocket.scores import Rate
 
@@ -52,8 +51,7 @@ def write(lines: Sequence[Row], out: Path, about: Mapping[str, Any], pictures: P
         "best_on_more_clips": summarise(most_clips(lines)),
         "cosines": cosines(lines),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_report(report, out.with_suffix(".json"))
     out.with_suffix(".md").write_text(markdown(report))
     study_pictures.draw(report, pictures)
 
