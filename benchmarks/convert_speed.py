@@ -2,18 +2,19 @@
 
 Source: synthetic checkpoints of the names, shapes, dtypes and shard layout of the published ones (their manifests are in
 tests/golden): T5-v1.1-XXL as two PyTorch zip shards (19 GB), STDiT3-XL/2 and the VAE as safetensors (4.8 and 1.6 GB).
-Command: python benchmarks/convert_speed.py stdit3 --scratch /tmp/convert --json benchmarks/results/convert_stdit3.json
-Cost: two to three times the checkpoint in disk space; a few minutes; nothing is left behind.
+Run:    python -m benchmarks.convert_speed stdit3 --scratch SCRATCH --json benchmarks/results/convert_stdit3.json
+Needs:  two to three times the checkpoint in disk space and a few minutes; nothing is left behind.
 Expect: time within 2 of the rival's; peak memory below 0.5 GB for STDiT3 and 1.5 GB for T5.
 
-The rival is ``cp`` of the same files followed by ``sync``, both from a cold source (the page cache of the files is dropped)
-and alternating with the converter in the same run.
+The rival is ``cp`` of the same files followed by ``sync``, alternating with the converter in the same run, both from a cold
+source (the page cache of the files is dropped) and after a pause.  ``start_s`` is the part of the converter's time that does
+not depend on the number of bytes: interpreter, imports and the shapes of the network's parameters.
 """
 
 import argparse
 import json
+import math
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -29,16 +30,19 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from benchmarks.machine import write_report
 from convert_weights.readers import SAFETENSORS_DTYPES, numpy_dtype
 from convert_weights.source_config import to_upstream
 from sora_jax.config import open_sora_1_2
 from tests.sources import torch_program
 
-GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 MANIFESTS = {"t5": "t5_v1_1_xxl_encoder", "stdit3": "stdit3_xl2", "vae": "opensora_vae_v1_2"}
 PEAK_GB = {"t5": 1.5, "stdit3": 0.5, "vae": 0.5}
+# A virtual machine hands freed pages back to its host within seconds, and new ones cost more than the disk: without a pause
+# only the rival, which writes at once, would find the pages that clearing up has just freed.
+PAUSE_S = 6.0
 
 
 def write_checkpoint(folder: Path, network: str, dtype: str) -> None:
@@ -59,7 +63,7 @@ def _values(name: str, shape: tuple[int, ...], dtype: str, noise: np.ndarray) ->
         freqs = (10000.0 ** -(np.arange(0, 2 * shape[0], 2) / (2 * shape[0]))).astype(np.float32).astype(numpy_dtype(dtype))
         yield freqs.view(np.uint8).data
         return
-    left = int(np.prod(shape))
+    left = math.prod(shape)
     start = zlib.crc32(name.removeprefix("encoder.embed_tokens").removeprefix("shared").encode()) % (noise.size // 2)
     while left:
         piece = noise[start : start + min(left, noise.size // 2)]
@@ -76,7 +80,7 @@ def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: st
     fields: dict[str, Any] = {}
     offset = 0
     for name, shape in shapes.items():
-        nbytes = int(np.prod(shape)) * numpy_dtype(dtype).itemsize
+        nbytes = math.prod(shape) * numpy_dtype(dtype).itemsize
         fields[name] = {"dtype": label, "shape": shape, "data_offsets": [offset, offset + nbytes]}
         offset += nbytes
     text = json.dumps(fields).encode()
@@ -90,12 +94,12 @@ def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: st
 
 def _write_torch_shards(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
     names = list(shapes)
-    total = sum(np.prod(shape) for shape in shapes.values())
+    total = sum(math.prod(shape) for shape in shapes.values())
     first, count = [], 0
     for name in names:
         if count < total / 2:
             first.append(name)
-        count += np.prod(shapes[name])
+        count += math.prod(shapes[name])
     weight_map = {}
     noise = _noise(dtype)
     for shard, group in enumerate((first, [name for name in names if name not in first]), 1):
@@ -117,13 +121,14 @@ def _write_torch_shards(folder: Path, shapes: dict[str, tuple[int, ...]], dtype:
 
 
 def drop_caches(folder: Path) -> None:
-    """Makes the files of a folder cold, without privileges and without touching other processes' files."""
+    """Makes the files of a folder cold, without privileges and without touching other processes' files; then pauses."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
+    time.sleep(PAUSE_S)
 
 
 def copy(source: Path, scratch: Path) -> float:
@@ -144,17 +149,28 @@ def convert(network: str, source: Path, scratch: Path, dtype: str) -> tuple[floa
         "import sys; from convert_weights.__main__ import main; code = main(sys.argv[1:]); "
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')), end=''); sys.exit(code)"
     )
-    command = [sys.executable, "-c", program, network, source, scratch / "model", "--dtype", dtype, "--quiet"]
+    command = [sys.executable, "-c", program, network, str(source), str(scratch / "model"), "--dtype", dtype, "--quiet"]
     started = time.monotonic()
-    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     subprocess.run(["sync"], check=True)
     seconds = time.monotonic() - started
     peak_kib = int(re.search(r"VmHWM:\s+(\d+) kB", result.stdout)[1])  # type: ignore[index]
     return seconds, peak_kib * 1024 / 1e9
 
 
+def start(network: str) -> float:
+    """Returns the seconds until a converter without a checkpoint would be ready to read one."""
+    program = (
+        "import sys, convert_weights.__main__; from sora_jax.config import open_sora_1_2; "
+        "convert_weights.parameter_shapes(sys.argv[1], getattr(open_sora_1_2, sys.argv[1]))"
+    )
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", program, network], check=True, cwd=ROOT)
+    return time.monotonic() - started
+
+
 def main() -> None:
-    """Measures and prints, or writes JSON."""
+    """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("network", choices=MANIFESTS)
     parser.add_argument("--source-dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -168,11 +184,7 @@ def main() -> None:
         result = measure(options)
     finally:
         shutil.rmtree(options.scratch)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n")
+    write_report(result, options.json, show=True)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -186,7 +198,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         conversions.append(seconds)
         peaks.append(peak_gb)
         shutil.rmtree(options.scratch / "model")
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "question": "converting a checkpoint beside copying it",
         "network": options.network,
@@ -195,15 +206,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "source_gb": sum(path.stat().st_size for path in source.iterdir()) / 1e9,
         "convert_s": {"min": min(conversions), "median": statistics.median(conversions), "all": conversions},
         "cp_and_sync_s": {"min": min(copies), "median": statistics.median(copies), "all": copies},
+        "start_s": min(start(options.network) for _ in range(3)),
         "ratio_of_medians": statistics.median(conversions) / statistics.median(copies),
         "peak_gb": max(peaks),
         "peak_limit_gb": PEAK_GB[options.network],
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "commit": revision.stdout.strip(),
     }
 
 

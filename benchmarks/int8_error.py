@@ -1,8 +1,8 @@
 """What storing weights as bfloat16 or int8 costs: in caption features, in velocities, and in finished videos.
 
 Source: the embedded model (or --model DIR), and networks of the released widths with the weights of tests/golden/wide.
-Command: python benchmarks/int8_error.py --clips 40 --json benchmarks/results/int8_error.json   (--skip-wide without 8 GB)
-Cost: three samplings of each caption, and two passes at real width: about an hour on two cores.
+Run: python -m benchmarks.int8_error --clips 40 --json benchmarks/results/int8_error.json   (--skip-wide without 8 GB)
+Cost: five samplings of each caption, and six passes at real width.
 Expect: features of an int8 text encoder within 1 % of float32, as arXiv 2502.04363 (section on quantisation) claims; what
 int8 does to STDiT3, which the paper keeps in higher precision, is the question.
 
@@ -10,7 +10,6 @@ The rival of every row is float32 in the same run: the same prompts, the same no
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 import convert_weights
+from benchmarks.machine import write_report
 from sora_jax.checkpoint import load_network, save_network, stored_arrays, unflatten
 from sora_jax.model_directory import read_model_file
 from sora_jax.network_writer import update_model_file
@@ -137,7 +137,7 @@ def _rounded(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def main() -> None:
-    """Measures and prints, or writes JSON."""
+    """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=POCKET)
     parser.add_argument("--clips", type=int, default=40)
@@ -147,17 +147,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     result: dict[str, Any] = {"question": "what stored bfloat16 and int8 cost", "clips": options.clips, "seed": options.seed}
-    result |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
     if not options.skip_embedded:
         with tempfile.TemporaryDirectory() as folder:
             result["embedded"] = embedded(options.model, options.clips, options.seed, Path(folder))
     if not options.skip_wide:
         result["real_widths"] = real_widths()
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n")
+    write_report(result, options.json, show=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from convert_weights.files import Options, convert_checkpoint, open_source
+from convert_weights.files import Options, Source, convert_checkpoint
 from convert_weights.pipeline import convert_pipeline, find_networks
 from convert_weights.to_torch import to_torch
 from convert_weights.verify import verify
@@ -116,13 +116,6 @@ def _source_options(options: argparse.Namespace) -> Options:
 
 def _convert(options: argparse.Namespace) -> int:
     started = time.monotonic()
-    if not options.quiet:
-        opened = open_source(options.network, options.source, _source_options(options))
-        notes = [*opened.checkpoint.notes, f"configuration: {opened.resolved.origin}"]
-        if opened.resolved.ignored:
-            notes.append(f"config.json keys without effect here: {', '.join(opened.resolved.ignored)}")
-        notes += [f"ignored {name}: {reason}" for name, reason in opened.plan.ignored.items()]
-        print("\n".join(notes))
     with _Bar(options.quiet) as bar:
         manifest = convert_checkpoint(
             options.network,
@@ -131,10 +124,19 @@ def _convert(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             overwrite=options.overwrite,
             options=_source_options(options),
+            report=(lambda opened: None) if options.quiet else _print_notes,
             progress=lambda done, total: bar.show(options.network, done, total),
         )
     print(_summary(manifest, time.monotonic() - started))
     return 0
+
+
+def _print_notes(opened: Source) -> None:
+    notes = [*opened.checkpoint.notes, f"configuration: {opened.resolved.origin}"]
+    if opened.resolved.ignored:
+        notes.append(f"config.json keys without effect here: {', '.join(opened.resolved.ignored)}")
+    notes += [f"ignored {name}: {reason}" for name, reason in opened.plan.ignored.items()]
+    print("\n".join(notes))
 
 
 def _convert_pipeline(options: argparse.Namespace) -> int:

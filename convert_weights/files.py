@@ -72,13 +72,22 @@ def open_source(network: str, source: str | os.PathLike[str], options: Options =
       SourceError: no usable checkpoint is there.
       ConversionError: its config.json describes another network.
     """
+    return _match(network, *_open_files(network, source, options), options)
+
+
+def _open_files(network: str, source: str | os.PathLike[str], options: Options) -> tuple[Checkpoint, Path | None]:
+    """Returns the arrays of a source, and the folder of a spatial part that is given apart."""
     checkpoint = open_checkpoint(source, section=options.section)
-    spatial_folder = None
-    if options.spatial is not None:
-        if network != "vae":
-            raise SourceError(f"a spatial part belongs to the vae, not to {network}.")
-        spatial = open_checkpoint(options.spatial)
-        checkpoint, spatial_folder = merge(checkpoint, spatial, SPATIAL_PREFIX), spatial.folder
+    if options.spatial is None:
+        return checkpoint, None
+    if network != "vae":
+        raise SourceError(f"a spatial part belongs to the vae, not to {network}.")
+    spatial = open_checkpoint(options.spatial)
+    return merge(checkpoint, spatial, SPATIAL_PREFIX), spatial.folder
+
+
+def _match(network: str, checkpoint: Checkpoint, spatial_folder: Path | None, options: Options) -> Source:
+    """Returns the arrays matched with the network that the configuration describes."""
     resolved = resolve(
         network,
         checkpoint.folder,
@@ -100,6 +109,7 @@ def convert_checkpoint(
     dtype: str = "float32",
     overwrite: bool = False,
     options: Options = DEFAULTS,
+    report: Callable[[Source], None] = lambda opened: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
     """Converts a checkpoint on disk into ``directory/<network>`` and returns the new manifest.
@@ -111,6 +121,7 @@ def convert_checkpoint(
       dtype: stored dtype: ``float32``, ``bfloat16`` or (not for the VAE) ``int8``.
       overwrite: replace an existing network.
       options: how the source is read.
+      report: called with the plan, before anything is written.
       progress: called with the source bytes converted so far, and all.
 
     Raises:
@@ -118,10 +129,31 @@ def convert_checkpoint(
       SourceError: the source is missing, unsafe, truncated or damaged.
       ModelDirectoryError: the network exists, is being written, or does not fit on the disk.
     """
-    opened = open_source(network, source, options)
-    subject = f"{source} does not fit {network}"
+    checkpoint, spatial_folder = _open_files(network, source, options)
+    # Begun before the plan, whose tracing keeps one core busy for a second or two: the other reads and hashes meanwhile.
+    with Checksums(checkpoint.files) as checksums:
+        opened = _match(network, checkpoint, spatial_folder, options)
+        report(opened)
+        manifest = _write(opened, Path(directory), dtype, overwrite, options, checksums, progress)
+    if network == "t5":
+        _copy_tokenizer(checkpoint.folder, Path(directory))
+    return manifest
+
+
+def _write(
+    opened: Source,
+    directory: Path,
+    dtype: str,
+    overwrite: bool,
+    options: Options,
+    checksums: Checksums,
+    progress: Callable[[int, int], None],
+) -> Manifest:
+    """Converts every value into the model directory, or raises all that is wrong with the source."""
+    subject = f"{opened.checkpoint.path} does not fit {opened.network}"
+    identity = _identity(opened, options)
     writer = NetworkWriter(
-        directory, network, opened.resolved.config, dtype=dtype, overwrite=overwrite, identity=_identity(opened, options)
+        directory, opened.network, opened.resolved.config, dtype=dtype, overwrite=overwrite, identity=identity
     )
     if opened.plan.faults:
         found = convert_values(opened.plan, opened.checkpoint, Discard(), dtype=dtype)
@@ -135,15 +167,10 @@ def convert_checkpoint(
             done += nbytes
             progress(done, opened.nbytes)
 
-        with Checksums(opened.checkpoint.files) as checksums:
-            found = convert_values(opened.plan, opened.checkpoint, _WriterSink(writer), dtype=dtype, progress=count)
-            if found:
-                raise ConversionError(subject, found)
-            origin = _origin(opened, checksums.result())
-        manifest = writer.finish(origin)
-    if network == "t5":
-        _copy_tokenizer(opened.checkpoint.folder, Path(directory))
-    return manifest
+        found = convert_values(opened.plan, opened.checkpoint, _WriterSink(writer), dtype=dtype, progress=count)
+        if found:
+            raise ConversionError(subject, found)
+        return writer.finish(_origin(opened, checksums.result()))
 
 
 @contextlib.contextmanager

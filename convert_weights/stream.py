@@ -284,7 +284,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
 class Checksums:
     """The sha256 of files, computed on a thread; use as a context manager.
 
-    Started just before the values are converted, it reads ahead of the workers, which then find the pages in memory.
+    Started before the values are converted, it reads ahead of the workers, which then find the pages in memory.
     """
 
     def __init__(self, paths: Sequence[Path]):
