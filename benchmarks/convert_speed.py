@@ -143,15 +143,25 @@ def copy(source: Path, scratch: Path) -> float:
 
 
 def convert(network: str, source: Path, scratch: Path, dtype: str) -> tuple[float, float]:
-    """Returns the seconds of the converter as a command, interpreter start included, and its peak memory in GB (VmHWM)."""
+    """Returns the seconds and the peak memory in GB of the converter as a command, interpreter start and ``sync`` included."""
     drop_caches(source)
+    return _command([network, str(source), str(scratch / "model"), "--dtype", dtype, "--quiet"])
+
+
+def verify(scratch: Path) -> tuple[float, float]:
+    """Returns the same of comparing every stored value with its checksum, from cold files."""
+    drop_caches(scratch / "model")
+    return _command(["verify", str(scratch / "model")])
+
+
+def _command(arguments: list[str]) -> tuple[float, float]:
+    """Returns the seconds of ``convert_weights`` in a process of its own, and its VmHWM in GB."""
     program = (
         "import sys; from convert_weights.__main__ import main; code = main(sys.argv[1:]); "
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')), end=''); sys.exit(code)"
     )
-    command = [sys.executable, "-c", program, network, str(source), str(scratch / "model"), "--dtype", dtype, "--quiet"]
     started = time.monotonic()
-    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True, text=True, cwd=ROOT)
     subprocess.run(["sync"], check=True)
     seconds = time.monotonic() - started
     peak_kib = int(re.search(r"VmHWM:\s+(\d+) kB", result.stdout)[1])  # type: ignore[index]
@@ -197,6 +207,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         seconds, peak_gb = convert(options.network, source, options.scratch, options.dtype)
         conversions.append(seconds)
         peaks.append(peak_gb)
+        verified, verify_gb = verify(options.scratch)
         shutil.rmtree(options.scratch / "model")
     return {
         "question": "converting a checkpoint beside copying it",
@@ -208,6 +219,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "cp_and_sync_s": {"min": min(copies), "median": statistics.median(copies), "all": copies},
         "start_s": min(start(options.network) for _ in range(3)),
         "ratio_of_medians": statistics.median(conversions) / statistics.median(copies),
+        "verify_s": verified,
+        "verify_peak_gb": verify_gb,
         "peak_gb": max(peaks),
         "peak_limit_gb": PEAK_GB[options.network],
     }
