@@ -48,7 +48,8 @@ def main() -> None:
     if options.threads:
         os.sched_setaffinity(0, range(options.threads))
     config = with_depth(CONFIG, options.depth)
-    report: dict[str, Any] = {"environment": environment(), "depth": options.depth, "evaluation": {}, "merging": {}}
+    setting = {"depth": options.depth, "repeats": options.repeats}
+    report: dict[str, Any] = {"environment": environment(), **setting, "evaluation": {}, "merging": {}}
     for dtype in options.dtypes:
         report["evaluation"][dtype] = whole(config, dtype, options.frames, options.side, options.repeats)
         print(dtype, json.dumps(report["evaluation"][dtype], indent=1), flush=True)
