@@ -268,6 +268,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-frames", metavar="N|2s", help="frames (default: the model's, as for the other sizes)")
     parser.add_argument("--height", metavar="PX", type=int)
     parser.add_argument("--width", metavar="PX", type=int)
+    parser.add_argument("--resolution", metavar="NAME", help="instead of height and width, for example 240p")
+    parser.add_argument("--aspect-ratio", metavar="H:W", help="for example 9:16")
     parser.add_argument(
         "--size", metavar="FxHxW", action="append", default=[], help="a further size, for example 51x240x320; repeatable"
     )

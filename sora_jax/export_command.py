@@ -17,7 +17,8 @@ def run(options: argparse.Namespace) -> None:
     Raises:
       ValueError: see `export`.
     """
-    settings = {name: getattr(options, name) for name in ("num_steps", "guidance", "merge_steps", "leap", "fps")}
+    named = ("resolution", "aspect_ratio", "num_steps", "guidance", "merge_steps", "leap", "fps")
+    settings = {name: getattr(options, name) for name in named}
     made = export(
         None if str(options.model) == "pocket" else options.model,
         options.out,

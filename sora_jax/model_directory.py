@@ -8,6 +8,7 @@ or knows its modules (``checkpoint``).
 
 import dataclasses
 import errno
+import hashlib
 import json
 import math
 import mmap
@@ -253,3 +254,18 @@ def read_array(manifest: Manifest, name: str) -> np.ndarray:
         advice = "allow more open files (ulimit -n 4096)." if error.errno == errno.EMFILE else repair
         raise ModelDirectoryError(f"{where} cannot be read ({error.strerror}); {advice}") from error
     return np.frombuffer(data, dtype).reshape(parameter.shape)
+
+
+def verify_layer(manifest: Manifest, layer: str) -> None:
+    """Refuses a layer whose bytes are not those that were recorded when it was written; reads all of them.
+
+    Raises:
+      ModelDirectoryError: names the file.
+    """
+    for name in manifest.names(layer):
+        raw = read_array(manifest, name).reshape(-1).view(np.uint8).data
+        if hashlib.sha256(raw).hexdigest() != manifest.parameters[name].sha256:
+            raise ModelDirectoryError(
+                f"{manifest.network} layer {layer}: parameter file {manifest.chunk_path(name)} has other bytes than recorded; "
+                f"convert {manifest.network} again with --overwrite."
+            )

@@ -91,6 +91,11 @@ def image_size(resolution: str, aspect_ratio: str) -> tuple[int, int]:
     return sizes[aspect_ratio]
 
 
+def is_listed(height: int, width: int) -> bool:
+    """Returns whether a size is one of the table, which need not be multiples of latents and patches."""
+    return any((height, width) in listed.values() for listed in IMAGE_SIZES.values())
+
+
 def num_pixels(resolution: str) -> int:
     """Returns the nominal number of pixels of a frame; a size of the table may deviate by a few percent.
 

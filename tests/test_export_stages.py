@@ -1,5 +1,6 @@
 """Stages in a row compute what the networks compute, from the weights of a model directory."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sora_jax.checkpoint import load_network, unflatten
 from sora_jax.export.size import Size
 from sora_jax.export.stages import PARTS, Stage, list_stages, load_parameters
 from sora_jax.merging import Merge
-from sora_jax.model_directory import open_network
+from sora_jax.model_directory import ModelDirectoryError, open_network
 from sora_jax.stdit3 import STDiT3
 from sora_jax.t5 import T5Encoder
 from sora_jax.vae.codec import VAE
@@ -113,6 +114,29 @@ def test_sizes_share_a_function_where_shapes_agree():
     assert names["vae_spatial_decoder"] == ["main", "main_20x16x48"]
     assert stages["vae_temporal_decoder"].function("frames_17").sizes == (SIZE.key, long.key)
     assert "frame_mask_BT" not in stages["stdit3_front"].function("main").inputs
+
+
+def test_listed_sizes_need_not_be_multiples():
+    """Open-Sora's own 426 x 240: 53 rows of latents, the last of which is half a patch."""
+    listed = Size(num_frames=17, height=426, width=240)
+    stages = {stage.name: stage for stage in list_stages(CONFIG, [listed])}
+    assert stages["stdit3_pair_00"].function("full").inputs["x_RTSD"].shape[1:3] == (5, 27 * 15)
+    assert stages["stdit3_final"].function("main").outputs["v_RTHWC"].shape[1:4] == (5, 53, 30)
+    assert stages["vae_spatial_decoder"].function("main").outputs["frames_Bthw3"].shape[2:4] == (424, 240)
+
+
+def test_changed_bytes_are_refused(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    network = open_network(tmp_path / "model", "t5")
+    path = network.chunk_path("final.scale")
+    data = bytearray(path.read_bytes())
+    data[2] ^= 1
+    path.write_bytes(data)
+    final = list_stages(CONFIG, [SIZE], parts=("t5",))[-1]
+    with pytest.raises(
+        ModelDirectoryError, match=r"t5 layer final: parameter file .* has other bytes than recorded; convert t5"
+    ):
+        load_parameters(network, final)
 
 
 @pytest.mark.parametrize(

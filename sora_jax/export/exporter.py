@@ -171,7 +171,9 @@ def _run_process(folder: Path, names: Sequence[str]) -> None:
             raise CheckError(error["message"])
         if error["input"]:
             raise ValueError(error["message"])
-        raise ExportError(f"export of {names[0]} failed: {error['kind']}: {error['message']}")
+        failure = ExportError(f"export of {names[0]} failed: {error['kind']}: {error['message']}")
+        failure.add_note(error["traceback"])  # shown by --debug
+        raise failure
     if done.returncode == -signal.SIGKILL:
         raise ExportError(f"the process that exported {names[0]} was killed, as the system does when memory is short.")
     last = done.stderr.strip().splitlines()[-1:] or ["no message"]

@@ -26,7 +26,8 @@ from sora_jax.config import FLOAT32, DTypePolicy, ModelConfig
 from sora_jax.export import forwards
 from sora_jax.export.size import Size
 from sora_jax.layers import RMSNorm
-from sora_jax.model_directory import Manifest
+from sora_jax.model_directory import Manifest, verify_layer
+from sora_jax.sizes import is_listed
 from sora_jax.stdit3 import Embed, Final, STDiT3Block
 from sora_jax.t5 import T5Block, T5Embed
 from sora_jax.vae.codec import VAE, chunks
@@ -109,10 +110,11 @@ def load_parameters(manifest: Manifest, stage: Stage) -> dict[str, np.ndarray]:
     """Returns a stage's parameters by local name, in the dtype it expects, reading its layers only; int8 is multiplied out.
 
     Raises:
-      ModelDirectoryError: a parameter is missing or damaged.
+      ModelDirectoryError: a parameter is missing or damaged, which its checksum tells.
     """
     flat: dict[str, np.ndarray] = {}
     for layer in stage.layers:
+        verify_layer(manifest, layer)
         flat.update(read_layer(manifest, layer, dtype="float32"))
     return {
         local: flat[name].astype(stage.program.abstract[local].dtype, copy=False) for local, name in stage.parameters.items()
@@ -136,7 +138,8 @@ def list_stages(
     """
     check_parts(parts)
     for size in sizes:
-        settings.check_multiple(config.vae, config.stdit3.patch_size[1], size.height, size.width)
+        if not is_listed(size.height, size.width):
+            settings.check_multiple(config.vae, config.stdit3.patch_size[1], size.height, size.width)
     builder = _Builder(config, sizes, policy=policy, batch=batch, frame_mask="vae_encoder" in parts)
     stages: list[Stage] = []
     for part, build in zip(PARTS, (builder.t5, builder.stdit3, builder.vae_decoder, builder.vae_encoder), strict=True):

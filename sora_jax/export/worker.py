@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,7 @@ def main(arguments: list[str]) -> int:
         run_group(folder, arguments[1:])
     except Exception as error:
         report = {"kind": type(error).__name__, "input": isinstance(error, ValueError), "message": str(error)}
+        report["traceback"] = traceback.format_exc()
         _write_entry(folder, "error", report)
         return 1
     return 0
