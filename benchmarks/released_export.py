@@ -21,22 +21,26 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import environment, write_report
-from benchmarks.stage_memory import RandomParameters
+from benchmarks.random_network import RandomParameters
 from sora_jax.checkpoint import save_network
 from sora_jax.config import ModelConfig, open_sora_1_2
 from sora_jax.export import export
 from sora_jax.network_writer import update_model_file
 from sora_jax.pocket.vocabulary import write_tokenizer
+from sora_jax.stdit3 import STDiT3
+from sora_jax.t5 import T5Encoder
+from sora_jax.vae.codec import VAE
 
 RIVAL_PAIR_BYTES = 2 * 170_000_000  # full and merged, float32
 TOKENIZER = "tokenizer.json"
+CLASSES: dict[str, Any] = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
 
 
 def write_model(directory: Path, config: ModelConfig) -> None:
     """Writes the three networks with random weights in bfloat16."""
-    for network in ("t5", "stdit3", "vae"):
+    for network, build in CLASSES.items():
         entry = getattr(config, network)
-        save_network(directory, network, entry, RandomParameters(network, entry), dtype="bfloat16")
+        save_network(directory, network, entry, RandomParameters(build, entry), dtype="bfloat16")
     write_tokenizer(directory / TOKENIZER)
     update_model_file(directory, tokenizer=TOKENIZER, defaults={})
 
