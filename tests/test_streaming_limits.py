@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import streaming_model
 from tests import streamed
 
 pytestmark = [
@@ -62,9 +63,62 @@ with stream.open() as network:
 """
 
 
+GUARDED = """
+import contextlib, sys
+from pathlib import Path
+import jax
+from benchmarks import streaming_model
+from benchmarks.machine import memory
+from sora_jax.streaming.network import STDiT3Stream
+from sora_jax.streaming.retention import resident_bytes
+
+lowered, held = None, []
+
+@contextlib.contextmanager
+def watched(layer, num_bytes):
+    if lowered is not None and layer == "spatial_blocks.4":
+        stream.retention.budget = lowered
+    if lowered is not None and layer in ("spatial_blocks.5", "temporal_blocks.5"):
+        held.append(resident_bytes())
+    yield
+
+def peak_of(sampler, carry, until):
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    return jax.block_until_ready(sampler.run(carry, until)), memory()["peak_bytes"]
+
+stream = STDiT3Stream(sys.argv[1], backend=sys.argv[2], verify=False, around=watched)
+retention, layer = stream.retention, stream.blocks.source.num_bytes(stream.blocks.blocks[0])
+size = dict(frames=8, rows=16, columns=16, num_steps=8)  # 512 tokens in each of two rows
+with stream.open() as network:
+    retention.count = 0
+    sampler, carry = streaming_model.make_sampler(network, **size)
+    jax.block_until_ready(sampler.run(carry, 1))
+    _, needed = peak_of(sampler, carry, 1)
+retention.fixed_bytes = 0  # a plan that is far too low: it has more than twice the layers that fit retained
+retention.budget = budget = needed + 5 * layer + layer // 2
+assert retention.count >= 11, retention.count
+with stream.open() as network:
+    sampler, carry = streaming_model.make_sampler(network, **size)
+    carry, first = peak_of(sampler, carry, 1)
+    carry, later = peak_of(sampler, carry, 3)
+    retained = len(stream.blocks.retained)
+    lowered = needed + 2 * layer + layer // 2
+    carry = jax.block_until_ready(sampler.run(carry, 4))
+    carry, after = peak_of(sampler, carry, 6)
+    print(*(int(number) for number in (needed, budget, first, later, retained)))
+    print(*(int(number) for number in (lowered, max(held), after, len(stream.blocks.retained))))
+"""
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return streamed.write_transformer(tmp_path_factory.mktemp("limited"), width=WIDTH)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve blocks of the released width, 1 GB."""
+    return streaming_model.write(tmp_path_factory.mktemp("wide"), num_blocks=12)
 
 
 def child(script: str, *arguments: str) -> subprocess.Popen[str]:
@@ -103,3 +157,19 @@ def test_an_interrupt_ends_the_run_within_a_step(directory, backend):
     assert "KeyboardInterrupt" in errors.splitlines()[-1]
     assert len(output.splitlines()) <= 2, "steps went on after the interrupt"
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("backend", ["host", "mmap"])
+def test_measuring_keeps_the_budget_at_real_width_whatever_was_planned(wide, backend):
+    """Peaks of VmHWM, forgotten in between; the budget is lowered while block 8 of 12 is read."""
+    process = child(GUARDED, str(wide), backend)
+    output, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    (_, budget, first, later, retained), (lowered, held, after, kept) = (
+        [int(number) for number in line.split()] for line in output.splitlines()
+    )
+    assert max(first, later) <= budget, output
+    assert retained in (4, 5), output
+    assert held <= lowered, output  # two blocks on
+    assert after <= lowered, output
+    assert kept in (1, 2), output
