@@ -25,7 +25,7 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ RESULTS = Path(__file__).parent / "results" / "streaming_speed.json"
 PICTURE = Path(__file__).parent.parent / "docs" / "streaming.svg"
 SIZES = {2048: (8, 32, 32), 256: (4, 16, 16), 32: (2, 8, 8)}  # tokens: latent frames, rows, columns
 SETTLING, MANY = 32, 1024
-LANES = ("load", "copy", "compute")
+COLOURS = {"load": "tab:orange", "copy": "grey", "compute": "tab:blue"}  # of the lanes in pictures
 
 
 class LimitedReader:
@@ -81,8 +81,9 @@ def main() -> None:
                     drawn |= bench.drawn(min(options.rates), fewest=len(options.tokens) > 1 and tokens == min(options.tokens))
             for result in report["results"][-1 - len(options.rates) :]:
                 print(json.dumps(result), flush=True)
+    report["pictures"] = {name: listed(profile) for name, profile in drawn.items()}
     write_report(report, options.out)
-    draw(drawn, options.picture)
+    draw(report["pictures"], options.picture)
 
 
 def parse() -> argparse.Namespace:
@@ -214,26 +215,28 @@ def in_turn(profile: Profile) -> Profile:
     return sequential
 
 
-def draw(profiles: dict[str, Profile], path: Path) -> None:
-    """Draws every profile as two rows of bars, loading above computing, as the paper's figures do."""
+def listed(profile: Profile) -> list[list[Any]]:
+    """Returns lane, layer, begin and end in ms of what a picture shows, from its first interval on."""
+    begin = min(part.start_s for part in profile.intervals)
+    shown = [part for part in profile.intervals if part.lane in COLOURS]
+    return [[part.lane, part.layer, *(round(1e3 * (at - begin), 2) for at in (part.start_s, part.end_s))] for part in shown]
+
+
+def draw(pictures: Mapping[str, Sequence[Sequence[Any]]], path: Path) -> None:
+    """Draws each of `listed` as two rows of bars, loading above computing, as the paper's figures do."""
     try:
         from matplotlib import pyplot
     except ImportError:
         print("matplotlib is not installed; no picture drawn.")
         return
-    figure, axes = pyplot.subplots(len(profiles), figsize=(9, 1.5 * len(profiles)), squeeze=False, layout="constrained")
-    for (name, profile), axis in zip(profiles.items(), axes[:, 0], strict=True):
-        begin = min(part.start_s for part in profile.intervals)
-        for part in profile.intervals:
-            if part.lane in LANES:
-                row, colour = (
-                    (1, "tab:orange") if part.lane == "load" else (0, "tab:blue" if part.lane == "compute" else "grey")
-                )
-                axis.broken_barh(
-                    [(1e3 * (part.start_s - begin), 1e3 * (part.end_s - part.start_s))], (row, 0.8), color=colour, edgecolor="w"
-                )
-        axis.set(yticks=[0.4, 1.4], yticklabels=["compute", "load"], title=name, xlabel="ms")
-    figure.savefig(path)
+    figure, axes = pyplot.subplots(len(pictures), figsize=(9, 1.5 * len(pictures)), squeeze=False, layout="constrained")
+    for (name, intervals), axis in zip(pictures.items(), axes[:, 0], strict=True):
+        for lane, _, begin, end in intervals:
+            row = 1 if lane == "load" else 0
+            axis.broken_barh([(begin, end - begin)], (row, 0.8), color=COLOURS[lane], edgecolor="w", linewidth=0.5)
+        axis.set(yticks=[0.4, 1.4], yticklabels=["compute", "load"], title=name, xlabel="ms", xlim=(0, None))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":

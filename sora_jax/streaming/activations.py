@@ -51,7 +51,7 @@ def denoise_bytes(config: STDiT3Config, rows: int, frames: int, places: int) -> 
     temporal = LOGIT_COPIES * ROWS_AT_A_TIME * config.num_heads * frames**2
     cross = (LOGIT_COPIES - 1) * together * frames * places * config.num_heads * config.model_max_length
     caption = rows * config.model_max_length * (config.caption_channels + 3 * config.hidden_size)
-    carried = 3 * tokens * config.hidden_size  # before, after, and the velocity's input
+    carried = 5 * tokens * config.hidden_size  # into and out of a block and the branch it is in, and the velocity's input
     return block_bytes(config, rows, frames, places) + int(FLOAT_BYTES * (max(spatial, temporal, cross) + carried + caption))
 
 

@@ -29,6 +29,7 @@ from sora_jax.streaming.source import LayerSource
 
 Stored = tuple[dict[str, Array], ...]  # stored arrays of every block, by name
 
+MARGIN = 1.01  # of what is needed: measured again, it varies by half of this
 ENDS = ("embed", "final")  # layers that are small, needed twice in a row, and always in memory
 
 
@@ -144,7 +145,7 @@ class BlockStream(abc.ABC):
         held = self._meter.sample()
         if held is not None:
             retained = sum(size for i, size in enumerate(self._sizes) if self._holds(i))
-            self._needed = max(self._needed, held - retained)
+            self._needed = max(self._needed, int(MARGIN * (held - retained)))
             self.retention.guard(self._needed)
         if index == len(self.blocks):
             self.evaluations += 1
