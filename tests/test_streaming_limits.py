@@ -48,7 +48,7 @@ with stream.open() as network:
 """
 
 INTERRUPTED = """
-import contextlib, sys, time
+import contextlib, signal, sys, time
 from sora_jax.streaming.network import STDiT3Stream
 from tests import streamed
 
@@ -57,6 +57,7 @@ def slow(layer, num_bytes):
     time.sleep(0.05)
     yield
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 stream = STDiT3Stream(sys.argv[1], backend=sys.argv[2], retained=0, around=slow)
 with stream.open() as network:
     streamed.sample(network, num_steps=200, callback=lambda carry: print(int(carry.step), flush=True))
