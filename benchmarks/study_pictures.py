@@ -63,7 +63,7 @@ def draw_families(axis: Any, rows: Sequence[Row], measure: str) -> None:
 
 
 def draw_cosines(axis: Any, found: Mapping[str, Any]) -> None:
-    """Draws mean and band of one minus the cosine, and where the dynamic rule leapt."""
+    """Draws mean and band of one minus the cosine, and where the dynamic rule leapt, marks by its share of clips."""
     distance = {name: [1 - value for value in found[name]] for name in ("mean", "low", "high")}
     axis.fill_between(found["step"], distance["high"], distance["low"], alpha=0.3, label="5 % to 95 % of clips")
     axis.semilogy(found["step"], distance["mean"], label="mean")
@@ -71,7 +71,8 @@ def draw_cosines(axis: Any, found: Mapping[str, Any]) -> None:
         steps = [int(step) for step in found["leaps"]]
         at = [distance["mean"][found["step"].index(step)] for step in steps]
         total = sum(found["leaps"].values())
-        sizes = [20 + 400 * count / total for count in found["leaps"].values()]
-        axis.scatter(steps, at, s=sizes, color="tab:red", zorder=3, label="dynamic rule leaps (area: clips)")
-    axis.set(xlabel="step of 30", ylabel="1 - cosine of this velocity and the one before")
+        sizes = [300 * count / total for count in found["leaps"].values()]
+        axis.scatter(steps, at, s=sizes, color="tab:red", zorder=3)
+        axis.plot([], [], "o", color="tab:red", label="dynamic LPL leaps (area: clips)")
+    axis.set(xlabel="step of 30", ylabel="1 - cosine with the velocity before")
     axis.legend(fontsize=8)
