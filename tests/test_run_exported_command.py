@@ -3,7 +3,8 @@
 import pytest
 
 from sora_jax import cli
-from sora_jax.export import manifest
+from sora_jax.export import coreml, manifest, onnx
+from sora_jax.export.targets import MissingExtraError
 from tests.test_export_check import complete_manifest
 
 pytest.importorskip("jsonschema", reason="manifests are validated with jsonschema (extra stablehlo, onnx or coreml)")
@@ -28,3 +29,14 @@ def test_an_exported_folder_that_cannot_make_the_clip_says_why(tmp_path, capsys,
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_a_missing_extra_is_named_with_its_pip_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for extra, call in (
+        ("stablehlo", lambda: manifest.validate({})),
+        ("onnx", lambda: onnx.open_function(tmp_path, {"file": "a.onnx"})),
+        ("coreml", lambda: coreml.open_function(tmp_path, {"file": "a.mlpackage"})),
+    ):
+        with pytest.raises(MissingExtraError, match=rf"pip install 'sora_jax\[{extra}\]'"):
+            call()

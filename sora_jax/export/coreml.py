@@ -76,6 +76,7 @@ def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: 
 
 def open_function(folder: Path, artefact: Artefact) -> Runner:
     """Returns a saved function, run by the interpreter; see `targets.Target`."""
+    require("coreml", "coremltools")
     from sora_jax.export import mil_check
 
     program = mil_check.load(folder / artefact["file"])

@@ -19,6 +19,7 @@ from sora_jax import __version__, schedule, sizes
 from sora_jax.config import NETWORKS, ModelConfig
 from sora_jax.export.size import Size
 from sora_jax.export.stages import MERGE, Function, Stage
+from sora_jax.export.targets import require
 from sora_jax.leap import Leap
 from sora_jax.model_directory import NETWORK_FILE, Manifest
 from sora_jax.sampling import leap_rule, make_schedule
@@ -211,7 +212,9 @@ def validate(manifest: Any) -> None:
 
     Raises:
       ManifestError: it does not fit.
+      MissingExtraError: jsonschema is not installed.
     """
+    require("stablehlo", "jsonschema")
     import jsonschema
 
     schema = json.loads(SCHEMA_FILE.read_text("utf-8"))

@@ -66,7 +66,8 @@ def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: 
 
 
 def open_function(folder: Path, artefact: Artefact) -> Runner:
-    """Returns a saved graph as an onnxruntime session on the CPU."""
+    """Returns a saved graph as an onnxruntime session on the CPU; the converter is not needed."""
+    require("onnx", "onnxruntime")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / artefact["file"], providers=["CPUExecutionProvider"])

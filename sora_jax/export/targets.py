@@ -89,7 +89,11 @@ class Target(Protocol):
         """
 
     def open_function(self, folder: Path, artefact: Artefact) -> Runner:
-        """Returns a saved function: named arrays in (converted to the declared dtypes), named arrays out."""
+        """Returns a saved function: named arrays in (converted to the declared dtypes), named arrays out.
+
+        Raises:
+          MissingExtraError: what runs it is not installed.
+        """
 
 
 def target_module(name: str) -> Target:
