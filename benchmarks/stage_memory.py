@@ -1,6 +1,8 @@
 """Peak memory and time of the text encoder and of decoding, run from their files at full size, each in its own process.
 
-Run:      python -m benchmarks.stage_memory SCRATCH --stages text decode --dtypes float32 bfloat16 int8 [--rival]
+Run:      python -m benchmarks.stage_memory SCRATCH --stages text --dtypes int8 float32 bfloat16 --linked
+              --out benchmarks/results/stage_text.json
+          python -m benchmarks.stage_memory SCRATCH --stages decode --rival --out benchmarks/results/stage_decode.json
           (--tiny tries it out at toy width in a minute; --linked stores one text-encoder block and links the other 23)
 Needs:    Linux; disk for the weights (text encoder 19, 9.5 or 4.8 GB, --linked 1.3, 0.7 or 0.3 GB; autoencoder 1.6 GB).
 Expect:   every peak at most 3.3 GB; the least peak (one segment at a time) of the int8 encoder at 300 tokens at most 0.8 GB;
