@@ -20,6 +20,7 @@ from sora_jax.int8_matrix import Int8Matrix
 from sora_jax.model_directory import Manifest, ModelDirectoryError
 from sora_jax.quantisation import SCALE_SUFFIX
 from sora_jax.segments import Segment, part
+from sora_jax.streaming.retention import give_back_freed
 from sora_jax.streaming.staging import Staging, Verified
 
 NUM_SLOTS = 2
@@ -122,7 +123,9 @@ def _compiled(apply: Callable[..., Any], structures: tuple[Any, ...], structure:
         return apply(*modules, *args)
 
     abstract = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes])
-    return jax.jit(program).lower(*abstract).compile()
+    compiled = jax.jit(program).lower(*abstract).compile()
+    give_back_freed()
+    return compiled
 
 
 def _value(stored: jax.Array, scale_O: jax.Array | None = None) -> jax.Array | Int8Matrix:
