@@ -39,7 +39,8 @@ def run(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     z_BTHWC = np.asarray(noise.initial_noise(options.seed, (1, *size["latents"])))
     made = model(ids, mask, z_BTHWC, size=size["key"], **given)
-    parameters = {"prompt": options.prompt, "seed": options.seed, "exported": model.manifest["target"], **given}
+    used = {**model.manifest["sampling"], **{name: value for name, value in given.items() if value is not None}}
+    parameters = {"prompt": options.prompt, "seed": options.seed, "exported": model.manifest["target"], **used}
     frames = video.quantise(made.frames_Bthw3)[0]
     video.save(frames, options.output, fps=size["conditions"]["fps_B"], parameters=parameters, overwrite=options.overwrite)
     if not options.quiet:
