@@ -207,12 +207,15 @@ def predictions(num_blocks: int, load_s: float, compute_s: float, retained: int)
 
 
 def in_turn(profile: Profile) -> Profile:
-    """Returns the same loads and computations one after the other: what runs without a reading thread."""
+    """Returns the same loads and computations one after the other: what runs without a reading thread.
+
+    A layer that was read before the profile began is taken to load as long as the others on average.
+    """
     sequential, now = Profile(), 0.0
     computed = [part for part in profile.intervals if part.lane == "compute"]
     loads = {part.layer: part.end_s - part.start_s for part in profile.intervals if part.lane == "load"}
     for part in computed:
-        load = loads.get(part.layer, 0.0)
+        load = loads.get(part.layer, statistics.mean(loads.values()))
         sequential.add("load", part.layer, now, now + load)
         now += load + part.end_s - part.start_s
         sequential.add("compute", part.layer, now - (part.end_s - part.start_s), now)
