@@ -110,7 +110,17 @@ def test_methods_ask_for_the_evaluations_they_name() -> None:
         elif rule is None:
             assert method.calibrated == method.evaluations or steps == method.evaluations
     families = {method.family for method in every}
-    for family in ("Euler", "LPL", "LPL extrapolated", "AB2", "DPM++", "Euler shift 2", "reuse", "guidance reuse"):
+    for family in (
+        "Euler",
+        "LPL",
+        "LPL extrapolated",
+        "AB2",
+        "DPM++",
+        "Euler shift 2",
+        "LPL shift 6",
+        "reuse",
+        "guidance reuse",
+    ):
         assert family in families
         counts = {method.evaluations for method in every if method.family == family} | {30}
         assert counts == set(EVALUATIONS), family
