@@ -2,6 +2,19 @@
 
 Invariant: an output that replaces an input of the same name (tokens after a block) is judged by what was added to it, so
 that the part which merely passes through cannot hide an error.  NaN and infinity never pass.
+
+Floors of compressed weights stand some way below what a pair of STDiT3-XL/2's width measures with random normal weights in
+float16 (Core ML, 17 x 64 x 64), because trained matrices may have longer tails, which cost scales and tables precision; a
+defect (a wrong axis, the scale of another matrix) makes errors as large as the update, which is 12 to 15 dB:
+
+======  ================  ================  =======
+weights captured          with outliers     floor
+======  ================  ================  =======
+lut6    44.6 dB, 4.8 %    34.0 dB, 9.7 %    24 dB
+int4    33.3 dB, 18 %     25.8 dB, 25 %     18 dB
+======  ================  ================  =======
+
+(the percentage is the relative L2 error of what the pair adds).  int8 measures 46 to 52 dB, 1.3 %, at a floor of 30 dB.
 """
 
 import dataclasses
@@ -16,7 +29,6 @@ OUTLIERS = (400.0, -900.0)
 MAX_DB = 200.0
 
 FLOORS_DB: Mapping[str, float] = {"float32": 100.0, "float16": 45.0}
-# Of random weights, the hardest to compress; the peak of an update is some 15 dB above its mean square.
 COMPRESSED_FLOORS_DB: Mapping[str, float] = {"int8": 30.0, "lut6": 24.0, "int4": 18.0}
 # What a floor is lowered by for all stages in a row: each adds its own rounding.
 WHOLE_NETWORK_DB = 10.0
