@@ -5,7 +5,7 @@ that the part which merely passes through cannot hide an error.  NaN and infinit
 
 Floors of compressed weights stand some way below what a pair of STDiT3-XL/2's width measures with random normal weights in
 float16 (Core ML, 17 x 64 x 64), because trained matrices may have longer tails, which cost scales and tables precision; a
-defect (a wrong axis, the scale of another matrix) makes errors as large as the update, which is 12 to 15 dB:
+defect (a wrong axis, the scale of another matrix) makes errors as large as the update, which is 14 to 18 dB:
 
 ======  ================  ================  =======
 weights captured          with outliers     floor
