@@ -13,10 +13,11 @@ import numpy as np
 
 from benchmarks import study_pictures
 from benchmarks.machine import environment, write_report
+from benchmarks.study_clips import CAPPED_DB
 from benchmarks.study_methods import LEAP_EVALUATIONS, LONG_REFERENCE, MERGED_STEPS, REFERENCE, STEPS, frontier
 from sora_jax.pocket.scores import Rate
 
-OVER_EULER = ("over_euler_30", "over_euler_200")
+OVER_EULER = {"over_euler_30": "psnr_30", "over_euler_200": "psnr_200"}
 MEDIANS = ("psnr_30", "ssim_30", "psnr_200", "ssim_200", *OVER_EULER, "steadiness", "flow", "flow_kept", "pace", "object_px")
 SHARES = ("colour", "shape", "motion", "speed", "all")
 _BAND = (0.05, 0.95)
@@ -75,18 +76,17 @@ def most_clips(lines: Sequence[Row]) -> list[Row]:
 
 
 def over_euler(lines: Iterable[Row]) -> list[Row]:
-    """Returns the lines, each with its PSNR less that of plain Euler's clip at as many evaluations, where there is one."""
+    """Returns the lines, each with its PSNR less that of plain Euler's clip at as many evaluations.
+
+    Left out where there is no such clip, or where it is the reference itself.
+    """
     lines = list(lines)
     plain = {(x["prompt"], x["noise"], x["evaluations"]): x for x in lines if x["family"] == "Euler"}
     out = []
     for line in lines:
-        rival = plain.get((line["prompt"], line["noise"], line["evaluations"]))
-        gains = (
-            {name: line[like] - rival[like] for name, like in zip(OVER_EULER, ("psnr_30", "psnr_200"), strict=True)}
-            if rival
-            else {}
-        )
-        out.append({**line, **gains})
+        rival = plain.get((line["prompt"], line["noise"], line["evaluations"]), {})
+        names = {name: like for name, like in OVER_EULER.items() if rival.get(like, CAPPED_DB) < CAPPED_DB}
+        out.append({**line, **{name: line[like] - rival[like] for name, like in names.items()}})
     return out
 
 

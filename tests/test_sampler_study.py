@@ -176,7 +176,8 @@ def test_tables_compare_methods_on_the_same_clips() -> None:
 def test_gains_over_euler_are_of_the_same_clip_at_as_many_evaluations() -> None:
     """The median of differences, not the difference of medians; and none where Euler has no such clip."""
     euler = [line("Euler", 0, 10), line("Euler", 1, 20), line("Euler", 2, 60), line("Euler", 3, 0, evaluations=8)]
-    other = [line("b", 0, 13), line("b", 1, 21), line("b", 2, 70), line("b", 3, 50)]
+    euler.append(line("Euler", 4, study_clips.CAPPED_DB, evaluations=30))  # the reference
+    other = [line("b", 4, 50, evaluations=30), line("b", 0, 13), line("b", 1, 21), line("b", 2, 70), line("b", 3, 50)]
     rows = {row["name"]: row for row in study_report.summarise([{**one, "psnr_200": 0.0} for one in euler + other])}
     assert rows["b"]["over_euler_30"]["median"] == 3
     assert rows["b"]["over_euler_200"]["high"] == 0
