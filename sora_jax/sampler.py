@@ -169,7 +169,7 @@ def sample(
     if callback is None:
         return finish(sampler.run(carry, num_steps))
     for step in range(num_steps):
-        carry = sampler.run(carry, step + 1)
+        carry = jax.block_until_ready(sampler.run(carry, step + 1))  # the step is over when the callback sees it
         callback(carry)
         if np.asarray(carry.done_B).all():
             break
