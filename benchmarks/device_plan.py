@@ -50,7 +50,6 @@ PROFILES = {"iphone-15-pro": Profile(flop_per_s=2.15e12, budget=3_300_000_000, b
 PAPER_STAGES_S = {"text": 110.5, "step": 35.4, "decode": 135.0}
 PAPER_STEP_S = {"sequential": 29.0, "CI": 23.0}
 PAPER_DL_SAVED_S = 17.0  # over 30 steps
-PAPER_TEXT_S = {"sequential": 164.0, "CI": 137.0}
 PAPER_SPEEDUPS = {"LPL": 1.85, "TDTM": 1.10, "CI+DL": 1.12, "all": 2.33}  # on the transformer, 256 x 256, 30 steps
 LPL_EVALUATIONS = 17.73  # dynamic, of 30, on average
 MERGED_STEPS = 15  # the paper merges in the first half of the steps
