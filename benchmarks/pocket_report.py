@@ -8,6 +8,8 @@ number comes from a file or from the training code; none is typed in.  Cost: sec
 
 import argparse
 import dataclasses
+import hashlib
+import itertools
 import json
 import math
 import subprocess
@@ -21,7 +23,7 @@ import numpy as np
 
 from benchmarks.machine import write_report
 from sora_jax.config import pocket
-from sora_jax.model_directory import open_network, present_networks
+from sora_jax.model_directory import NETWORK_FILE, open_network, present_networks
 from sora_jax.pocket import train, train_codec, train_flow, train_text, world
 from sora_jax.pocket.fit import Stage
 from sora_jax.pocket.train_flow import Clips
@@ -46,7 +48,7 @@ def report(work: Path, earlier: Mapping[str, Any] | None = None) -> dict[str, An
     curves = {name: read_lines(work / f"{name}.jsonl") for name in STAGES}
     if not any(curves.values()):
         raise FileNotFoundError(f"{work} has no reports; expected one of {', '.join(f'{name}.jsonl' for name in STAGES)}.")
-    runs = read_lines(work / "runs.jsonl")
+    runs = [run | {"arguments": _portable(run["arguments"])} for run in read_lines(work / "runs.jsonl")]
     arguments = {**vars(train.parse([])), **(runs[-1]["arguments"] if runs else {})}
     arguments |= {f"{name}_steps": lines[-1]["of"] for name, lines in curves.items() if lines}
     settings = stage_settings(argparse.Namespace(**arguments))
@@ -58,7 +60,7 @@ def report(work: Path, earlier: Mapping[str, Any] | None = None) -> dict[str, An
         "commit": _commit(),
         "arguments": {name: value for name, value in arguments.items() if name != "work"},
         "arguments_from": "runs.jsonl" if runs else "the command's defaults",
-        "starts": [{name: value for name, value in run.items() if name != "arguments"} for run in runs],
+        "starts": [_start(run, runs[-1]) for run in runs],
         "world": _constants(world),
         "seconds": round(sum(stage["seconds"] for stage in stages.values())),
         "stages": stages,
@@ -71,8 +73,10 @@ def stage_report(lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
     rows = timeline(lines)
     losses = [row for row in rows if "loss" in row]
     scores = [row for row in rows if "loss" not in row]
+    starts = [lines[0], *(line for before, line in itertools.pairwise(lines) if _begins(line, before))]
     result = {
         "steps": lines[-1]["of"],
+        "starts": [{"first_report": line["step"], "steps": line["of"]} for line in starts],
         "steps_done": rows[-1]["step"],
         "seconds": round(max(row["seconds"] for row in rows)),
         "settings": dict(settings),
@@ -86,19 +90,35 @@ def stage_report(lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
     return result
 
 
+def _portable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns arguments without the folders of the machine that trained."""
+    return {name: Path(value).name if name == "base" and value else value for name, value in arguments.items()}
+
+
+def _start(run: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns versions and device of one start, and its arguments where they are not those of the last one."""
+    others = {name: value for name, value in run["arguments"].items() if value != last["arguments"].get(name)}
+    return {name: value for name, value in run.items() if name != "arguments"} | {"other_arguments": others}
+
+
+def _begins(line: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Returns whether a start reports for the first time: its clock begins at 0."""
+    return line["seconds"] < before["seconds"]
+
+
 def timeline(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the lines by step, with ``seconds`` counted over all starts.
 
     The clock of a start begins at 0.  Steps that were repeated after a checkpoint count twice in the time, once in the rows.
     """
-    before, last = 0.0, 0.0
+    before, last = 0.0, lines[0]
     rows: dict[tuple[int, bool], dict[str, Any]] = {}
     for line in lines:
-        if line["seconds"] < last:
-            before += last
-        last = line["seconds"]
+        if _begins(line, last):
+            before += last["seconds"]
+        last = line
         values = {name: _finite(value) for name, value in line.items() if name not in _CLOCK}
-        rows[line["step"], "loss" in line] = {"step": line["step"], "seconds": round(before + last, 1), **values}
+        rows[line["step"], "loss" in line] = {"step": line["step"], "seconds": round(before + line["seconds"], 1), **values}
     return sorted(rows.values(), key=lambda row: row["step"])
 
 
@@ -123,7 +143,7 @@ def stage_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     spatial = {"num_steps": args.spatial_steps, "batch_size": args.spatial_batch, "seed": args.seed}
     temporal = {"num_steps": args.temporal_steps, "batch_size": args.temporal_batch, "seed": args.seed}
     text = {"num_steps": args.text_steps, "batch_size": args.text_batch, "seed": args.seed}
-    flow = {"num_steps": args.flow_steps, "batch_size": args.batch, "seed": args.seed}
+    flow = {"num_steps": args.flow_steps, "batch_size": args.batch, "seed": args.seed, "learning_rate": args.flow_rate}
     judged = {"evaluate": lambda params: {}, "evaluate_every": args.judge_every}
     stages = {
         "spatial": (train_codec.spatial_stage(pocket.vae, **spatial), spatial),
@@ -147,7 +167,7 @@ def _described(stage: Stage) -> dict[str, Any]:
 
 
 def model_report(directory: Path) -> dict[str, Any]:
-    """Returns parameters, bytes and stored dtype of each network that the folder holds."""
+    """Returns parameters, bytes and stored dtype of each network that the folder holds, and the checksum of its manifest."""
     networks = {}
     for network in present_networks(directory):
         manifest = open_network(directory, network)
@@ -156,6 +176,7 @@ def model_report(directory: Path) -> dict[str, Any]:
             "dtype": manifest.dtype,
             "parameters": sum(math.prod(one.shape) for one in stored),
             "bytes": sum(one.nbytes for one in stored),
+            "manifest_sha256": hashlib.sha256((directory / network / NETWORK_FILE).read_bytes()).hexdigest(),
         }
     return networks
 

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import pocket_pictures, pocket_report
+from sora_jax.pipeline import POCKET
 from sora_jax.pocket import faithfulness, train
 from sora_jax.pocket.world import PALETTE
 
@@ -117,15 +118,20 @@ def test_report_has_what_the_files_say(tmp_path, tiny_model):
     judged = [scores(100, 10.5, 0.25), scores(200, 20.5, 0.75), scores(300, 31.0, 0.5)]
     write_lines(tmp_path / "flow.jsonl", sorted([*flow, *judged], key=lambda line: line["seconds"]))
     arguments = {name: value for name, value in vars(train.parse([])).items() if name != "work"}
-    run = {"arguments": arguments | {"batch": 24, "judge_every": 100}, "device": "TPU"}
-    write_lines(tmp_path / "runs.jsonl", [run])
+    run = {"arguments": arguments | {"batch": 24, "judge_every": 100, "base": "/somewhere/base"}, "device": "TPU"}
+    write_lines(tmp_path / "runs.jsonl", [run | {"arguments": run["arguments"] | {"flow_steps": 300}}, run])
     (tmp_path / "model").symlink_to(tiny_model)
 
     out = tmp_path / "results" / "report.json"
     pocket_report.main(["--work", str(tmp_path), "--out", str(out)])
     made = json.loads(out.read_text())
     assert made["arguments_from"] == "runs.jsonl"
-    assert made["starts"] == [{"device": "TPU"}]
+    assert made["starts"] == [
+        {"device": "TPU", "other_arguments": {"flow_steps": 300}},
+        {"device": "TPU", "other_arguments": {}},
+    ]
+    assert made["arguments"]["base"] == "base"
+    assert made["stages"]["flow"]["starts"] == [{"first_report": 1, "steps": 400}]
     assert (made["arguments"]["batch"], made["arguments"]["flow_steps"]) == (24, 400)
     assert made["seconds"] == 37
     assert set(made["stages"]) == {"spatial", "flow"}
@@ -163,3 +169,8 @@ def test_a_line_half_written_is_left_out(tmp_path):
 def test_a_folder_without_reports_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no reports; expected one of spatial\.jsonl"):
         pocket_report.report(tmp_path)
+
+
+def test_the_record_is_that_of_the_embedded_model():
+    recorded = json.loads(pocket_report.RESULTS.read_text())["model"]
+    assert recorded == pocket_report.model_report(POCKET)

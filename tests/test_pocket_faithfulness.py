@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from sora_jax.pocket import captions, faithfulness, judge
+from sora_jax.pocket import captions, faithfulness, judge, kinds
 from sora_jax.pocket.faithfulness import Made, Sampling
 from sora_jax.pocket.scenes import all_frames, render_uint8
 from sora_jax.pocket.world import ATTRIBUTES, NUM_FRAMES, is_unseen
@@ -97,11 +97,14 @@ def test_a_sample_has_no_cosine_after_its_leap():
 
 def test_a_first_frame_fixes_the_beginning(tiny_model):
     asked = faithfulness.captions(2, seed=4)
-    first = [clip[:1] for clip in faithfulness.rendered(asked)]
+    rendered = list(faithfulness.rendered(asked))
+    first = [clip[:1] for clip in rendered]
     made = list(faithfulness.clips(tiny_model, asked, TWO_STEPS, first_frames=first))
     assert [one.parameters["mask_strategy"] for one in made] == ["0", "0"]
     free = list(faithfulness.clips(tiny_model, asked, TWO_STEPS))
     assert all((one.frames_thw3 != other.frames_thw3).any() for one, other in zip(made, free, strict=True))
+    chunks = list(faithfulness.clips(tiny_model, asked, TWO_STEPS, first_frames=[clip[:17] for clip in rendered]))
+    assert [one.parameters["mask_strategy"] for one in chunks] == ["0,0,0,0,5"] * 2
     with pytest.raises(ValueError, match="1 first frames for 2 captions"):
         list(faithfulness.clips(tiny_model, asked, TWO_STEPS, first_frames=first[:1]))
 
@@ -114,7 +117,7 @@ def perfect_model(monkeypatch):
         for one in asked:
             speed = ATTRIBUTES["speed"].index(one.attributes.get("speed", one.scene.attributes(0).get("speed", "slow")))
             scene = dataclasses.replace(one.scene, speed=np.array([speed]))
-            num_frames = NUM_FRAMES + 17 if sampling is not None and sampling.loop == 2 else NUM_FRAMES
+            num_frames = one.num_frames + (17 if sampling is not None and sampling.loop == 2 else 0)
             frames = np.asarray(render_uint8(scene, all_frames(num_frames))[0])
             made_from = {"model": "perfect", "sora_jax": "0", "jax": "0", "device": "none", "num_steps": 3}
             yield Made(
@@ -125,30 +128,34 @@ def perfect_model(monkeypatch):
 
 
 def test_a_perfect_model_is_judged_perfect(perfect_model):
-    tables = judge.judge_captions(None, 24, seed=0, cosines=True, num_pairs=8)
+    tables = kinds.judge_captions(None, 24, seed=0, cosines=True, num_pairs=8)
     shares = {name: rate["share"] for name, rate in tables["rates"].items()}
     assert shares == dict.fromkeys(shares, 1.0) | {"swapped": 0.0}
     assert tables["rates"]["slow < fast"]["total"] == 8
     assert tables["cosines"] == {"mean": [None, 0.5, 1.0], "low": [None, 0.5, 1.0], "high": [None, 0.5, 1.0]}
-    given = judge.judge_given_frames(None, 24, seed=0)["rates"]
+    given = kinds.judge_given_frames(None, 24, seed=0)["rates"]
     assert given["position kept"]["share"] == given["colour, shape, position kept"]["share"] == given["shading"]["share"] == 1.0
 
 
 def test_a_perfect_model_with_shuffled_captions_is_not(perfect_model):
     for tables in (
-        judge.judge_captions(None, 24, seed=0, num_pairs=0, shuffle=True),
-        judge.judge_given_frames(None, 24, seed=0, shuffle=True),
-        judge.judge_real(24, seed=0, shuffle=True),
+        kinds.judge_captions(None, 24, seed=0, num_pairs=0, shuffle=True),
+        kinds.judge_given_frames(None, 24, seed=0, shuffle=True),
+        kinds.judge_real(24, seed=0, shuffle=True),
     ):
         assert tables["rates"]["colour"]["share"] < 0.5
         assert tables["rates"]["all four"]["share"] < 0.2
-    assert judge.judge_given_frames(None, 24, seed=0, shuffle=True)["rates"]["position kept"]["share"] < 0.5
+    assert kinds.judge_given_frames(None, 24, seed=0, shuffle=True)["rates"]["position kept"]["share"] < 0.5
 
 
 def test_a_clip_that_goes_on_is_told_from_one_that_jumps(perfect_model, monkeypatch):
-    rates = judge.judge_extensions(None, 24, seed=0)["rates"]
+    tables = kinds.judge_extensions(None, 24, seed=0)
+    rates = tables["rates"]
     assert rates["position kept"]["share"] == rates["background kept"]["share"] == 1.0
     assert rates["colour, shape, position kept"]["share"] > 0.8  # some objects leave the frame
+    assert 0 < tables["with_room"]["clips"] < 24
+    assert tables["with_room"]["rates"]["colour, shape, position kept"]["share"] == 1.0
+    assert tables["with_room"]["rates"]["motion"]["share"] == 1.0
     goes_on = faithfulness.clips
 
     def jumps(model, asked, sampling=None):
@@ -158,24 +165,71 @@ def test_a_clip_that_goes_on_is_told_from_one_that_jumps(perfect_model, monkeypa
             yield dataclasses.replace(one, frames_thw3=frames)
 
     monkeypatch.setattr(faithfulness, "clips", jumps)
-    rates = judge.judge_extensions(None, 24, seed=0)["rates"]
+    rates = kinds.judge_extensions(None, 24, seed=0)["rates"]
     assert rates["position kept"]["share"] < 0.5
     assert rates["colour, shape, position kept"]["share"] < 0.2
 
 
+def test_a_given_clip_is_gone_on_with(perfect_model):
+    rates = kinds.judge_given_clips(None, 24, seed=0)["rates"]
+    assert rates["colour, shape, position kept"]["share"] == rates["motion"]["share"] == rates["shading"]["share"] == 1.0
+
+
+def test_empty_captions_that_show_clips_are_clean(perfect_model, monkeypatch):
+    """As many objects as a real clip has, and no noise; the codec in this test only adds noise."""
+    rng = np.random.default_rng(0)
+
+    def reconstructed(model, asked, *, dtype=None):
+        for clip in faithfulness.rendered(asked):
+            yield clip, np.clip(clip + rng.normal(0, 3, clip.shape), 0, 255).astype(np.uint8)
+
+    monkeypatch.setattr(faithfulness, "reconstructed", reconstructed)
+    tables = kinds.judge_empty(None, 8, seed=0)
+    assert {rate["share"] for rate in tables["rates"].values()} == {1.0}
+    assert tables["cleanliness"]["made"]["flicker largest"] < tables["cleanliness"]["rendered and coded"]["flicker median"]
+
+
+@pytest.mark.parametrize("num_frames", [1, 17, 51])
+def test_other_lengths_are_asked_for_and_judged(perfect_model, num_frames):
+    tables = kinds.judge_captions(None, 24, seed=0, num_frames=num_frames)
+    shares = {name: rate["share"] for name, rate in tables["rates"].items() if rate["total"]}
+    assert shares == dict.fromkeys(shares, 1.0) | {"swapped": 0.0}
+    assert ("motion" in shares, "speed" in shares, "slow < fast" in shares) == (num_frames > 1,) * 3
+    real = kinds.judge_real(24, seed=0, num_frames=num_frames)
+    assert real["rates"]["all three"] == tables["rates"]["all three"]
+
+
+def test_an_image_has_a_caption_without_motion_and_no_speed_pair():
+    for one in faithfulness.captions(20, seed=0, num_frames=1):
+        assert not {"motion", "speed"} & one.attributes.keys()
+        assert captions.parse(one.text).attributes == one.attributes
+    assert len(next(faithfulness.rendered([one]))) == 1
+    with pytest.raises(ValueError, match="a single image has no speed; expected 2 or more"):
+        faithfulness.speed_pairs(1, seed=0, num_frames=1)
+
+
+@pytest.mark.parametrize("num_frames", [1, 17, 51])
+def test_the_model_makes_clips_of_other_lengths(tiny_model, num_frames):
+    asked = faithfulness.captions(1, seed=0, num_frames=num_frames)
+    (made,) = faithfulness.clips(tiny_model, asked, TWO_STEPS)
+    assert len(made.frames_thw3) == made.parameters["num_frames"] == num_frames
+
+
 def test_clips_that_ignore_the_seed_have_no_variety(perfect_model):
-    rates = judge.judge_variety(None, 8, seed=0)["rates"]
+    rates = kinds.judge_variety(None, 8, seed=0)["rates"]
     assert rates["same seed, same clip"]["share"] == 1.0
     assert rates["other seed, other place"]["share"] == 0.0
 
 
 def test_command_prints_and_writes_every_table(tiny_model, tmp_path, capsys):
-    kinds = "--captions 2 --pairs 1 --cosines --given-frame 2 --codec 2 --real 8 --seed 3"
-    judge.main([str(tiny_model), *f"{kinds} --steps 2 --guidance 1 --json {tmp_path / 'judged.json'}".split()])
+    asked = "--captions 2 --pairs 1 --cosines --given-frame 2 --codec 2 --real 8 --seed 3"
+    judge.main([str(tiny_model), *f"{asked} --steps 2 --guidance 1 --json {tmp_path / 'judged.json'}".split()])
     text, written = capsys.readouterr().out, json.loads((tmp_path / "judged.json").read_text())
     assert [line for line in text.splitlines() if line.startswith("==")] == [
         "== real: 8 clips", "== codec: 2 clips", "== captions: 2 clips", "== given frame: 2 clips",
     ]  # fmt: skip
+    assert written["command"].startswith("python -m sora_jax.pocket.judge ")
+    assert written["command"].endswith("judged.json")
     assert written["real"]["rates"]["colour"]["count"] == 8
     assert "8 of 8" in text
     for kind in ("real", "codec", "captions", "given_frame"):
@@ -198,6 +252,11 @@ def test_command_prints_and_writes_every_table(tiny_model, tmp_path, capsys):
     ("arguments", "message"),
     [
         ([], "nothing to judge; give --captions N"),
+        (
+            ["--num-frames", "17", "--extension", "1"],
+            "--num-frames 17 goes with --real, --codec and --captions; --extension is",
+        ),
+        (["--num-frames", "18", "--captions", "1"], "argument --num-frames: invalid choice: 18 (choose from 1, 17, 34, 51)"),
         (["--captions", "-3"], "-3 is negative; expected 0 or more"),
         (["nowhere", "--captions", "2"], "nowhere"),
         (["nowhere", "--codec", "2"], "nowhere"),

@@ -9,7 +9,7 @@ from sora_jax.pocket import faithfulness
 from sora_jax.pocket import measure as measure_module
 from sora_jax.pocket.measure import Measurement, measure
 from sora_jax.pocket.scenes import all_frames, render_uint8, sample_scenes
-from sora_jax.pocket.scores import Rate, confusion, kept, score
+from sora_jax.pocket.scores import Rate, confusion, has_room, kept, score
 from sora_jax.pocket.world import ATTRIBUTES
 
 NUM = 512
@@ -199,6 +199,21 @@ def test_what_a_first_frame_shows_is_kept_or_not():
     start_px = np.array([[30.0, 37.0], [30.0, 37.0], [32.0, 32.0], [32.0, 32.0]])
     rates = kept(measurements, [ASKED] * 4, start_px)
     assert rates == {"position kept": Rate(2, 4), "colour, shape, position kept": Rate(1, 4)}
+
+
+@pytest.mark.parametrize(
+    ("last", "room"),
+    [((30, 32, 12), True), ((40, 32, 12), True), ((45, 32, 12), False), ((30, 50, 12), False), ((30, 32, 30), False)],
+)
+def test_an_object_has_room_until_it_reaches_the_edge(last, room):
+    """It comes from (25, 32) in 34 frames and goes on for half as far: to x = 47.5 or 55, where 12 pixels are left or not."""
+    path = np.linspace((25, 32, 12), last, 35)
+    one = seen(centre_px=path[:, :2], radii_px=path[:, 2])
+    assert has_room(one, 17) == room
+
+
+def test_what_is_not_there_has_no_room():
+    assert not has_room(seen(centre_px=np.full((3, 2), np.nan), radii_px=np.full(3, np.nan)), 17)
 
 
 def test_wilson_interval():

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from sora_jax.checkpoint import load_network
 from sora_jax.config import pocket
-from sora_jax.pocket import train_flow
+from sora_jax.pocket import train, train_flow
 from sora_jax.pocket.fit import Stage, fit
 from sora_jax.pocket.scenes import sample_scenes
 from sora_jax.pocket.train_flow import Clips, Lesson
@@ -126,3 +127,28 @@ def test_a_lesson_sees_fast_clips_of_its_motions_at_high_noise(clips, tmp_path):
     assert not {float(z) for batch in outside for z in batch["z"][:, 0, 0, 0, 0]} <= fast
     assert all(batch["noisy"].mean() == 0.5 for batch in outside)
     assert sum(batch["given"].any(axis=1).mean() for batch in inside) > 6
+
+
+def test_a_warm_start_begins_with_the_transformer_of_the_base(clips, tiny_model, tmp_path, monkeypatch):
+    """Not with new weights; the learning rate climbs to the one that is given, 200 steps on."""
+    stages = []
+    monkeypatch.setattr(train_flow, "cache_clips", lambda *_, **__: clips)
+    monkeypatch.setattr(train, "fit", lambda stage, directory, seed: stages.append(stage) or stage.init())
+    tokenizer = shipped_tokenizer(tmp_path / "tokenizer.json")
+    for more in ([], ["--warm", "--flow-rate", "5e-4"]):
+        args = train.parse(["--work", str(tmp_path), "--base", str(tiny_model), *more])
+        train.transformer(args, tmp_path, {}, {}, tokenizer)
+    new, warm = stages
+    stored = load_network(tiny_model, "stdit3", dtype="float32")[1]
+    params = warm.init()
+    assert params.keys() == stored.keys()
+    for name, value in stored.items():
+        np.testing.assert_array_equal(params[name], value)
+    assert any(new.init()[name].shape != value.shape for name, value in stored.items())
+    assert [float(stage.learning_rate(1000)) for stage in stages] == pytest.approx([2e-3, 5e-4])
+
+
+def test_a_warm_start_needs_a_base(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--warm"])
+    assert "name it with --base MODEL_DIR" in capsys.readouterr().err

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
-from PIL import Image
 
 from sora_jax import video
 from sora_jax.checkpoint import load_network, unflatten
@@ -26,8 +25,9 @@ from sora_jax.leap import Leap
 from sora_jax.pipeline import POCKET, Pipeline
 from sora_jax.pocket.captions import caption
 from sora_jax.pocket.scenes import Scenes, all_frames, render_uint8, sample_scenes
-from sora_jax.pocket.world import NUM_FRAMES, SIZE_PX
+from sora_jax.pocket.world import FPS, NUM_FRAMES, SIZE_PX
 from sora_jax.sampler import Trace
+from sora_jax.sizes import FRAMES_PER_CHUNK, LATENTS_PER_CHUNK
 from sora_jax.vae.codec import VAE
 
 BATCH = 16  # clips rendered, coded or generated at a time
@@ -47,12 +47,19 @@ class Asked:
       attributes: what it names.
       seed: of the noise that the clip is made from.
       scene: a batch of one scene that the caption describes.
+      num_frames: of the clip that is asked for; 1 is a single image.
     """
 
     text: str
     attributes: Mapping[str, str]
     seed: int
     scene: Scenes
+    num_frames: int = NUM_FRAMES
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """All attributes of the scene that so many frames show; a single image shows neither motion nor speed."""
+        return _shown(self.scene, self.num_frames)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,7 @@ class Sampling:
     guidance: float | None = None
     leap: int | str | Leap | None = None
     merge_steps: int | None = None
+    condition_frame_edit: float | None = None
     dtype: str | None = None
     loop: int | None = None
 
@@ -89,21 +97,34 @@ class Made:
     parameters: Mapping[str, Any]
 
 
-def captions(num: int, *, seed: int) -> list[Asked]:
-    """Returns the first ``num`` captions of a seed, of scenes whose combinations were kept out of training."""
-    return [_caption(i, stream=9, seed=seed) for i in range(num)]
+def captions(num: int, *, seed: int, num_frames: int = NUM_FRAMES) -> list[Asked]:
+    """Returns the first ``num`` captions of a seed, of scenes whose combinations were kept out of training.
+
+    The objects stay inside the frame for ``num_frames``.
+    """
+    return [_caption(i, stream=9, seed=seed, num_frames=num_frames) for i in range(num)]
 
 
-def speed_pairs(num: int, *, seed: int) -> tuple[list[Asked], list[Asked]]:
+def empty_captions(num: int, *, seed: int) -> list[Asked]:
+    """Returns empty captions, which name nothing, each with its own noise; the scenes are those of ``captions``."""
+    return [dataclasses.replace(one, text="", attributes={}) for one in captions(num, seed=seed)]
+
+
+def speed_pairs(num: int, *, seed: int, num_frames: int = NUM_FRAMES) -> tuple[list[Asked], list[Asked]]:
     """Returns captions with a slow and with a fast motion; two of a pair differ in that one word and share their noise.
 
     The scene of both is that of the caption that was drawn first.
+
+    Raises:
+      ValueError: single images are asked for, which have no speed.
     """
+    if num_frames == 1:
+        raise ValueError("num_frames is 1, and a single image has no speed; expected 2 or more.")
     slow: list[Asked] = []
     fast: list[Asked] = []
     index = 0
     while len(slow) < num:
-        one = _caption(index, stream=10, seed=seed)
+        one = _caption(index, stream=10, seed=seed, num_frames=num_frames)
         index += 1
         if "speed" in one.attributes:
             one = dataclasses.replace(one, seed=seed + len(slow))
@@ -120,18 +141,23 @@ def with_other_speed(asked: Asked) -> Asked:
     return dataclasses.replace(asked, text=text, attributes={**asked.attributes, "speed": speed})
 
 
-def _caption(index: int, *, stream: int, seed: int) -> Asked:
+def _caption(index: int, *, stream: int, seed: int, num_frames: int) -> Asked:
     rng = np.random.default_rng([seed, stream, index])
-    scene = sample_scenes(rng, 1, split="unseen")
-    text, named = caption(scene.attributes(0), rng)
-    return Asked(text=text, attributes=named, seed=seed + index, scene=scene)
+    scene = sample_scenes(rng, 1, split="unseen", num_frames=num_frames)
+    text, named = caption(_shown(scene, num_frames), rng)
+    return Asked(text=text, attributes=named, seed=seed + index, scene=scene, num_frames=num_frames)
+
+
+def _shown(scene: Scenes, num_frames: int) -> dict[str, str]:
+    timeless = {"motion", "speed"} if num_frames == 1 else set()
+    return {name: value for name, value in scene.attributes(0).items() if name not in timeless}
 
 
 def rendered(asked: Sequence[Asked]) -> Iterator[Frames]:
-    """Yields the clip of each caption's scene as the renderer draws it."""
+    """Yields the clip of each caption's scene as the renderer draws it; all captions ask for as many frames."""
     for start in range(0, len(asked), BATCH):
         batch = asked[start : start + BATCH]
-        yield from np.asarray(render_uint8(_joined([one.scene for one in batch]), all_frames()))
+        yield from np.asarray(render_uint8(_joined([one.scene for one in batch]), all_frames(batch[0].num_frames)))
 
 
 def reconstructed(model: ModelPath, asked: Sequence[Asked], *, dtype: str | None = None) -> Iterator[tuple[Frames, Frames]]:
@@ -162,9 +188,9 @@ def clips(
     *,
     first_frames: Sequence[Frames] | None = None,
 ) -> Iterator[Made]:
-    """Yields the clip that the model makes of each caption, at the world's size and length.
+    """Yields the clip that the model makes of each caption, at the world's size; all captions ask for as many frames.
 
-    ``first_frames`` holds for each caption an image (a clip of one frame) to begin with.
+    ``first_frames`` holds for each caption what to begin with: an image (a clip of one frame), or whole chunks of 17 frames.
 
     Raises:
       ModelDirectoryError: the model is incomplete or damaged.
@@ -183,12 +209,14 @@ def clips(
                 guidance=sampling.guidance,
                 leap=sampling.leap,
                 merge_steps=sampling.merge_steps,
+                condition_frame_edit=sampling.condition_frame_edit,
                 dtype=sampling.dtype,
                 loop=sampling.loop,
                 height=SIZE_PX,
                 width=SIZE_PX,
-                num_frames=NUM_FRAMES,
+                num_frames=asked[0].num_frames,
                 references=None if paths is None else [paths[i] for i in chosen],
+                mask_strategies=None if first_frames is None else [_given(len(first_frames[i])) for i in chosen],
             )
             cosine_NB = _comparable_cosines(made.trace)
             for row, i in enumerate(batch):
@@ -221,19 +249,24 @@ def _comparable_cosines(trace: Trace | None) -> Float[np.ndarray, "N B"]:
     return np.where(ended_NB, np.nan, np.asarray(trace.cosine_NB)).astype(np.float32)
 
 
+def _given(num_frames: int) -> str:
+    """Returns the mask strategy by which a clip begins with a reference of so many frames."""
+    return "0" if num_frames == 1 else f"0,0,0,0,{num_frames // FRAMES_PER_CHUNK * LATENTS_PER_CHUNK}"
+
+
 @contextlib.contextmanager
 def _reference_files(first_frames: Sequence[Frames] | None, num: int) -> Iterator[list[str] | None]:
-    """Yields the paths of the images as files, for as long as they are needed."""
+    """Yields the paths of the images (png) and clips (mp4) as files, for as long as they are needed."""
     if first_frames is None:
         yield None
         return
     if len(first_frames) != num:
         raise ValueError(f"{len(first_frames)} first frames for {num} captions; expected as many.")
     with tempfile.TemporaryDirectory() as folder:
-        paths = [str(Path(folder) / f"{i}.png") for i in range(num)]
-        for path, frame_1hw3 in zip(paths, first_frames, strict=True):
-            Image.fromarray(frame_1hw3[0]).save(path)
-        yield paths
+        paths = [Path(folder) / f"{i}{'.png' if len(frames) == 1 else '.mp4'}" for i, frames in enumerate(first_frames)]
+        for path, frames_thw3 in zip(paths, first_frames, strict=True):
+            video.save(frames_thw3, path, fps=FPS)
+        yield [str(path) for path in paths]
 
 
 def _joined(scenes: Sequence[Scenes]) -> Scenes:

@@ -50,7 +50,7 @@ def measure(video_thw3: Num[np.ndarray, "t h w 3"]) -> Measurement:
       ValueError: the array is not a clip of RGB frames, uint8 or float.
     """
     check_clip(video_thw3)
-    pixels = _levels(video_thw3)
+    pixels = to_levels(video_thw3)
     ground_hw3 = fit_background(pixels)
     background, shading = _name_background(ground_hw3)
     mask_thw, paint_3 = find_object(pixels, ground_hw3)
@@ -94,7 +94,8 @@ def check_clip(video: np.ndarray) -> None:
         raise ValueError(f"clip has dtype {video.dtype}; expected uint8, or a float type with levels in [-1, 1].")
 
 
-def _levels(video: np.ndarray) -> Float[np.ndarray, "t h w 3"]:
+def to_levels(video: np.ndarray) -> Float[np.ndarray, "t h w 3"]:
+    """Returns a clip in levels 0..255, as numbers between which one can compute."""
     if video.dtype == np.uint8:
         return video.astype(np.float32)
     return (np.clip(video.astype(np.float32), -1, 1) + 1) * 127.5
@@ -148,7 +149,7 @@ def find_object(
     return _without_specks(share > 0.5), paint_3
 
 
-def _neighbours(mask_thw: Bool[np.ndarray, "t h w"]) -> np.ndarray:
+def neighbours(mask_thw: Bool[np.ndarray, "t h w"]) -> np.ndarray:
     """Returns how many of the 3x3 pixels around each one are set; outside the frame the border repeats."""
     padded = np.pad(mask_thw.astype(np.uint8), ((0, 0), (1, 1), (1, 1)), mode="edge")
     rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
@@ -156,11 +157,11 @@ def _neighbours(mask_thw: Bool[np.ndarray, "t h w"]) -> np.ndarray:
 
 
 def _without_specks(mask_thw: Bool[np.ndarray, "t h w"]) -> Bool[np.ndarray, "t h w"]:
-    return mask_thw & (_neighbours(mask_thw) >= 4)
+    return mask_thw & (neighbours(mask_thw) >= 4)
 
 
 def _eroded(mask_thw: Bool[np.ndarray, "t h w"]) -> Bool[np.ndarray, "t h w"]:
-    return _neighbours(mask_thw) == 9
+    return neighbours(mask_thw) == 9
 
 
 def _centres(mask_thw: Bool[np.ndarray, "t h w"], area_t: np.ndarray) -> Float[np.ndarray, "t 2"]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sora_jax.pocket.measure import Measurement
-from sora_jax.pocket.world import ATTRIBUTES
+from sora_jax.pocket.world import ATTRIBUTES, GROWTH_PX, NUM_FRAMES, RADIUS_PX, SIZE_PX
 
 Attributes = Mapping[str, str]
 Pair = tuple[Measurement, Measurement]
@@ -67,7 +67,8 @@ def score(
 ) -> dict[str, Rate]:
     """Returns the rates by name.
 
-    Each attribute: right among the clips that were asked for it.  ``all four``: colour, background, shape and motion.
+    Each attribute: right among the clips that were asked for it.  ``all four``: colour, background, shape and motion;
+    ``all three``: without motion, which a single image has not.
     ``colour and motion``: an object of the named colour moves as told.  ``swapped``: object and background in each other's
     colour.  ``slow < fast``: the pairs (slow, fast) in which the slow one is slower; without ``pairs`` the first slow and
     the first fast clip of a motion, the second ones and so on.
@@ -80,6 +81,7 @@ def score(
     clips = list(zip(measurements, asked, strict=True))
     rates = {name: _all_right(clips, (name,)) for name in ATTRIBUTES}
     rates["all four"] = _all_right(clips, _FOUR)
+    rates["all three"] = _all_right(clips, _FOUR[:3])
     rates["colour and motion"] = _all_right(clips, ("colour", "motion"))
     coloured = [(seen, ask) for seen, ask in clips if "colour" in ask and "background" in ask]
     rates["swapped"] = _rate([(seen.colour, seen.background) == (ask["background"], ask["colour"]) for seen, ask in coloured])
@@ -113,6 +115,18 @@ def continued(before: Sequence[Measurement], after: Sequence[Measurement]) -> di
     both = [one and other for one, other in zip(near, same, strict=True)]
     ground = [one.background == other.background for one, other in parts]
     return {"background kept": _rate(ground), "position kept": _rate(near), "colour, shape, position kept": _rate(both)}
+
+
+def has_room(seen: Measurement, num_frames: int) -> bool:
+    """Returns whether the object could go on as it moved for ``num_frames`` more: inside the frame, at a size of this world."""
+    path = np.concatenate([seen.centre_px, seen.radii_px[:, None]], axis=1)
+    path = path[np.isfinite(path[:, 0])]
+    if len(path) < 2:
+        return False
+    x, y, radius = path[-1] + (path[-1] - path[0]) * num_frames / (len(path) - 1)
+    grown = GROWTH_PX[-1] * (NUM_FRAMES - 1) / 2  # from the middle of the world's longest clip to its end
+    inside = all(radius <= at <= SIZE_PX - radius for at in (x, y))
+    return bool(inside and RADIUS_PX[0][0] - grown <= radius <= RADIUS_PX[-1][-1] + grown)
 
 
 def varied(measurements: Sequence[Measurement], others: Sequence[Measurement]) -> Rate:

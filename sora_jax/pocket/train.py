@@ -73,6 +73,8 @@ def transformer(args: argparse.Namespace, model: Path, codec: Params, text: Para
         evaluate=evaluate,
         evaluate_every=args.judge_every,
         lessons=[_lesson(text) for text in args.lessons],
+        learning_rate=args.flow_rate,
+        start=_stored(args.base, "stdit3") if args.warm else None,
     )
     return fit(stage, args.work, seed=args.seed)
 
@@ -81,17 +83,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the arguments of the command; they and the code are the whole recipe."""
     parser = argparse.ArgumentParser(prog="python -m sora_jax.pocket.train", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("training"), help="folder of checkpoints, reports and the model")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn at random (default 0)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="stored dtype of the model")
     parser.add_argument("--base", metavar="MODEL_DIR", help="whose codec and text encoder are kept, not trained")
-    parser.add_argument("--spatial-steps", type=int, default=2400)
+    parser.add_argument("--warm", action="store_true", help="start the transformer from that of --base")
+    parser.add_argument("--spatial-steps", type=int, default=2400, help="updates of the spatial autoencoder")
     parser.add_argument("--spatial-batch", type=int, default=16, help="frames in one step of the spatial autoencoder")
-    parser.add_argument("--temporal-steps", type=int, default=900)
+    parser.add_argument("--temporal-steps", type=int, default=900, help="updates of the temporal autoencoder")
     parser.add_argument("--temporal-batch", type=int, default=8, help="chunks in one step of the temporal autoencoder")
-    parser.add_argument("--text-steps", type=int, default=1000)
+    parser.add_argument("--text-steps", type=int, default=1000, help="updates of the text encoder")
     parser.add_argument("--text-batch", type=int, default=128, help="captions in one step of the text encoder")
     parser.add_argument("--clips", type=int, default=6144, help="clips in the cache of latents")
-    parser.add_argument("--flow-steps", type=int, default=8200)
+    parser.add_argument("--flow-steps", type=int, default=8200, help="updates of the transformer")
+    parser.add_argument("--flow-rate", type=float, default=train_flow.LEARNING_RATE, help="its highest learning rate")
     parser.add_argument(
         "--lesson",
         type=_checked_lesson,
@@ -104,6 +108,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--judge-every", type=int, default=500, help="steps of the transformer between evaluations")
     parser.add_argument("--judged", type=int, default=48, help="captions in one evaluation")
     args = parser.parse_args(arguments)
+    if args.warm and not args.base:
+        parser.error("--warm starts from the transformer of a model; name it with --base MODEL_DIR.")
     args.lessons = list(LESSONS) if args.lessons is None else args.lessons
     return args
 

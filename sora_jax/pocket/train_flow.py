@@ -39,6 +39,7 @@ NOISY_LOGIT = 1.2  # mean logit of the noise share in half of the samples
 # nothing given, loss hardly depends on the direction that a caption names.
 MASKED_SHARE = 0.5
 LESSON_MASKED_SHARE = 0.75
+LEARNING_RATE = 2e-3  # the highest, unless given
 _REVERSED = {"left": "right", "right": "left", "up": "down", "down": "up", "grow": "shrink", "shrink": "grow", "still": "still"}
 
 
@@ -139,8 +140,10 @@ def flow_stage(
     evaluate: Callable[[Params], dict[str, float]],
     evaluate_every: int,
     lessons: Sequence[Lesson] = (),
+    learning_rate: float = LEARNING_RATE,
+    start: Params | None = None,
 ) -> Stage:
-    """Returns the stage that trains the transformer.
+    """Returns the stage that trains the transformer, from nothing or from the parameters ``start``.
 
     During a lesson all samples are whole clips of fast motion at high noise, three in four with a latent frame given: where a
     caption's direction decides most of the loss.
@@ -150,7 +153,7 @@ def flow_stage(
     """
 
     def init() -> Params:
-        return flatten(STDiT3(config.stdit3, rngs=nnx.Rngs(seed)))
+        return flatten(STDiT3(config.stdit3, rngs=nnx.Rngs(seed))) if start is None else start
 
     everything = np.arange(len(clips.z_NTHWC))
     taught = [
@@ -214,7 +217,7 @@ def flow_stage(
         init=init,
         batch=batch,
         loss=loss,
-        learning_rate=_rate(num_steps),
+        learning_rate=_rate(num_steps, learning_rate),
         average=0.995,
         evaluate=evaluate,
         evaluate_every=evaluate_every,
@@ -235,10 +238,10 @@ def training_times(key: jax.Array, noisy_B: Bool[Array, "B"], ratio: float | np.
     return jnp.where(noisy_B, jax.nn.sigmoid(normal_B + NOISY_LOGIT), shifted_B)
 
 
-def _rate(num_steps: int) -> optax.Schedule:
+def _rate(num_steps: int, highest: float) -> optax.Schedule:
     """Returns the learning rate: constant after a warm-up, then a linear decay over the last fifth."""
     decay = num_steps // 5
-    parts = [optax.warmup_constant_schedule(0.0, 2e-3, 200), optax.linear_schedule(2e-3, 2e-5, decay)]
+    parts = [optax.warmup_constant_schedule(0.0, highest, 200), optax.linear_schedule(highest, highest / 100, decay)]
     return optax.join_schedules(parts, [num_steps - decay])
 
 
