@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sora_jax import cli, generate_command, video
+from sora_jax import cli, generate_command, pipeline, video
 
 PROMPT = "a red circle moves right on a blue background"
 
@@ -59,6 +59,17 @@ def test_a_prompt_becomes_a_file_that_knows_how_it_was_made(generate: Run, run: 
     assert (shown["media"]["frames"], shown["media"]["fps"]) == (17, 8.0)
     assert (shown["parameters"]["prompt"], shown["parameters"]["seed"]) == (PROMPT, 3)
     assert "  seed: 3" in run("inspect", "clip.mp4")[2].splitlines()
+
+
+def test_a_prompt_beyond_the_embedded_model_gets_a_hint_and_a_clip(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "POCKET", tiny_model)
+    for prompt, num_hints in (("ein Hund läuft, \N{DOG FACE}!", 1), (PROMPT, 0)):
+        path = tmp_path / f"{num_hints}.png"
+        code, notes, _ = run("generate", prompt, "-o", path, "--num-frames", 1, "--steps", 1, "--compile-cache", "off")
+        assert (code, path.exists()) == (0, True)
+        assert len([line for line in notes if "does not know ein, hund, läuft" in line]) == num_hints
 
 
 @pytest.mark.slow

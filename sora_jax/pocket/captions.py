@@ -174,7 +174,7 @@ def parse(text: str) -> Reading:
     An empty caption names nothing, which is allowed.  A caption with words from outside the grammar, with a
     contradiction, or without any attribute reads as None.
     """
-    tokens = re.findall(r"[a-z]+", text.lower())
+    tokens = re.findall(r"[^\W\d_]+", text.lower())
     unknown = [token for token in dict.fromkeys(tokens) if token not in _WORDS]
     if unknown:
         return Reading(None, f"The pocket model does not know {', '.join(unknown)}. {_VOCABULARY_HINT}")
