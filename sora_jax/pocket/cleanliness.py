@@ -1,7 +1,7 @@
 """Whether a clip is clean, whatever it shows: an even background that does not flicker, and at most one object.
 
-Invariant: seen from the pixels alone, like ``measure``'s attributes; no number here says what clean is: clips are held against
-rendered ones that went through the same codec.
+Invariant: seen from the pixels alone, like ``measure``'s attributes.  How much a clip may flicker and its object jump is not
+said here: it is held against rendered clips that went through the same codec.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from jaxtyping import Num
 from sora_jax.pocket.measure import Measurement, check_clip, find_object, fit_background, measure, neighbours, to_levels
 from sora_jax.pocket.scores import Rate
 
+UNEVENNESS_LIMIT = 8.1  # levels: the 30 dB that are asked of the codec, so that what is within is no worse than a coded plane
 _EDGE_PX = 3  # pixels around the object that belong to its soft edge, not to the background
 
 
@@ -64,13 +65,16 @@ def _is_single(seen: Measurement) -> bool:
 
 
 def clean(clips: Sequence[Cleanliness], real: Sequence[Cleanliness]) -> dict[str, Rate]:
-    """Returns how many clips are as clean as the least clean of the ``real`` ones, in each respect and in all (``clean``)."""
-    limits = {name: max(getattr(one, name) for one in real) for name in ("unevenness", "flicker", "jump_px")}
-    parts = {name: [getattr(one, name) <= limit for one in clips] for name, limit in limits.items()}
+    """Returns how many clips are clean, in each respect and in all (``clean``).
+
+    Background even to ``UNEVENNESS_LIMIT``; flicker and jumps no larger than in the worst of the ``real`` clips; one object of
+    a known shape throughout, or none.
+    """
+    flicker, jump_px = (max(getattr(one, name) for one in real) for name in ("flicker", "jump_px"))
     rows = {
-        "even background": parts["unevenness"],
-        "no more flicker": parts["flicker"],
-        "no jump": parts["jump_px"],
+        "even background": [one.unevenness <= UNEVENNESS_LIMIT for one in clips],
+        "no more flicker": [one.flicker <= flicker for one in clips],
+        "no jump": [one.jump_px <= jump_px for one in clips],
         "one object or none": [one.single for one in clips],
     }
     rows["clean"] = [all(row) for row in zip(*rows.values(), strict=True)]
