@@ -7,11 +7,24 @@ size, length and seed stay the model's and the user's.  What the user gives besi
 from collections.abc import Mapping
 from typing import Any
 
+from sora_jax.plans import Plan
+
+# Dense where the velocity turns fastest, sparse later: what `calibration` finds for 16 evaluations of the embedded model.
+# Another model's own plan, from `sora-jax calibrate`, goes before it.
+_SIXTEEN_OF_30 = Plan.evaluate_at((0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 23, 26, 28), 30)
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # Source: Open-Sora v1.2 configs/opensora-v1-2/inference/sample.py.
-    "exact": {"num_steps": 30, "solver": "euler", "shift": 1.0, "leap": "off", "merge_steps": 0},
-    # Source: benchmarks/results/sampler_study.md.
-    "recommended": {"num_steps": 16, "solver": "ab2", "shift": 1.0, "leap": "off", "merge_steps": 0},
+    "exact": {"num_steps": 30, "solver": "euler", "shift": 1.0, "leap": "off", "merge_steps": 0, "plan": None},
+    # Source: benchmarks/results/sampler_study.md, "reuse 16".
+    "recommended": {
+        "num_steps": 30,
+        "solver": "euler",
+        "shift": 1.0,
+        "leap": "off",
+        "merge_steps": 0,
+        "plan": _SIXTEEN_OF_30,
+    },
 }
 
 

@@ -146,7 +146,8 @@ class Settings:
         """Returns complete settings: what is given, else the model's defaults, else Open-Sora's.
 
         ``given`` may hold every field and ``resolution``, ``aspect_ratio``, ``preset``; None means not given.  A preset goes
-        before the model's defaults; a plan brings its number of steps.  A score is switched off by ``"off"``.
+        before the model's defaults; a plan brings its number of steps, and another number does without a preset's plan.
+        A score is switched off by ``"off"``.
 
         Raises:
           ValueError: a value is out of its range, or the size is given incompletely or twice.
@@ -163,6 +164,8 @@ class Settings:
             base = {key: value for key, value in base.items() if key not in _SCORES}
         values = base | {key: model[key] for key in model if key not in _SIZE_KEYS}
         values |= preset_values(given.get("preset"))
+        if chosen.get("num_steps", values["num_steps"]) != values["num_steps"]:
+            values["plan"] = None
         values |= {key: value for key, value in chosen.items() if key not in _SIZE_KEYS}
         height, width = _size(chosen, model)
         fields: dict[str, Any] = {**_REST, **values}

@@ -199,5 +199,17 @@ def test_presets_give_way_to_what_is_given() -> None:
     assert exact.guidance == DEFAULTS["guidance"]
     for name in PRESETS:
         chosen = Settings.resolve(DEFAULTS, {"preset": name, "num_steps": 5, "leap": 3})
-        assert (chosen.num_steps, chosen.leap) == (5, 3)
+        assert (chosen.num_steps, chosen.leap, chosen.plan) == (5, 3, None)
     assert Settings.resolve(DEFAULTS, {"preset": "exact", "plan": Plan(codes=(0, 1, 0))}).num_steps == 3
+
+
+def test_the_recommended_preset_is_a_plan_of_16_evaluations(pipe: Pipeline) -> None:
+    chosen = pipe.resolve({"preset": "recommended"})
+    assert chosen.plan is not None
+    assert (len(chosen.plan.codes), chosen.plan.evaluations) == (chosen.num_steps, 16)
+    assert Settings.from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
+    own = Plan(codes=(0, 1, 0))
+    assert pipe.resolve({"preset": "recommended", "plan": own}).plan == own
+    made = pipe(PROMPT, preset="recommended")
+    np.testing.assert_array_equal(made.evaluations_B, 16)
+    np.testing.assert_array_equal(made.latents, pipe(PROMPT, num_steps=30, plan=chosen.plan).latents)
