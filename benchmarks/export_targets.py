@@ -1,28 +1,32 @@
 """Bytes, errors and time of a model exported to each target, and how close the exported loop's video is to the pipeline's.
 
 Run:      python -m benchmarks.export_targets --scratch scratch --json benchmarks/results/export_targets.json [--model DIR]
-Needs:    the extra ``export``; for the embedded model 60 MB of disk and about two minutes a row on two cores.
+Needs:    the extra ``export``; for the embedded model 60 MB of disk and two to four minutes a row on two cores.
 Expect:   float32 rows above 100 dB and videos above 50 dB; int8 a quarter of the bytes of the matrices; memory below 6 GB.
 Rival:    the same model directory: its bytes as stored, and the pipeline that runs it.
 
 Videos of Core ML rows have one step: their programs are interpreted, and slowly; nothing ran on Apple hardware.
+Every row is written when it is measured, and a row that the file already has is kept: a run that was stopped goes on.
 """
 
 import argparse
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import write_report
+from benchmarks.machine import environment, write_report
 from sora_jax import Pipeline, noise, prompt, video
 from sora_jax.export import ExportedModel, check, export
+from sora_jax.export.targets import Precision, TargetName, Weights
+from sora_jax.pipeline import POCKET
 
 PROMPT = "a red circle moves right on a blue background"
-ROWS = (
+ROWS: tuple[tuple[TargetName, Precision, Weights], ...] = (
     ("stablehlo", "float32", "float"),
     ("stablehlo", "float16", "float"),
     ("stablehlo", "float32", "int8"),
@@ -37,7 +41,9 @@ ROWS = (
 )
 
 
-def measure(model: Path | None, target: str, precision: str, weights: str, num_steps: int, scratch: Path) -> dict[str, Any]:
+def measure(
+    model: Path | None, target: TargetName, precision: Precision, weights: Weights, num_steps: int, scratch: Path
+) -> dict[str, Any]:
     """Returns one row of the table; an export that the check refused has its message in place of numbers."""
     out = scratch / "out"
     row: dict[str, Any] = {"target": target, "precision": precision, "weights": weights}
@@ -84,6 +90,20 @@ def compare_video(model: Path | None, out: Path, num_steps: int) -> dict[str, fl
     return {"video_steps": num_steps, "video_psnr_db": psnr_db, "exported_s": seconds, "pipeline_s": run_s}
 
 
+def read_rows(path: Path | None, setting: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the rows of an earlier run.
+
+    Raises:
+      ValueError: they were measured in another setting.
+    """
+    if path is None or not path.exists():
+        return []
+    report = json.loads(path.read_text("utf-8"))
+    if (found := report.get("setting")) != setting:
+        raise ValueError(f"{path} has rows of {found}, expected {setting}; choose another file or remove it.")
+    return list(report["rows"])
+
+
 def main() -> None:
     """Measures and prints, or writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -93,23 +113,24 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True, help="a folder that does not exist; removed afterwards")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    options.scratch.mkdir(parents=True)
-    try:
-        wanted = [row for row in ROWS if row[0] in options.targets.split(",")]
-        rows = []
-        for row in wanted:
-            rows.append(measure(options.model, *row, options.steps, options.scratch))
-            print(json.dumps(rows[-1]), flush=True)
-    finally:
-        shutil.rmtree(options.scratch)
-    directory = options.model or Path(__file__).resolve().parents[1] / "sora_jax" / "pocket" / "weights"
-    result = {
-        "question": "bytes, errors and time of a model exported to each target",
+    directory = options.model or POCKET
+    setting = {
+        "model": directory.name if options.model else "pocket",
         "model_megabytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) / 1e6,
         "num_steps": options.steps,
-        "rows": rows,
     }
-    write_report(result, options.json, show=True)
+    rows = read_rows(options.json, setting)
+    known = {(row["target"], row["precision"], row["weights"]) for row in rows}
+    options.scratch.mkdir(parents=True)
+    try:
+        for chosen in (row for row in ROWS if row[0] in options.targets.split(",") and row not in known):
+            commit = environment()["commit"]
+            rows.append(measure(options.model, *chosen, options.steps, options.scratch) | {"commit": commit})
+            print(json.dumps(rows[-1]), flush=True)
+            question = "bytes, errors and time of a model exported to each target"
+            write_report({"question": question, "setting": setting, "rows": rows}, options.json)
+    finally:
+        shutil.rmtree(options.scratch)
 
 
 if __name__ == "__main__":
