@@ -53,16 +53,14 @@ def measure(
     except check.CheckError as error:
         return {**row, "refused": str(error)}
     row["export_s"] = time.perf_counter() - began
+    parts = [*made["stages"], *([{"name": "sampler", **made["sampler"]}] if made["sampler"] else [])]
     checks = [
-        {"stage": stage["name"], **entry}
-        for stage in made["stages"]
-        for function in stage["functions"]
-        for entry in function["checks"]
+        {"stage": part["name"], **entry} for part in parts for function in part["functions"] for entry in function["checks"]
     ]
     worst = min(checks, key=lambda entry: entry["psnr_db"] - entry["floor_db"])
     row |= {
         "megabytes": made["total_bytes"] / 1e6,
-        "peak_rss_gb": max(stage["peak_rss_bytes"] for stage in made["stages"]) / 1e9,
+        "peak_rss_gb": max(part["peak_rss_bytes"] for part in parts) / 1e9,
         "comparisons": len(checks),
         "worst": worst,
         "worst_relative_l2": max(entry["relative_l2"] for entry in checks),

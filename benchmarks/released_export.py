@@ -90,6 +90,7 @@ def totals(made: dict[str, Any]) -> dict[str, Any]:
         "pairs_gb": sum(stage["bytes"] for stage in pairs) / 1e9,
         "on_device_sora_pairs_gb": len(pairs) * RIVAL_PAIR_BYTES / 1e9,
         "peak_rss_gb": max(stage["peak_rss_gb"] for stage in stages),
+        "sampler_peak_rss_gb": made["sampler"]["peak_rss_bytes"] / 1e9 if made["sampler"] else None,
         "worst_psnr_db": min(stage["psnr_db"] for stage in stages),
         "worst_relative_l2": max(stage["relative_l2"] for stage in stages),
         "notes": made["notes"],

@@ -162,7 +162,7 @@ class ExportedModel:
 
         leap = sampling["leap"]
         mode = "dynamic" if leap["mode"] == "dynamic" else "static"
-        functions = self.manifest["sampler"] or []
+        functions = self.manifest["sampler"]["functions"] if self.manifest["sampler"] else []
         chosen = [function for function in functions if function["variant"] == mode and at["key"] in function["sizes"]]
         if not chosen:
             raise ValueError(f"{self.folder} has no sampler program; it was exported for {self.manifest['target']}.")
@@ -170,7 +170,8 @@ class ExportedModel:
         if sampling["num_steps"] >= len(padded):
             raise ValueError(f"num_steps is {sampling['num_steps']}; the sampler program takes at most {len(padded) - 1}.")
         padded[: sampling["num_steps"]] = schedule_times(self.manifest, at, sampling["num_steps"])
-        run = stablehlo_sampler.open_sampler(self.folder, chosen[0]["artefact"])
+        artefact = chosen[0]["artefact"]
+        run = stablehlo_sampler.open_sampler(self.folder, artefact, stablehlo_sampler.read_params(self.folder, artefact))
         index = leap["index"] if leap["mode"] == "static" else sampling["num_steps"] - 1
         numbers = {
             "times": padded,

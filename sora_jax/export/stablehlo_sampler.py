@@ -84,18 +84,23 @@ def save(functions: Sequence[Function], stages: Sequence[Stage], folder: Path, *
     return artefacts
 
 
-def open_sampler(folder: Path, artefact: Artefact) -> Runner:
-    """Returns a saved sampler with its weights."""
-    path = folder / artefact["file"]
-    call, inputs = program(path, path.stat().st_mtime_ns)
-    params = {
+def read_params(folder: Path, artefact: Artefact) -> dict[str, jax.Array]:
+    """Returns the transformer's weights, which all samplers of a folder share."""
+    return {
         f"{file.stem}/{name}": jax.device_put(array)
         for file in sorted(folder.glob(artefact["weights"]))
         for name, array in read_safetensors(file).items()
     }
 
+
+def open_sampler(folder: Path, artefact: Artefact, params: Mapping[str, jax.Array]) -> Runner:
+    """Returns a saved sampler on weights that were read before."""
+    path = folder / artefact["file"]
+    call, inputs = program(path, path.stat().st_mtime_ns)
+    weights = dict(params)
+
     def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {name: np.asarray(value) for name, value in call(params, rounded(given, inputs)).items()}
+        return {name: np.asarray(value) for name, value in call(weights, rounded(given, inputs)).items()}
 
     return run
 

@@ -27,6 +27,7 @@ from sora_jax.export.targets import Runner, target_module
 from sora_jax.schedule import OPEN_SORA_TIMESTEPS
 
 SAMPLER = "sampler"  # the name of the group that writes the sampler programs
+_STATUS = Path("/proc/self/status")  # Linux
 
 Cases = dict[str, tuple[capture.Values, dict[str, Any]]]  # inputs and reference outputs by case
 
@@ -111,13 +112,14 @@ def _checked(where: str, run: Runner, cases: Cases, floor: float) -> list[dict[s
 
 def _export_sampler(
     job: Job, config: ModelConfig, exported: Mapping[str, Stage], folder: Path, values: Mapping[str, capture.Values]
-) -> list[dict[str, Any]]:
-    """Returns the entries of the sampler programs: one step of each, to the end, against the captured evaluation."""
+) -> dict[str, Any]:
+    """Returns the entry of the sampler programs: one step of each, to the end, against the captured evaluation."""
     stages = [stage for stage in exported.values() if stage.network == "stdit3"]
     policy = target_module(job.target).policy(job.options)
     functions = stablehlo_sampler.sampler_functions(config, job.sizes, stages, policy=policy)
     artefacts = stablehlo_sampler.save(functions, stages, folder, int8=job.options.weights == "int8")
     floor = check.floor_db(job.options.precision, job.options.weights) - check.WHOLE_NETWORK_DB
+    params = stablehlo_sampler.read_params(folder, artefacts[functions[0].name])
     entries = []
     for function in functions:
         known = values[function.sizes[0]]
@@ -125,10 +127,10 @@ def _export_sampler(
         inputs = {name: inputs[name] for name in function.inputs if name in inputs}
         inputs |= one_step(float(known["t_B"][0]), job.guidance)
         reference = {"z_BTHWC": known["z_BTHWC"], "evaluations_B": np.ones(1, np.float32)}
-        run = stablehlo_sampler.open_sampler(folder, artefacts[function.name])
+        run = stablehlo_sampler.open_sampler(folder, artefacts[function.name], params)
         checks = _checked(f"sampler {function.name}", run, {"captured": (inputs, reference)}, floor)
         entries.append(manifest.function_entry(function, artefacts[function.name], checks))
-    return entries
+    return {"peak_rss_bytes": _peak_rss_bytes(), "functions": entries}
 
 
 def one_step(time: float, guidance: float) -> dict[str, np.ndarray]:
@@ -149,6 +151,10 @@ def _write_entry(folder: Path, name: str, entry: Any) -> None:
 
 
 def _peak_rss_bytes() -> int:
+    """Returns the high-water mark of this process; what getrusage says includes that of the process which started it."""
+    if _STATUS.is_file():
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
