@@ -107,6 +107,7 @@ class Coders:
             self._timings,
             num_slots=planned[0].num_slots if planned else 1,
             verified=networks.verified,
+            profile=networks.profile,
         )
 
 

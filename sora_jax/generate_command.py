@@ -275,7 +275,7 @@ def _check_profile(options: argparse.Namespace) -> None:
     if path is None:
         return
     if options.memory_budget is None or options.from_latents:
-        raise ValueError("--profile-streaming records a streamed transformer; it needs --memory-budget and a prompt.")
+        raise ValueError("--profile-streaming records how layers are streamed; it needs --memory-budget and a prompt.")
     files.refuse_unwritable(path.parent)
     if not options.overwrite:
         files.refuse_existing(path)

@@ -37,7 +37,7 @@ _POLICIES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 class Networks:
     """The open model directory; ``keep`` says whether networks stay in memory after their stage.
 
-    With a ``budget`` in bytes the transformer is streamed; ``profile`` then takes the times of its layers.  ``manifests`` say
+    With a ``budget`` in bytes networks are streamed; ``profile`` then takes the times of their layers.  ``manifests`` say
     what is on disk, ``verified`` which of its files were compared with them, ``caption_cache`` where features are kept.
     """
 

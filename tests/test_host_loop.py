@@ -1,7 +1,9 @@
 """Text encoder and autoencoder run from their files: the numbers of the networks in memory, chunk by chunk."""
 
+import contextlib
 import dataclasses
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ from sora_jax.clip import Timings
 from sora_jax.config import FLOAT32, T5Config
 from sora_jax.model_directory import Manifest, ModelDirectoryError
 from sora_jax.streaming import host_loop
+from sora_jax.streaming.profile import Profile
 from sora_jax.streaming.segment_loop import SegmentLoop
 from sora_jax.t5 import T5Encoder
 from sora_jax.vae.codec import VAE
@@ -47,6 +50,26 @@ def test_text_features_are_those_of_the_encoder_in_memory(tmp_path: Path, dtype:
     np.testing.assert_array_equal(features, host_loop.encode_text(open_loop(manifest, num_slots=1), IDS, MASK))
     assert set(loop.timings) == {"load", "compile", "text"}
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read ")]
+
+
+def test_a_profile_has_every_segment_once_in_each_lane_and_reads_can_be_watched(tmp_path: Path) -> None:
+    manifest, profile, watched = save_network(tmp_path, "t5", T5, random_flat("t5", T5)), Profile(), {}
+
+    @contextlib.contextmanager
+    def around(segment: str, num_bytes: int) -> Iterator[None]:
+        watched[segment] = num_bytes
+        yield
+
+    loop = SegmentLoop(manifest, T5Encoder, FLOAT32, Timings(), profile=profile, around=around)
+    host_loop.encode_text(loop, IDS, MASK)
+    segments = [*(f"block.{i}.{half}" for i in range(3) for half in ("attn", "mlp")), "final"]
+    for lane in ("load", "wait", "compute"):
+        assert [interval.layer for interval in profile.intervals if interval.lane == lane] == segments
+    blocks = sum(entry.nbytes for name, entry in manifest.parameters.items() if not name.startswith("embed."))
+    assert list(watched) == segments
+    assert blocks <= sum(watched.values()) < blocks + 64 * len(manifest.parameters)
+    ended = {(interval.lane, interval.layer): interval.end_s for interval in profile.intervals}
+    assert all(ended["load", name] <= ended["wait", name] <= ended["compute", name] for name in segments)
 
 
 def test_a_failure_between_segments_ends_the_reading_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

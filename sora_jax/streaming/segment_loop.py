@@ -6,7 +6,8 @@ Segments of one kind and shape share a program.  Which segments make up a networ
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Iterable, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,9 @@ from sora_jax.int8_matrix import Int8Matrix
 from sora_jax.model_directory import Manifest, ModelDirectoryError
 from sora_jax.quantisation import SCALE_SUFFIX
 from sora_jax.segments import Segment, part
+from sora_jax.streaming.profile import Lane, Profile
 from sora_jax.streaming.retention import give_back_freed
+from sora_jax.streaming.source import Around
 from sora_jax.streaming.staging import Staging, Verified
 
 NUM_SLOTS = 2
@@ -38,6 +41,8 @@ class SegmentLoop:
       timings: waiting for files counts as ``load``, compiling and each stage as themselves.
       num_slots: segments in memory; with 1 nothing is read ahead.
       verified: which files' checksums need no comparison any more.
+      profile: takes the intervals of loading and computing.
+      around: entered around every read of a segment, with its name and bytes, on the reading thread.
     """
 
     def __init__(
@@ -49,8 +54,11 @@ class SegmentLoop:
         *,
         num_slots: int = NUM_SLOTS,
         verified: Verified | None = None,
+        profile: Profile | None = None,
+        around: Around = lambda _segment, _bytes: contextlib.nullcontext(),
     ):
         self.manifest, self.policy, self.timings = manifest, policy, timings
+        self._profile, self._around = profile, around
         self._num_slots, self._verified = num_slots, Verified() if verified is None else verified
         self._abstract = jax.eval_shape(lambda: build(manifest.config, policy=policy, rngs=nnx.Rngs(0)))
 
@@ -80,10 +88,16 @@ class SegmentLoop:
         """Yields for each segment, and each of its parts, the stored arrays in the order of the part's leaves."""
         names = [[self._stored_names(name) for name in segment.parts] for segment in segments]
         groups = [[name for stored in parts for leaf in stored for name in leaf] for parts in names]
-        with Staging(self.manifest, groups, num_slots=self._num_slots, verified=self._verified) as staging:
+
+        @contextlib.contextmanager
+        def around(position: int, num_bytes: int) -> Iterator[None]:
+            with self._recorded("load", segments[position]), self._around(_name(segments[position]), num_bytes):
+                yield
+
+        with Staging(self.manifest, groups, num_slots=self._num_slots, verified=self._verified, around=around) as staging:
             arrays_of_group = iter(staging)
-            for parts in names:
-                with self.timings.measure("load"):
+            for parts, segment in zip(names, segments, strict=True):
+                with self.timings.measure("load"), self._recorded("wait", segment):
                     arrays = next(arrays_of_group)
                 yield [[tuple(arrays[name] for name in leaf) for leaf in stored] for stored in parts]
                 del arrays
@@ -107,8 +121,15 @@ class SegmentLoop:
         with self.timings.measure("compile"):
             shapes = tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves)
             program = _compiled(segment.apply, structures, structure, shapes)
-        with self.timings.measure(stage):
+        with self.timings.measure(stage), self._recorded("compute", segment):
             return jax.block_until_ready(program(loaded, args))
+
+    @contextlib.contextmanager
+    def _recorded(self, lane: Lane, segment: Segment) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self._profile is not None:
+            self._profile.add(lane, _name(segment), start)
 
 
 @functools.lru_cache(maxsize=128)
@@ -126,6 +147,11 @@ def _compiled(apply: Callable[..., Any], structures: tuple[Any, ...], structure:
     compiled = jax.jit(program).lower(*abstract).compile()
     give_back_freed()
     return compiled
+
+
+def _name(segment: Segment) -> str:
+    """Returns what a segment is called in a profile: the submodule that does its work."""
+    return segment.parts[-1]
 
 
 def _value(stored: jax.Array, scale_O: jax.Array | None = None) -> jax.Array | Int8Matrix:

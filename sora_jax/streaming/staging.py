@@ -11,8 +11,9 @@ import mmap
 import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Self
 
 import numpy as np
 
@@ -49,6 +50,7 @@ class Staging:
       groups: flat names of stored arrays; a group may occur more than once.
       num_slots: buffers.  With two, the next group is read while one is computed with; with one, reading waits.
       verified: which files need no comparison of checksums any more.
+      around: entered around every read of a group, with its position and bytes, on the reading thread.
       stall_s: seconds that reading one group may take.
     """
 
@@ -59,8 +61,10 @@ class Staging:
         *,
         num_slots: int,
         verified: Verified,
+        around: Callable[[int, int], AbstractContextManager[Any]] = lambda _position, _bytes: contextlib.nullcontext(),
         stall_s: float = STALL_S,
     ):
+        self._around = around
         self._manifest, self._groups, self._verified, self._stall_s = manifest, groups, verified, stall_s
         self._num_slots = min(num_slots, len(groups))
         self._size = max((group_bytes(manifest, group) for group in groups), default=0)
@@ -104,11 +108,14 @@ class Staging:
 
     def _read_all(self) -> None:
         try:
-            for group in self._groups:
+            for position, group in enumerate(self._groups):
                 slot = self._free.get()
                 if slot is None:
                     return
-                self._ready.put((slot, self._read_group(group, slot)))
+                with self._around(position, group_bytes(self._manifest, group)):
+                    arrays = self._read_group(group, slot)
+                self._ready.put((slot, arrays))
+                del arrays
         except _Stopped:
             pass
         except BaseException as error:  # handed to the consumer, whose error it is
