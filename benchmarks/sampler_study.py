@@ -62,30 +62,31 @@ class Study:
     prompt_file: Path | None
     calibration_prompts: int
 
-    @functools.cached_property
-    def calibration(self) -> Calibration:
-        """What reuse costs in 30 steps: measured once and kept, on captions that are not asked for."""
-        path, seed = self.work / "calibration.npz", self.settings.seed
+    def calibration(self, shift: float) -> Calibration:
+        """What reuse costs in 30 steps at shifted times: measured once and kept, on captions that are not asked for."""
+        path = self.work / ("calibration.npz" if shift == 1 else f"calibration-shift{shift:g}.npz")
         if not path.exists():
-            texts = calibration_prompts(self.prompt_file, len(self.prompts), self.calibration_prompts, seed)
-            generation = self.generation(seed=(seed + SEED_STRIDE * 1000) % 2**32)
+            texts = calibration_prompts(self.prompt_file, len(self.prompts), self.calibration_prompts, self.settings.seed)
+            generation = self.generation(seed=(self.settings.seed + SEED_STRIDE * 1000) % 2**32, shift=shift)
             inputs = read_inputs(texts, [""] * len(texts), [""] * len(texts), 1, generation.settings)
             np.savez(path, error_NN=generation.calibrate(inputs, "residual").error_NN)
         return Calibration(error_NN=np.load(path)["error_NN"], keep="residual")
 
     def sampled_by(self, method: Method) -> Settings:
         """Returns the settings of a method."""
-        plan = {} if method.calibrated is None else {"plan": self.calibration.plan(method.calibrated)}
-        return dataclasses.replace(self.settings, **method.changes, **plan)
+        given = dict(method.changes)
+        if method.calibrated is not None:
+            given["plan"] = self.calibration(given.get("shift", 1.0)).plan(method.calibrated)
+        return dataclasses.replace(self.settings, **given)
 
     @property
     def lines(self) -> Path:
         """The file of measured clips."""
         return self.work / "clips.jsonl"
 
-    def generation(self, seed: int = 0) -> Generation:
+    def generation(self, *, seed: int, shift: float = 1.0) -> Generation:
         """Returns the stages, with the noise of a seed."""
-        settings = dataclasses.replace(self.settings, seed=seed)
+        settings = dataclasses.replace(self.settings, seed=seed, shift=shift)
         return Generation(self.pipeline.networks, self.pipeline.tokenizer, settings, Timings(), None)
 
     def batches(self) -> Iterator[tuple[int, list[int]]]:

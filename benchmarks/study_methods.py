@@ -105,11 +105,14 @@ def solvers() -> list[Method]:
 
 
 def plans() -> list[Method]:
-    """Returns reuse of the block stack by calibrated plans of 30 steps, alone and under AB2, and of the guidance difference."""
+    """Returns reuse of the block stack by calibrated plans of 30 steps, and of the guidance difference."""
     out = []
-    for family, solver in (("reuse", "euler"), ("reuse AB2", "ab2")):
+    moved = {"shift": OPEN_SORA_SHIFT}
+    rows: list[tuple[str, dict[str, Any]]] = [("reuse", {}), ("reuse AB2", {"solver": "ab2"})]
+    rows += [(f"{family} shift {OPEN_SORA_SHIFT:g}", {**given, **moved}) for family, given in rows]
+    for family, given in rows:
         for count in EVALUATIONS[:-1]:
-            changes = {"num_steps": STEPS, "solver": solver}
+            changes = {"num_steps": STEPS, **given}
             name = f"{family} {count}"
             out.append(Method(name=name, family=family, evaluations=count, changes=changes, calibrated=count))
     family = "guidance reuse"

@@ -117,7 +117,7 @@ def calibrate(
     )
     carries, carry = [], sampler.start(z)
     for step in range(num_steps):
-        carry = sampler.run(carry, step + 1)
+        carry = jax.block_until_ready(sampler.run(carry, step + 1))  # the step is over when the callback sees it
         carries.append(carry)
         if callback is not None:
             callback(carry)

@@ -338,7 +338,7 @@ class Pipeline:
         return f"{'pocket' if directory == POCKET.resolve() else directory.name} {digest.hexdigest()[:16]}"
 
 
-def _no_velocity(z: Array, t_B: Array) -> Array:
+def _no_velocity(z: Array, t_B: Array, **options: Any) -> Array:
     """Stands for the network where settings are only checked."""
     raise NotImplementedError
 

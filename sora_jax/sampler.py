@@ -18,6 +18,7 @@ function is static, so make it once and reuse it.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, Self, no_type_check
 
@@ -88,6 +89,7 @@ class Sampler(Inputs):
         solvers.check_solver(solver)
         _check_merge_steps(merge_steps)
         _check_noise(noise_per_step, num_steps)
+        _check_arguments(velocity_fn, weight_BT, merge_steps, plan)
         if leap is not None and weight_BT is not None:
             _check_leap_joins(leap, weight_BT, schedule)
         if plan is not None:
@@ -250,6 +252,23 @@ def _check_merge_steps(merge_steps: int | None) -> None:
 def _check_noise(noise_per_step: Array | np.ndarray | None, num_steps: int) -> None:
     if noise_per_step is not None and len(noise_per_step) < num_steps:
         raise ValueError(f"noise_per_step has {len(noise_per_step)} entries; expected one for each of {num_steps} steps.")
+
+
+def _check_arguments(velocity_fn: VelocityFn, weight_BT: np.ndarray | None, merge_steps: int | None, plan: Plan | None) -> None:
+    """Refuses a velocity without an argument that the options will pass to it."""
+    passed = {} if weight_BT is None else {"frame_mask_BT": "frame_weights passes"}
+    passed |= {} if merge_steps is None else {"merge": "merge_steps passes"}
+    if plan is not None and plan.keep == "residual":
+        passed |= dict.fromkeys(("keep_residual", "residual"), "a plan passes unless it has keep='velocity'")
+    try:
+        parameters = inspect.signature(velocity_fn).parameters
+    except (TypeError, ValueError):  # a callable that does not tell
+        return
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name, option in passed.items():
+        if name not in parameters:
+            raise ValueError(f"velocity_fn takes no argument {name!r}, which {option}; see the arguments in sora_jax.sampler.")
 
 
 def _checked_weights(frame_weights: Array | np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ class Case:
 class Outcome:
     z: np.ndarray
     evaluations: np.ndarray
-    batch_evaluations: float
+    costs: list[float]
     leapt_at: list[int | None]
     reused: list[bool]
     merged: list[bool]
@@ -126,7 +126,7 @@ def run(case: Case, z: np.ndarray, bias: np.ndarray) -> Outcome:
     noisy = None if weights is None else weights == 1
     done = [False] * batch
     out = Outcome(
-        z=self.z, evaluations=np.zeros(batch), batch_evaluations=0.0, leapt_at=[None] * batch,
+        z=self.z, evaluations=np.zeros(batch), costs=[], leapt_at=[None] * batch,
         reused=[], merged=[], cosines=[], near_ties=0,
     )  # fmt: skip
     best = [0.0 if case.leap_mode == "released" else -1.0] * batch
@@ -215,7 +215,7 @@ def run(case: Case, z: np.ndarray, bias: np.ndarray) -> Outcome:
             if leaps[b] and i + 1 < steps:
                 out.leapt_at[b] = i
             done[b] = leaps[b] or i + 1 == steps
-        out.batch_evaluations += cost + (second is not None)
+        out.costs.append(cost + (second is not None))
         out.reused.append(not full)
         out.merged.append(merged)
         out.cosines.append(cosine)

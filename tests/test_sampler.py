@@ -245,6 +245,25 @@ def test_a_velocity_of_another_shape_is_named() -> None:
         sample(lambda z, t_B: z[..., :1], jnp.asarray(Z), Schedule.uniform(3))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"merge_steps": 1}, "velocity_fn takes no argument 'merge', which merge_steps passes;"),
+        ({"frame_weights": np.ones((3, 4))}, "velocity_fn takes no argument 'frame_mask_BT', which frame_weights passes;"),
+        ({"plan": Plan.evaluate_at([0], 3)}, "no argument 'keep_residual', which a plan passes unless it has keep='velocity';"),
+    ],
+)
+def test_a_velocity_without_an_argument_it_will_be_passed_is_named(options: dict[str, Any], message: str) -> None:
+    def plain(z: jax.Array, t_B: jax.Array) -> jax.Array:
+        return -z
+
+    for velocity in (plain, jax.jit(plain), Partial(lambda scale, z, t_B: -z * scale, 2.0)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            sample(velocity, jnp.asarray(Z), Schedule.uniform(3), **options)
+    held = Plan.evaluate_at([0], 3, keep="velocity")
+    np.testing.assert_allclose(sample(plain, jnp.asarray(Z), Schedule.uniform(3), plan=held).z, 0, atol=1e-6)
+
+
 def test_released_leap_needs_video_latents() -> None:
     with pytest.raises(ValueError, match="leap 'released' reads rows of video latents"):
         sample(lambda z, t_B: z, jnp.zeros((2, 2)), Schedule.uniform(3), leap=Leap.released())

@@ -15,7 +15,7 @@ from sora_jax.pipeline import Pipeline
 from sora_jax.pocket import faithfulness
 from sora_jax.sampling import leap_rule
 
-WANTED = ("LPL 16", "LPL dynamic", "LPL extrapolated 10", "TDTM 15", "TDTM 30")
+WANTED = ("LPL 16", "LPL dynamic", "LPL extrapolated 10", "TDTM 15", "TDTM 30", "reuse shift 6 16")
 PROMPTS = "a red circle\na green square\nused to calibrate\n"
 
 
@@ -46,6 +46,17 @@ def test_a_fork_is_the_sampling_itself(work: Path, tiny_model: Path) -> None:
             # the same program but for the place where it was interrupted; merging alone has no leap state in its carry
             np.testing.assert_allclose(record["z"], made.latents, rtol=1e-5, atol=1e-5)
             np.testing.assert_array_equal(record["evaluations_B"], made.evaluations_B)
+
+
+def test_plans_are_calibrated_at_the_times_they_are_used_at(work: Path, tiny_model: Path) -> None:
+    pipe = Pipeline.from_pretrained(tiny_model)
+    moved = {"num_steps": 30, "shift": 6.0}
+    calibrated_on = pipe.resolve({**moved, "seed": sampler_study.SEED_STRIDE * 1000})
+    plan = pipe.calibrate(PROMPTS.splitlines()[2], evaluations=16, chosen=calibrated_on).plan
+    made = pipe(PROMPTS.splitlines()[:2], **moved, plan=plan)
+    with np.load(next((work / "latents").glob("*")) / "reuse-shift-6-16.npz") as record:
+        np.testing.assert_allclose(record["z"], made.latents, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(record["evaluations_B"], 16)
 
 
 def test_every_clip_has_a_line_with_its_measures(work: Path) -> None:
@@ -91,7 +102,7 @@ def test_the_report_holds_the_papers_tables(work: Path) -> None:
     page = (work / "report.md").read_text()
     assert "| LPL 16 | 16 | 1.88x |" in page
     tables = page.split("## ")
-    assert [line.split(" |")[0] for line in tables[3].splitlines()[4:] if line] == ["| TDTM 30", "| TDTM 15", "| Euler 30"]
+    assert [line.split(" |")[0] for line in tables[3].splitlines()[6:] if line] == ["| TDTM 30", "| TDTM 15", "| Euler 30"]
 
 
 def test_methods_ask_for_the_evaluations_they_name() -> None:
@@ -119,6 +130,7 @@ def test_methods_ask_for_the_evaluations_they_name() -> None:
         "Euler shift 2",
         "LPL shift 6",
         "reuse",
+        "reuse shift 6",
         "guidance reuse",
     ):
         assert family in families
