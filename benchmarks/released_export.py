@@ -112,6 +112,7 @@ def stage_record(stage: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]
         "peak_rss_gb": stage["peak_rss_bytes"] / 1e9,
         "psnr_db": min(check["psnr_db"] for check in checks),
         "floor_db": checks[0]["floor_db"],
+        "ceiling_l2": checks[0]["ceiling_l2"],
         "relative_l2": max(check["relative_l2"] for check in checks),
     }
 

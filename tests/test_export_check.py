@@ -36,7 +36,7 @@ def test_psnr_is_the_peak_over_the_root_mean_square_error():
 
 @pytest.mark.parametrize("got", [[0.0, np.nan], [np.inf, -4.0]])
 def test_nan_and_infinity_never_pass(got):
-    (one,) = check.compare("captured", {}, {"v": np.float64([0.0, -4.0])}, {"v": np.asarray(got)}, -1000.0)
+    (one,) = check.compare("captured", {}, {"v": np.float64([0.0, -4.0])}, {"v": np.asarray(got)}, check.Limits(-1000.0, 1e9))
     assert not math.isfinite(one.relative_l2)
     assert one.psnr_db == -check.MAX_DB
 
@@ -45,11 +45,13 @@ def test_what_passes_through_hides_no_error():
     """Tokens of size 100 to which a block adds 1: a block that adds nothing is far from right."""
     x = 100 * random(1, 3, 4, 12)
     update = random(1, 3, 4, 12)
-    (one,) = check.compare("captured", {"x_RTSD": x}, {"x_RTSD": x + update}, {"x_RTSD": x}, 30.0)
+    (one,) = check.compare("captured", {"x_RTSD": x}, {"x_RTSD": x + update}, {"x_RTSD": x}, check.Limits(30.0, 0.1))
     assert one.measured == "update"
     assert one.relative_l2 == pytest.approx(1, rel=1e-4)
     assert not one.passed
-    with pytest.raises(check.CheckError, match=r"stage full: output x_RTSD .* expected at least 30 dB; nothing was kept"):
+    with pytest.raises(
+        check.CheckError, match=r"stage full: output x_RTSD .* error of 1 .* at least 30 dB and at most 0\.1; nothing was kept"
+    ):
         check.require_passed("stage full", [one])
 
 
@@ -62,23 +64,25 @@ def test_outliers_are_in_two_channels_and_left_out_of_the_comparison():
     out = moved["x_RTSD"] + 1
     wrong = out.copy()
     wrong[..., where] += 5
-    (one,) = check.compare("outliers", moved, {"x_RTSD": out}, {"x_RTSD": wrong}, 100.0)
+    (one,) = check.compare("outliers", moved, {"x_RTSD": out}, {"x_RTSD": wrong}, check.Limits(100.0, 1e-3))
     assert one.passed
 
 
 def test_an_output_of_another_shape_is_an_error():
     with pytest.raises(check.CheckError, match=r"output v has shape \(3,\); expected \(2,\)"):
-        check.compare("captured", {}, {"v": np.zeros(2)}, {"v": np.zeros(3)}, 0.0)
+        check.compare("captured", {}, {"v": np.zeros(2)}, {"v": np.zeros(3)}, check.Limits(0.0, 1.0))
 
 
 def complete_manifest() -> dict:
     stages = list_stages(CONFIG, [SIZE])
-    checks = [check.Check(case="captured", output="x", measured="output", psnr_db=120.0, relative_l2=0.0, floor_db=100.0)]
+    one = check.Check(
+        case="captured", output="x", measured="output", psnr_db=120.0, relative_l2=0.0, floor_db=100.0, ceiling_l2=1e-3
+    )
     entries = [
         manifest.stage_entry(
             stage,
             "float32",
-            [manifest.function_entry(f, {"file": "a"}, [one.to_dict() for one in checks]) for f in stage.functions],
+            [manifest.function_entry(f, {"file": "a"}, [one.to_dict()]) for f in stage.functions],
             1,
         )
         for stage in stages

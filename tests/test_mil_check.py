@@ -107,6 +107,14 @@ def test_operations_agree_with_coremltools(kind: str, given: dict[str, Any]) -> 
     np.testing.assert_allclose(ours.astype(expected.dtype), expected, **tolerance)
 
 
+def test_every_operation_is_compared_with_something() -> None:
+    """With coremltools' value inference; without one, below: with JAX, a formula, coremltools' decompression, or another."""
+    below = {"conv", "batch_norm", "scaled_dot_product_attention", "slice_update"}
+    below |= {f"constexpr_{name}" for name in ("blockwise_shift_scale", "lut_to_dense", "sparse_to_dense")}
+    assert {kind for kind, _ in CASES} | below == set(OPERATIONS)
+    assert not below & {kind for kind, _ in CASES}
+
+
 def _inferred(kind: str, given: dict[str, Any]) -> np.ndarray:
     with mil.Function({}, opset_version=IOS18):
         return np.asarray(getattr(mb, kind)(**given).val)

@@ -58,8 +58,13 @@ def after_stage(stage: Stage, values: Values, outputs: Mapping[str, Any], guidan
         return values  # the temporal encoder gets the decoder's chunk, not the one frame that was encoded
     values = values | {name: np.asarray(value) for name, value in outputs.items()}
     if "v_RTHWC" in outputs:
-        conditional, unconditional = np.split(values["v_RTHWC"], 2)
-        v = unconditional + np.float32(guidance) * (conditional - unconditional)
+        v = guided(values["v_RTHWC"], guidance)
         values["noise_BTHWC"] = values["z_BTHWC"]
         values["z_BTHWC"] = values["z_BTHWC"] + v * (values["t_B"][0] / np.float32(OPEN_SORA_TIMESTEPS))
     return values
+
+
+def guided(v_RTHWC: np.ndarray, guidance: float) -> np.ndarray:
+    """Returns the velocity of the batch, of the rows [conditional, unconditional]."""
+    conditional, unconditional = np.split(v_RTHWC, 2)
+    return np.asarray(unconditional + np.float32(guidance) * (conditional - unconditional))

@@ -69,7 +69,7 @@ def export(
       weights: ``float``, ``int8``, and for Core ML ``lut6`` and ``int4``.
       stages: some of ``t5``, ``stdit3``, ``vae_decoder``, ``vae_encoder``.
       settings: numbers of the loop in place of the model's defaults: num_steps, guidance, merge_steps, leap, fps, ...
-      licence: of the weights, written into the manifest.
+      licence: of the weights, for the manifest and Core ML packages; None: the model directory's, if it states one.
       fuse_attention: Core ML only: use the converter's fused attention.
       overwrite: replace an existing folder, once the new one is complete.
       progress: called with a stage's name, how many stages are done and how many there are.
@@ -86,6 +86,7 @@ def export(
         files.refuse_existing(out)
     pipeline = Pipeline.from_pretrained(directory)
     source = POCKET if directory is None else Path(directory)
+    licence = licence or model_directory.read_model_file(source).get("licence")
     chosen = pipeline.resolve({"num_frames": num_frames, "height": height, "width": width, **(settings or {})})
     sampling = manifest.sampling_entry(chosen)
     options = Options(
@@ -205,7 +206,7 @@ def _manifest(
         "precision": job.options.precision,
         "weights": manifest.weights_entry(networks, job.options.weights),
         "made_by": manifest.versions(target_module(job.target).PACKAGES),
-        "model": manifest.model_entry(networks, pipeline.model_id, licence or index.get("licence")),
+        "model": manifest.model_entry(networks, pipeline.model_id, licence),
         "tokens": tokens,
         "sizes": [manifest.size_entry(pipeline.config, size, chosen) for size in job.sizes],
         "sampling": dict(sampling),

@@ -190,7 +190,7 @@ class ExportedModel:
         """Returns the values after every stage of a phase has run once."""
         phase = self._find_phase(name)
         for stage in phase["stages"]:
-            function = _function(self.stages[stage], size, variant)
+            function = stage_function(self.stages[stage], size, variant)
             key = (stage, function["name"])
             if key not in self.loaded:
                 self.loaded[key] = self.target.open_function(self.folder, function["artefact"])
@@ -285,7 +285,7 @@ def chosen_length(function: Mapping[str, Any], name: str) -> int:
     return int(next(tensor["shape"][0] for tensor in function["inputs"] if tensor["name"] == name))
 
 
-def _function(stage: Mapping[str, Any], size: str, variant: str) -> Mapping[str, Any]:
+def stage_function(stage: Mapping[str, Any], size: str, variant: str) -> Mapping[str, Any]:
     """Returns the stage's function for a size: the variant asked for, or the only one there is."""
     mine = [function for function in stage["functions"] if size in function["sizes"]]
     matching = [function for function in mine if function["variant"] == variant] or [

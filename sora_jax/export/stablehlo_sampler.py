@@ -2,10 +2,13 @@
 
 One program holds the transformer, guidance, the schedule's loop, the merged and the full phase, and a leap rule; two
 programs differ in the rule (``static``, which also never leaps, and ``dynamic``).  The number of steps, times, guidance,
-merged steps and thresholds are inputs.  Weights are those of the transformer's stages::
+merged steps and thresholds are inputs.  Weights are those of the transformer's stages (`weights` as in `stablehlo`)::
+
+    from pathlib import Path
 
     params = {f"{path.stem}/{name}": x for path in Path().glob("stdit3_*.safetensors") for name, x in weights(path).items()}
-    z = jax.export.deserialize(open("sampler.dynamic.jaxexport", "rb").read()).call(params, {"z_BTHWC": noise, ...})["z_BTHWC"]
+    run = jax.export.deserialize(open("sampler.dynamic.jaxexport", "rb").read()).call
+    z = run(params, given)["z_BTHWC"]  # given: noise, caption, times, num_steps, ... as the manifest lists them
 
 Invariant: this is `sampler.Sampler` and `velocity.Velocity`, traced; nothing of either is repeated here.
 """
@@ -138,7 +141,7 @@ def _sample(network: STDiT3, mode: Mode, given: Mapping[str, jax.Array]) -> dict
         velocity_fn=as_partial(velocity),
         schedule=Schedule(times=given["times"], num_steps=given["num_steps"], num_timesteps=OPEN_SORA_TIMESTEPS),
         guidance=given["guidance"],
-        merge_steps=given["merge_steps"],
+        merge_steps=given["merge_steps"] if given["z_BTHWC"].shape[1] > 1 else None,  # one frame: nothing to merge
         weight_BT=None,
         seed=jnp.asarray(0, jnp.uint32),
         noise_NBX=None,

@@ -21,6 +21,7 @@ import numpy as np
 from sora_jax.config import ModelConfig
 from sora_jax.export import capture, check, manifest, stablehlo_sampler
 from sora_jax.export.job import WORK, Job, load_values, save_values
+from sora_jax.export.run_exported import stage_function
 from sora_jax.export.size import Size
 from sora_jax.export.stages import Function, Stage, load_parameters
 from sora_jax.export.targets import Runner, target_module
@@ -91,20 +92,20 @@ def _export_stage(
     """Returns the entry of a stage that was saved, run and found exact enough."""
     target = target_module(job.target)
     artefacts = target.save(stage, params, folder, job.options)
-    floor = check.floor_db(job.options.precision_of(stage), job.options.weights_of(stage))
+    limits = check.limits(job.options.precision_of(stage), job.options.weights_of(stage))
     functions = []
     for function in stage.functions:
         artefact = artefacts[function.name]
         run = target.open_function(folder, artefact)
-        checks = _checked(f"{stage.name} {function.name}", run, cases[function.name], floor)
+        checks = _checked(f"{stage.name} {function.name}", run, cases[function.name], limits)
         functions.append(manifest.function_entry(function, artefact, checks))
     return manifest.stage_entry(stage, job.options.precision_of(stage), functions, _peak_rss_bytes())
 
 
-def _checked(where: str, run: Runner, cases: Cases, floor: float) -> list[dict[str, Any]]:
+def _checked(where: str, run: Runner, cases: Cases, limits: check.Limits) -> list[dict[str, Any]]:
     checks = []
     for case, (inputs, reference) in cases.items():
-        measured = check.compare(case, inputs, reference, run(inputs), floor)
+        measured = check.compare(case, inputs, reference, run(inputs), limits)
         check.require_passed(where, measured)
         checks += [one.to_dict() for one in measured]
     return checks
@@ -113,31 +114,61 @@ def _checked(where: str, run: Runner, cases: Cases, floor: float) -> list[dict[s
 def _export_sampler(
     job: Job, config: ModelConfig, exported: Mapping[str, Stage], folder: Path, values: Mapping[str, capture.Values]
 ) -> dict[str, Any]:
-    """Returns the entry of the sampler programs: one step of each, to the end, against the captured evaluation."""
+    """Returns the entry of the sampler programs.
+
+    One step of each, to the end, is compared with the captured evaluation; two, of which the first merges, with the stages.
+    """
     stages = [stage for stage in exported.values() if stage.network == "stdit3"]
     policy = target_module(job.target).policy(job.options)
     functions = stablehlo_sampler.sampler_functions(config, job.sizes, stages, policy=policy)
     artefacts = stablehlo_sampler.save(functions, stages, folder, int8=job.options.weights == "int8")
-    floor = check.floor_db(job.options.precision, job.options.weights) - check.WHOLE_NETWORK_DB
+    limits = check.limits(job.options.precision, job.options.weights).relaxed(check.WHOLE_NETWORK_DB)
+    saved = [json.loads((folder / WORK / f"{stage.name}.json").read_text("utf-8")) for stage in stages]
+    cases = {size.key: _sampler_cases(job, saved, folder, size.key, values[size.key]) for size in job.sizes}
     params = stablehlo_sampler.read_params(folder, artefacts[functions[0].name])
     entries = []
     for function in functions:
-        known = values[function.sizes[0]]
-        inputs = known | {"z_BTHWC": known["noise_BTHWC"]}
-        inputs = {name: inputs[name] for name in function.inputs if name in inputs}
-        inputs |= one_step(float(known["t_B"][0]), job.guidance)
-        reference = {"z_BTHWC": known["z_BTHWC"], "evaluations_B": np.ones(1, np.float32)}
         run = stablehlo_sampler.open_sampler(folder, artefacts[function.name], params)
-        checks = _checked(f"sampler {function.name}", run, {"captured": (inputs, reference)}, floor)
+        checks = _checked(f"sampler {function.name}", run, cases[function.sizes[0]], limits)
         entries.append(manifest.function_entry(function, artefacts[function.name], checks))
     return {"peak_rss_bytes": _peak_rss_bytes(), "functions": entries}
 
 
-def one_step(time: float, guidance: float) -> dict[str, np.ndarray]:
-    """Returns the sampler's numbers for one step from ``time`` to the end."""
+def _sampler_cases(job: Job, saved: list[dict[str, Any]], folder: Path, size: str, values: capture.Values) -> Cases:
+    """Returns inputs and latents of one captured step, and of two steps through the saved stages of a size."""
+    first = float(values["t_B"][0])
+    given = values | {"z_BTHWC": values["noise_BTHWC"]}
+    functions = [function for stage in saved for function in stage["functions"] if size in function["sizes"]]
+    merged = int(any(function["variant"] == "merged" for function in functions))
+    cases = {"captured": (given | sampler_numbers([first], 0, job.guidance), values["z_BTHWC"])}
+    z, times = given["z_BTHWC"], [first, first / 2]
+    for step, (time, after) in enumerate(zip(times, [first / 2, 0.0], strict=True)):
+        known = given | {"z_BTHWC": z, "t_B": np.full_like(values["t_B"], time)}
+        for stage in saved:
+            function = stage_function(stage, size, "merged" if step < merged else "full")
+            run = target_module(job.target).open_function(folder, function["artefact"])
+            known = known | run({tensor["name"]: known[tensor["name"]] for tensor in function["inputs"]})
+        z = z + capture.guided(known["v_RTHWC"], job.guidance) * np.float32((time - after) / OPEN_SORA_TIMESTEPS)
+    cases["two_steps"] = (given | sampler_numbers(times, merged, job.guidance), z)
+    steps = {"captured": 1, "two_steps": 2}
+    return {
+        case: (inputs, {"z_BTHWC": latents, "evaluations_B": np.full(len(latents), steps[case], np.float32)})
+        for case, (inputs, latents) in cases.items()
+    }
+
+
+def sampler_numbers(visited: list[float], merge_steps: int, guidance: float) -> dict[str, np.ndarray]:
+    """Returns the sampler's numbers for steps at these times, the last one to the end, without a leap."""
+    num_steps = len(visited)
     times = np.zeros(stablehlo_sampler.CAPACITY + 1, np.float32)
-    times[0] = min(time, OPEN_SORA_TIMESTEPS)
-    whole = {"num_steps": 1, "merge_steps": 0, "leap_index": 0, "leap_first": 1, "leap_patience": 1}
+    times[:num_steps] = visited
+    whole = {
+        "num_steps": num_steps,
+        "merge_steps": merge_steps,
+        "leap_index": num_steps - 1,
+        "leap_first": num_steps,
+        "leap_patience": 1,
+    }
     return {
         "times": times,
         "guidance": np.asarray(guidance, np.float32),
