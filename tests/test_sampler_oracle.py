@@ -121,6 +121,7 @@ def make_sampler(case: Case, bias: np.ndarray, structure: dict[str, Any]) -> Sam
 class Tally:
     draws: int = 0
     ties: int = 0
+    leaps: int = 0
 
 
 TALLY = Tally()
@@ -145,6 +146,7 @@ def test_compiled_equals_plain_loop(name: str) -> None:
         if expected.near_ties:
             TALLY.ties += 1
             continue
+        TALLY.leaps += any(step is not None for step in expected.leapt_at)
         compare(result, expected, case.times)
     assert not any(traces[1:]), "changed values compiled anew"
 
@@ -171,3 +173,4 @@ def test_there_were_enough_draws_and_few_ties() -> None:
     assert len(STRUCTURES) <= 20
     assert TALLY.draws >= 300
     assert TALLY.ties < 0.01 * TALLY.draws
+    assert TALLY.leaps >= 80, "few draws leapt: the decisions were hardly tested"
