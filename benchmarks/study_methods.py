@@ -107,8 +107,9 @@ def solvers() -> list[Method]:
 def plans() -> list[Method]:
     """Returns reuse of the block stack by calibrated plans of 30 steps, and of the guidance difference."""
     out = []
+    moved = {"shift": OPEN_SORA_SHIFT}
     rows: list[tuple[str, dict[str, Any]]] = [("reuse", {}), ("reuse AB2", {"solver": "ab2"})]
-    rows.append((f"reuse shift {OPEN_SORA_SHIFT:g}", {"shift": OPEN_SORA_SHIFT}))
+    rows += [(f"{family} shift {OPEN_SORA_SHIFT:g}", {**given, **moved}) for family, given in rows]
     for family, given in rows:
         for count in EVALUATIONS[:-1]:
             changes = {"num_steps": STEPS, **given}
