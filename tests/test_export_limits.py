@@ -31,7 +31,6 @@ def compressed(name: str, matrix: np.ndarray, weights: str) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.artefacts
 def test_a_matrix_of_zeros_is_refused_and_compression_is_not():
     """Where a few large values make the peak, PSNR alone would let zeros pass as int4."""
     pipeline = Pipeline.from_pretrained()
