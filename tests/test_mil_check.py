@@ -78,6 +78,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
             "squeeze_mask": np.array([True, False, False]),
         },
     ),
+    ("slice_update", {"x": X, "update": Y[:, :2, :2], "begin": i32(0, 1, 0), "end": i32(2, 3, 4), "stride": i32(1, 1, 2)}),
     ("slice_by_size", {"x": X, "begin": i32(0, 1, 2), "size": i32(2, -1, 1)}),
     ("gather", {"x": X, "indices": i32(1, 0, 1), "axis": np.int32(0)}),
     ("gather", {"x": X, "indices": np.array([[2, 0], [1, -1]], np.int32), "axis": np.int32(1), "batch_dims": np.int32(0)}),
@@ -108,8 +109,8 @@ def test_operations_agree_with_coremltools(kind: str, given: dict[str, Any]) -> 
 
 
 def test_every_operation_is_compared_with_something() -> None:
-    """With coremltools' value inference; without one, below: with JAX, a formula, coremltools' decompression, or another."""
-    below = {"conv", "batch_norm", "scaled_dot_product_attention", "slice_update"}
+    """With coremltools' value inference, or below with JAX, a formula, and coremltools' decompression."""
+    below = {"conv", "batch_norm", "scaled_dot_product_attention"}
     below |= {f"constexpr_{name}" for name in ("blockwise_shift_scale", "lut_to_dense", "sparse_to_dense")}
     assert {kind for kind, _ in CASES} | below == set(OPERATIONS)
     assert not below & {kind for kind, _ in CASES}
@@ -126,6 +127,8 @@ def test_attention_agrees_with_coremltools_and_jax() -> None:
     ours = OPERATIONS["scaled_dot_product_attention"]
     np.testing.assert_allclose(ours(**ATTENTION), _inferred("scaled_dot_product_attention", ATTENTION), atol=2e-6)
     for mask in (seen, added):
+        inferred = _inferred("scaled_dot_product_attention", {**ATTENTION, "attn_mask": mask})
+        np.testing.assert_allclose(ours(**ATTENTION, attn_mask=mask), inferred, atol=2e-6)
         bias = jnp.where(seen, 0.0, -jnp.inf) if mask.dtype == np.bool_ else mask
         logits = ATTENTION["query"] @ ATTENTION["key"].swapaxes(-1, -2) / np.sqrt(8) + bias
         expected = jax.nn.softmax(logits) @ ATTENTION["value"]
