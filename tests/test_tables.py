@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from sora_jax.export import tables
 from sora_jax.export.tables import nearest_table
 
 
@@ -25,3 +26,13 @@ def test_every_value_gets_its_nearest_entry() -> None:
 def test_equal_values_are_kept() -> None:
     table, indices = nearest_table(np.full(10, 0.25, np.float32), 4)
     np.testing.assert_array_equal(table[indices], np.full(10, 0.25))
+
+
+def test_a_selection_of_very_many_values_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(2).standard_normal((500, 401), np.float32)
+    whole, _ = nearest_table(values, 16)
+    monkeypatch.setattr(tables, "_SAMPLE", 30_000)
+    table, indices = nearest_table(values, 16)
+    distances, least = (np.abs(values.ravel()[:, None] - one) for one in (table, whole))
+    assert np.mean(distances.min(axis=1) ** 2) == pytest.approx(np.mean(least.min(axis=1) ** 2), rel=0.05)
+    np.testing.assert_array_equal(indices, distances.argmin(axis=1))

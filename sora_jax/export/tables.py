@@ -8,16 +8,18 @@ Source: S. Lloyd, Least squares quantization in PCM, 1982.
 import numpy as np
 
 _ROUNDS = 300
+_SAMPLE = 2**24  # the values that decide; an embedding of T5-XXL has eight times as many, whose sums would take 2 GB
 
 
 def nearest_table(values: np.ndarray, entries: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns a table in ascending order, in the dtype of ``values``, and for every value the index of the nearest entry.
 
     Indices are uint8 in one dimension.  Sorted once, a round costs nothing: an entry becomes the mean of the values nearest
-    to it, which are a stretch of the sorted ones.
+    to it, which are a stretch of the sorted ones.  Of very many values an even selection decides.
     """
-    flat = values.ravel().astype(np.float32)
-    ordered = np.sort(flat)
+    flat = values.ravel()
+    step = -(-len(flat) // _SAMPLE) | 1  # odd: no divisor of a width like 4096, so that all its columns are seen
+    ordered = np.sort(flat[::step].astype(np.float32))
     sums = np.concatenate([[0.0], np.cumsum(ordered, dtype=np.float64)])
     # Between equal counts, which spares the tails, and equal distances, which sees nothing else.
     shares = (np.arange(entries) + 0.5) / entries
@@ -27,8 +29,11 @@ def nearest_table(values: np.ndarray, entries: int) -> tuple[np.ndarray, np.ndar
         counts = np.diff(cuts)
         table = np.where(counts > 0, np.diff(sums[cuts]) / np.maximum(counts, 1), table)
     table = table.astype(values.dtype)
-    indices = np.searchsorted(_midpoints(table.astype(np.float32)), flat)
-    return table, indices.astype(np.uint8)
+    cuts, indices = _midpoints(table.astype(np.float32)), np.empty(len(flat), np.uint8)
+    for start in range(0, len(flat), _SAMPLE):
+        part = slice(start, start + _SAMPLE)
+        indices[part] = np.searchsorted(cuts, flat[part].astype(np.float32))
+    return table, indices
 
 
 def _midpoints(table: np.ndarray) -> np.ndarray:
