@@ -73,17 +73,24 @@ def listed(profile: Profile) -> list[list[Any]]:
 
 
 def draw(pictures: Mapping[str, Sequence[Sequence[Any]]], path: Path) -> None:
-    """Draws each of `listed` as two rows of bars, all on one scale of time."""
+    """Draws each of `listed` as two rows of bars; those of one setting, which a name gives after a colon, share a scale."""
     try:
         from matplotlib import pyplot
     except ImportError:
         print("matplotlib is not installed; no picture drawn.")
         return
-    figure, axes = pyplot.subplots(len(pictures), figsize=(9, 1.5 * len(pictures)), squeeze=False, layout="constrained")
-    for (name, intervals), axis in zip(pictures.items(), axes[:, 0], strict=True):
+    settings = list(dict.fromkeys(name.split(": ")[1] for name in pictures))
+    rows = len(pictures) // len(settings)
+    shape: dict[str, Any] = {"figsize": (9, 1.5 * rows), "squeeze": False, "layout": "constrained", "sharex": "col"}
+    figure, axes = pyplot.subplots(rows, len(settings), **shape)
+    for number, (name, intervals) in enumerate(pictures.items()):
+        axis = axes[number % rows, settings.index(name.split(": ")[1])]
         for lane, _, begin, end in intervals:
             row = 1 if lane == "load" else 0
             axis.broken_barh([(begin, end - begin)], (row, 0.8), color=COLOURS[lane], edgecolor="w", linewidth=0.5)
-        axis.set(yticks=[0.4, 1.4], yticklabels=["compute", "load"], title=name, xlabel="ms", xlim=(0, None))
+        axis.set(yticks=[0.4, 1.4], yticklabels=["compute", "load"], xlim=(0, None))
+        axis.set_title(name, fontsize="small")
+    for axis in axes[-1]:
+        axis.set_xlabel("ms")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
