@@ -1,5 +1,6 @@
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -10,11 +11,11 @@ def reader_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "layer-reader"]
 
 
-def ended() -> bool:
+def becomes(condition: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + 5
-    while reader_threads() and time.monotonic() < deadline:
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
-    return not reader_threads()
+    return condition()
 
 
 class Log:
@@ -40,8 +41,11 @@ def log() -> Log:
 
 
 @pytest.fixture
-def prefetcher(log: Log) -> Prefetcher:
-    return Prefetcher(log.load, lambda index: f"layer {index}", stall_s=5)
+def prefetcher(log: Log) -> Iterator[Prefetcher]:
+    prefetcher = Prefetcher(log.load, lambda index: f"layer {index}", stall_s=5)
+    yield prefetcher
+    prefetcher.close()
+    assert not reader_threads()
 
 
 def test_layers_come_in_the_order_they_are_wanted(log, prefetcher):
@@ -49,35 +53,43 @@ def test_layers_come_in_the_order_they_are_wanted(log, prefetcher):
         slot = prefetcher.take(index % 3, [(index + 1) % 3, (index + 2) % 3])
         assert slot.buffer == f"layer {index % 3}"
         prefetcher.free(slot)
-    assert ended()
-    assert log.loaded == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert becomes(lambda: log.loaded == [0, 1, 2, 0, 1, 2, 0, 1])
 
 
 def test_a_taken_slot_is_not_written(log, prefetcher):
     slot = prefetcher.take(0, [1, 2])
-    assert ended()
+    assert becomes(lambda: log.loaded == [0, 1])
     assert slot.buffer == "layer 0"
-    assert log.loaded == [0, 1]
     assert prefetcher.holding() == {0, 1}
     prefetcher.free(slot)
-    assert ended()
-    assert log.loaded == [0, 1, 2]
+    assert becomes(lambda: log.loaded == [0, 1, 2])
 
 
 def test_what_is_no_longer_wanted_makes_room(log, prefetcher):
     prefetcher.free(prefetcher.take(0, [1, 2]))
-    assert ended()
+    assert becomes(lambda: log.loaded == [0, 1, 2])
     assert prefetcher.take(7, [8]).buffer == "layer 7"
-    assert ended()
+    assert becomes(lambda: log.loaded == [0, 1, 2, 7, 8])
     assert prefetcher.holding() == {7, 8}
 
 
 def test_discarding_says_what_was_read_for_nothing(log, prefetcher):
     prefetcher.free(prefetcher.take(0, [1, 2]))
-    assert ended()
+    assert becomes(lambda: log.loaded == [0, 1, 2])
     assert sorted(prefetcher.discard()) == [1, 2]
     assert prefetcher.holding() == set()
     assert prefetcher.take(1, []).buffer == "layer 1"
+
+
+def test_one_thread_reads_everything_until_the_end_and_another_thereafter(log, prefetcher):
+    for index in range(5):
+        prefetcher.free(prefetcher.take(index, [index + 1]))
+    (thread,) = reader_threads()
+    prefetcher.close()
+    assert not thread.is_alive()
+    assert prefetcher.holding() == set()
+    assert prefetcher.take(9, []).buffer == "layer 9"
+    assert reader_threads() != [thread]
 
 
 def test_an_error_is_raised_where_the_layer_is_taken_and_only_once(log, prefetcher):
@@ -88,16 +100,16 @@ def test_an_error_is_raised_where_the_layer_is_taken_and_only_once(log, prefetch
     assert raised.value is error
     del log.bad[1]
     assert prefetcher.take(1, [2]).buffer == "layer 1"
-    assert ended()
 
 
-def test_a_read_that_does_not_end_is_an_error_and_leaves_no_trace(log):
-    prefetcher = Prefetcher(log.load, lambda index: f"layer {index}", stall_s=0.05)
+def test_a_read_that_does_not_end_is_an_error_and_leaves_no_trace(log, prefetcher):
+    prefetcher.stall_s = 0.05
     log.hold.clear()
     with pytest.raises(TimeoutError, match=r"layer 3 was not read within 0.05 s"):
         prefetcher.take(3, [4])
     log.hold.set()
-    assert ended()
+    assert becomes(lambda: not reader_threads())
     assert prefetcher.holding() == set()
+    prefetcher.stall_s = 5
     slot = prefetcher.take(3, [4])
     assert slot.buffer == "layer 3"

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from sora_jax.model_directory import ModelDirectoryError
+from sora_jax.streaming.hosted import HostedBlocks
 from sora_jax.streaming.network import STDiT3Stream
 from tests import streamed
 
@@ -110,6 +111,20 @@ def test_truncated_before_opening(stream):
 
 def test_truncated_during_the_run(stream):
     expect_fault(stream, "has 100 bytes", callback=after_the_first_step(lambda: os.truncate(chunk(stream), 100)))
+
+
+def test_truncated_while_it_is_read(stream, faults):
+    """After the check before reading: `readinto` ends early, populating pages beyond the end is an error of the system."""
+    reads = []
+
+    def truncate(layer: str) -> None:
+        reads.append(layer)
+        if reads.count(LAYER) == 2:
+            os.truncate(chunk(stream), 0)
+
+    faults.before = truncate
+    expect_fault(stream, "ends 4096 bytes too early" if isinstance(stream.blocks, HostedBlocks) else "cannot be read")
+    assert reads.count(LAYER) == 2
 
 
 def test_removed_before_opening(stream):

@@ -1,6 +1,7 @@
 """A hard limit on memory, and Ctrl-C, in processes of their own."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,8 +40,9 @@ with stream.open() as network:
     minimum = held("VmHWM")
     budget = int(float(sys.argv[2]) * minimum) + int(float(sys.argv[3]) * layer)
     limit = held("VmSize") + budget - held("VmRSS")
-    stream.retention.fixed_bytes = minimum
-    stream.retention.budget = budget
+    if sys.argv[4] == "planned":
+        stream.retention.fixed_bytes = minimum
+        stream.retention.budget = budget
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     limited = np.asarray(sampler.run(sampler.start(streamed.noise()), 6).z)
     assert np.array_equal(free, limited)
@@ -130,17 +132,21 @@ def child(script: str, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(("share", "layers", "retained"), [(1.0, 0.0, 0), (1.0, 2.5, 2)])
 def test_a_run_keeps_a_hard_limit(directory, share, layers, retained):
-    process = child(LIMITED, str(directory), str(share), str(layers))
+    process = child(LIMITED, str(directory), str(share), str(layers), "planned")
     output, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     assert output.split() == ["retained", str(retained)]
 
 
-def test_less_than_the_minimum_is_refused(directory):
-    process = child(LIMITED, str(directory), "0.8", "0")
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 1
-    assert "is too small: the transformer needs" in errors.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("plan", "error"),
+    [("planned", "is too small: the transformer needs"), ("unplanned", "no memory for the|RESOURCE_EXHAUSTED")],
+)
+def test_less_than_the_minimum_is_refused_and_without_a_plan_an_error(directory, plan, error):
+    process = child(LIMITED, str(directory), "0.8", "0", plan)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert re.search(error, errors.splitlines()[-1]), errors
 
 
 @pytest.mark.parametrize("backend", ["host", "mmap"])

@@ -12,6 +12,7 @@ from sora_jax.generation import Progress
 from sora_jax.pipeline import Pipeline
 
 PROMPT = "a red circle moves right on a blue background"
+NUM_BLOCKS = 2  # of the tiny transformer
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +34,19 @@ def test_a_clip_within_a_budget_is_the_clip_without(pipe, clip):
 
 
 def test_a_callback_may_lower_the_budget(pipe, clip):
-    stages = []
+    held = []
 
     def lower(progress: Progress) -> None:
-        stages.append(progress.stage)
-        if progress.stage == "denoise" and progress.step == 2:
-            pipe.memory_budget = "7GB"
+        if progress.carry is None:
+            return
+        (stream,) = pipe.networks._streams.values()
+        held.append(len(stream.blocks.retained))
+        if progress.step == 2:
+            pipe.memory_budget = stream.retention.fixed_bytes  # nothing more
 
     streamed = pipe(PROMPT, callback=lower)
-    assert "denoise" in stages
-    assert pipe.memory_budget == 7_000_000_000
+    assert held == [NUM_BLOCKS, NUM_BLOCKS, 0, 0]
+    assert pipe.memory_budget < 8_000_000_000
     np.testing.assert_allclose(streamed.latents, clip.latents, rtol=0, atol=1e-5)
 
 
@@ -61,10 +65,11 @@ def test_without_a_budget_none_can_be_set(tiny_model):
 def test_generate_within_a_budget_and_its_profile(tiny_model, tmp_path, capsys):
     profile = tmp_path / "trace.json"
     arguments = ["generate", PROMPT, "--model", str(tiny_model), "-o", str(tmp_path / "clip.npz"), "--quiet"]
-    arguments += ["--compile-cache", "off"]
+    arguments += ["--compile-cache", "off", "--caption-cache", "off"]
     assert cli.main([*arguments, "--memory-budget", "8GB", "--profile-streaming", str(profile)]) == 0
-    lanes = {event["cat"] for event in json.loads(profile.read_text())["traceEvents"] if event["ph"] == "X"}
-    assert {"load", "compute"} <= lanes
+    spans = {(event["cat"], event["name"]) for event in json.loads(profile.read_text())["traceEvents"] if event["ph"] == "X"}
+    layers = ("block.0.attn", "spatial_blocks.0", "temporal_blocks.0", "spatial_decoder")
+    assert {(lane, layer) for lane in ("load", "compute") for layer in layers} <= spans
 
 
 @pytest.mark.parametrize(

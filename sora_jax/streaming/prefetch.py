@@ -1,7 +1,8 @@
 """Reading layers before they are wanted: one thread, two staging slots.
 
-Invariant: a slot is written by the reading thread or held by who took it, never both; at most one thread reads, and it ends by
-itself when both slots are full.  What a slot holds (arrays, or nothing where pages are mapped) is up to the ``load`` function.
+Invariant: a slot is written by the reading thread or held by who took it, never both; at most one thread reads, from the first
+layer wanted until `close`.  It is not started anew for every layer: where memory has run out, starting a thread may never
+return.  What a slot holds (arrays, or nothing where pages are mapped) is up to the ``load`` function.
 """
 
 import dataclasses
@@ -72,11 +73,20 @@ class Prefetcher:
         with self._condition:
             self._want(following)
 
+    def close(self) -> None:
+        """Forgets everything read ahead and ends the reading thread; what is wanted later is read by another."""
+        self.discard()
+        with self._condition:
+            thread, self._thread = self._thread, None
+            self._condition.notify_all()
+        if thread is not None:
+            thread.join()
+
     def discard(self) -> list[int]:
         """Forgets everything read ahead, waiting for the read under way, and returns the layers forgotten."""
         with self._condition:
             self._wanted = ()
-            if not self._condition.wait_for(lambda: self._thread is None, self.stall_s):
+            if not self._condition.wait_for(lambda: all(slot.state != LOADING for slot in self._slots), self.stall_s):
                 self._abandon()
             forgotten = [slot.index for slot in self._slots if slot.state == READY and slot.error is None]
             self._slots = [Slot() for _ in range(NUM_SLOTS)]
@@ -104,6 +114,7 @@ class Prefetcher:
         if self._thread is None and self._next() is not None:
             self._thread = threading.Thread(target=self._work, name="layer-reader", daemon=True)
             self._thread.start()
+        self._condition.notify_all()
 
     def _next(self) -> tuple[int, Slot] | None:
         """Returns the layer to read next and the slot for it, if there are both."""
@@ -118,13 +129,12 @@ class Prefetcher:
         self._thread = None
 
     def _work(self) -> None:
+        me = threading.current_thread()
         while True:
             with self._condition:
-                job = self._next() if self._thread is threading.current_thread() else None
+                self._condition.wait_for(lambda: self._thread is not me or self._next() is not None)
+                job = self._next() if self._thread is me else None
                 if job is None:
-                    if self._thread is threading.current_thread():
-                        self._thread = None
-                    self._condition.notify_all()
                     return
                 index, slot = job
                 slot.index, slot.state = index, LOADING

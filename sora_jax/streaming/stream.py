@@ -86,6 +86,7 @@ class BlockStream(abc.ABC):
             raise self._failure from error
         finally:
             self._reset()
+            self._prefetcher.close()
             self._close()
             self._in_use.release()
 
