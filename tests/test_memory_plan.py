@@ -19,6 +19,7 @@ from sora_jax.model_directory import Manifest, Parameter, open_network
 from sora_jax.segments import Segment, part
 from sora_jax.stdit3 import Conditioning, STDiT3, STDiT3Block
 from sora_jax.streaming import activations
+from sora_jax.streaming.blocks import ROW_TOKENS, run_block
 from sora_jax.streaming.memory_plan import StagePlan, Workload, plan_memory
 from sora_jax.t5 import T5Block, T5Encoder
 from sora_jax.vae.codec import VAE
@@ -44,8 +45,29 @@ def check(planned: float, measured: float, slack: float = SLACK) -> None:
 def test_a_transformer_block_is_planned(temporal: bool, shape: tuple[int, int, int]) -> None:
     config: STDiT3Config = dataclasses.replace(pocket.stdit3, hidden_size=64)
     block = jax.eval_shape(lambda: STDiT3Block(config, temporal=temporal, rngs=nnx.Rngs(0)))
-    rows, length, width = shape[0], config.model_max_length, config.hidden_size
-    conditioning = Conditioning(
+    x_BTSD, given = zeros(*shape, config.hidden_size), conditioning(config, shape[0])
+    measured = temporary_bytes(lambda block, x, given: block(x, given), block, x_BTSD, given)
+    check(activations.block_bytes(config, *shape), measured)
+    assert activations.denoise_bytes(config, *shape) > activations.block_bytes(config, *shape)
+
+
+def test_many_tokens_are_planned_as_they_are_computed_a_row_at_a_time() -> None:
+    config: STDiT3Config = dataclasses.replace(pocket.stdit3, hidden_size=64)
+    block = jax.eval_shape(lambda: STDiT3Block(config, temporal=False, rngs=nnx.Rngs(0)))
+
+    def streamed_bytes(frames: int) -> int:
+        x_BTSD, given = zeros(2, frames, 256, config.hidden_size), conditioning(config, 2)
+        return temporary_bytes(lambda *args: run_block(block, *args, merge=None), flatten(block), x_BTSD, given)
+
+    few, many = (2, 8, 256), (2, 9, 256)
+    assert 8 * 256 <= ROW_TOKENS < 9 * 256
+    assert streamed_bytes(9) < 0.8 * streamed_bytes(8)
+    assert streamed_bytes(9) <= activations.denoise_bytes(config, *many) < activations.denoise_bytes(config, *few)
+
+
+def conditioning(config: STDiT3Config, rows: int) -> Conditioning:
+    length, width = config.model_max_length, config.hidden_size
+    return Conditioning(
         caption_BLD=zeros(rows, length, width),
         mask_BL=zeros(rows, length, dtype=jnp.bool_),
         mod_BF6D=zeros(rows, 1, 6, width),
@@ -53,9 +75,6 @@ def test_a_transformer_block_is_planned(temporal: bool, shape: tuple[int, int, i
         t0_BD=None,
         frame_mask_BT=None,
     )
-    measured = temporary_bytes(lambda block, x, given: block(x, given), block, zeros(*shape, width), conditioning)
-    check(activations.block_bytes(config, *shape), measured)
-    assert activations.denoise_bytes(config, *shape) > activations.block_bytes(config, *shape)
 
 
 def test_half_a_block_of_the_text_encoder_is_planned() -> None:

@@ -13,6 +13,7 @@ import pytest
 from sora_jax.leap import Leap
 from sora_jax.plans import Plan
 from sora_jax.sampler import Result, Sampler, _run
+from sora_jax.streaming import blocks
 from sora_jax.streaming.network import STDiT3Stream
 from sora_jax.streaming.profile import Profile
 from tests import streamed
@@ -129,6 +130,18 @@ def test_the_portable_callback_delivers_the_same(directory, in_memory):
     stream = STDiT3Stream(directory, backend="host", portable=True, retained=1)
     result, _ = blocks_read(stream, lambda network: streamed.sample(network, **EVERYTHING))
     assert np.linalg.norm(result.z - in_memory.z) <= ACROSS * np.linalg.norm(in_memory.z)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_by_row_the_numbers_and_every_retention_are_the_same(directory, in_memory, monkeypatch, backend):
+    """What many tokens do: each row of the batch on its own."""
+    monkeypatch.setattr(blocks, "ROW_TOKENS", 1)
+    stream, results = STDiT3Stream(directory, **BACKENDS[backend]), []
+    for retained in (0, NUM_BLOCKS):
+        stream.retention.count = retained
+        results.append(blocks_read(stream, lambda network: streamed.sample(network, **EVERYTHING))[0].z)
+    np.testing.assert_array_equal(*results)
+    assert np.linalg.norm(results[0] - in_memory.z) <= ACROSS * np.linalg.norm(in_memory.z)
 
 
 def test_the_profile_is_a_trace_of_every_block(stream, tmp_path):

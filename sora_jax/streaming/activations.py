@@ -8,6 +8,7 @@ kernels holds logits that the account does not show (measured, peak of the proce
 import math
 
 from sora_jax.config import SpatialVAEConfig, STDiT3Config, T5Config, TemporalVAEConfig
+from sora_jax.streaming.blocks import ROW_TOKENS
 
 FLOAT_BYTES = 4
 LOGIT_COPIES = 2.2  # of attention logits inside the fused kernel, for each row it works on
@@ -44,15 +45,19 @@ def block_bytes(config: STDiT3Config, rows: int, frames: int, places: int) -> in
 
 
 def denoise_bytes(config: STDiT3Config, rows: int, frames: int, places: int) -> int:
-    """Returns the bytes of an evaluation besides parameters: a block, what its attention hides, tokens and caption."""
+    """Returns the bytes of an evaluation besides parameters: a block, what its attention hides, tokens and caption.
+
+    Blocks are those of `blocks.run_block`: with many tokens, a row of the batch after the other.
+    """
     tokens = rows * frames * places
-    together = min(ROWS_AT_A_TIME, rows)
-    spatial = LOGIT_COPIES * min(ROWS_AT_A_TIME, rows * frames) * config.num_heads * places**2
+    at_once = 1 if frames * places > ROW_TOKENS else rows
+    together = min(ROWS_AT_A_TIME, at_once)
+    spatial = LOGIT_COPIES * min(ROWS_AT_A_TIME, at_once * frames) * config.num_heads * places**2
     temporal = LOGIT_COPIES * ROWS_AT_A_TIME * config.num_heads * frames**2
     cross = (LOGIT_COPIES - 1) * together * frames * places * config.num_heads * config.model_max_length
     caption = rows * config.model_max_length * (config.caption_channels + 3 * config.hidden_size)
     carried = 5 * tokens * config.hidden_size  # into and out of a block and the branch it is in, and the velocity's input
-    return block_bytes(config, rows, frames, places) + int(FLOAT_BYTES * (max(spatial, temporal, cross) + carried + caption))
+    return block_bytes(config, at_once, frames, places) + int(FLOAT_BYTES * (max(spatial, temporal, cross) + carried + caption))
 
 
 def denoise_flops(config: STDiT3Config, rows: int, frames: int, places: int) -> float:
