@@ -146,8 +146,7 @@ class Settings:
         """Returns complete settings: what is given, else the model's defaults, else Open-Sora's.
 
         ``given`` may hold every field and ``resolution``, ``aspect_ratio``, ``preset``; None means not given.  A preset goes
-        before the model's defaults; a plan brings its number of steps, and another number does without a preset's plan.
-        A score is switched off by ``"off"``.
+        before the model's defaults; a plan brings its number of steps.  A score is switched off by ``"off"``.
 
         Raises:
           ValueError: a value is out of its range, or the size is given incompletely or twice.
@@ -163,11 +162,10 @@ class Settings:
         if defaults:
             base = {key: value for key, value in base.items() if key not in _SCORES}
         values = base | {key: model[key] for key in model if key not in _SIZE_KEYS}
-        values |= preset_values(given.get("preset"))
-        if chosen.get("num_steps", values["num_steps"]) != values["num_steps"]:
-            values["plan"] = None
-        values |= {key: value for key, value in chosen.items() if key not in _SIZE_KEYS}
         height, width = _size(chosen, model)
+        num_frames = sizes.num_frames(chosen.get("num_frames", values["num_frames"]))
+        values |= preset_values(given.get("preset"), height=height, width=width, num_frames=num_frames)
+        values |= {key: value for key, value in chosen.items() if key not in _SIZE_KEYS}
         fields: dict[str, Any] = {**_REST, **values}
         unknown = sorted(fields.keys() - set(cls.field_names()))
         if unknown:
@@ -176,7 +174,7 @@ class Settings:
             fields[score] = None if fields.get(score) == OFF else fields.get(score)
         fields["align"] = None if fields["align"] == OFF else fields["align"]
         fields |= {name: _as_float(fields[name]) for name in _FLOATS if name in fields}
-        fields |= {"height": height, "width": width, "num_frames": sizes.num_frames(fields["num_frames"])}
+        fields |= {"height": height, "width": width, "num_frames": num_frames}
         return cls(**({"save_fps": fields["fps"]} | fields))
 
     @classmethod

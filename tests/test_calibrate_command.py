@@ -16,6 +16,8 @@ from sora_jax.pipeline import Pipeline
 from sora_jax.plan_file import PlanFile
 from sora_jax.plans import Plan
 from sora_jax.presets import PRESETS
+from sora_jax.sampling import make_schedule
+from sora_jax.schedule import Schedule
 from sora_jax.settings import Settings
 from tests.tiny_model import DEFAULTS
 
@@ -203,13 +205,15 @@ def test_presets_give_way_to_what_is_given() -> None:
     assert Settings.resolve(DEFAULTS, {"preset": "exact", "plan": Plan(codes=(0, 1, 0))}).num_steps == 3
 
 
-def test_the_recommended_preset_is_a_plan_of_16_evaluations(pipe: Pipeline) -> None:
+def test_the_recommended_preset_is_16_steps_of_ab2(pipe: Pipeline) -> None:
+    """The times are shifted by 1.6 in all, or as Open-Sora shifts them where that is more."""
     chosen = pipe.resolve({"preset": "recommended"})
-    assert chosen.plan is not None
-    assert (len(chosen.plan.codes), chosen.plan.evaluations) == (chosen.num_steps, 16)
+    assert (chosen.num_steps, chosen.solver, chosen.plan) == (16, "ab2", None)
     assert Settings.from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
+    np.testing.assert_allclose(make_schedule(chosen).visited, Schedule.uniform(16, shift=1.6).visited, rtol=1e-5)
+    assert Settings.resolve({}, {"preset": "recommended"}).shift == 1
     own = Plan(codes=(0, 1, 0))
     assert pipe.resolve({"preset": "recommended", "plan": own}).plan == own
     made = pipe(PROMPT, preset="recommended")
     np.testing.assert_array_equal(made.evaluations_B, 16)
-    np.testing.assert_array_equal(made.latents, pipe(PROMPT, num_steps=30, plan=chosen.plan).latents)
+    np.testing.assert_array_equal(made.latents, pipe(PROMPT, num_steps=16, solver="ab2", shift=chosen.shift).latents)
