@@ -104,10 +104,7 @@ def converted(
     import coremltools
     import stablehlo_coreml
 
-    target = coremltools.target.iOS18
-    lowered = jax.jit(_positional(function, params), keep_unused=True).lower(*function.inputs.values())
-    program = stablehlo_coreml.convert(lowered.compiler_ir("stablehlo"), minimum_deployment_target=target)
-    _name_outputs(program, [name + OUTPUT_SUFFIX for name in function.outputs])
+    program = _program(function, params)
     pipeline = stablehlo_coreml.build_pass_pipeline()
     if not fuse_attention:
         pipeline.remove_passes([_FUSION])
@@ -117,9 +114,21 @@ def converted(
         source="milinternal",
         pass_pipeline=pipeline,
         compute_precision=chosen[precision],
-        minimum_deployment_target=target,
+        minimum_deployment_target=coremltools.target.iOS18,
         skip_model_load=True,
     )
+
+
+def _program(function: Function, params: Mapping[str, np.ndarray]) -> Any:
+    """Returns the MIL program; what JAX holds of the weights, several times their size, is let go before it is converted."""
+    import coremltools
+    import stablehlo_coreml
+
+    lowered = jax.jit(_positional(function, params), keep_unused=True).lower(*function.inputs.values())
+    target = coremltools.target.iOS18
+    program = stablehlo_coreml.convert(lowered.compiler_ir("stablehlo"), minimum_deployment_target=target)
+    _name_outputs(program, [name + OUTPUT_SUFFIX for name in function.outputs])
+    return program
 
 
 def _positional(function: Function, params: Mapping[str, np.ndarray]) -> Any:
