@@ -18,6 +18,7 @@ from convert_weights.files import Options, Source, convert_checkpoint
 from convert_weights.pipeline import convert_pipeline, find_networks
 from convert_weights.to_torch import to_torch
 from convert_weights.verify import verify
+from sora_jax.command_line import Parser
 from sora_jax.config import NETWORKS
 from sora_jax.model_directory import STORED_DTYPES, Manifest, open_network, present_networks
 
@@ -56,7 +57,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sora-jax convert",
         description="Convert PyTorch checkpoints into a model directory, verify it, or write it back.",
         epilog=_EPILOG,

@@ -8,7 +8,8 @@ import argparse
 import sys
 
 from sora_jax import files
-from sora_jax.generate_command import note, progress_bar, read_prompts, use_compile_cache
+from sora_jax.command_line import note
+from sora_jax.generate_command import progress_bar, read_prompts, use_compile_cache
 
 _SETTINGS = ("num_steps guidance seed shift merge_steps height width resolution aspect_ratio num_frames fps dtype").split()
 

@@ -7,6 +7,7 @@ Invariant: nothing is decided here.  The work is done in other processes, so an 
 import argparse
 import sys
 
+from sora_jax.command_line import note
 from sora_jax.export import Size
 from sora_jax.export.exporter import export
 
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     checks = [check for stage in made["stages"] for function in stage["functions"] for check in function["checks"]]
     worst = min(check["psnr_db"] for check in checks)
     if not options.quiet:
-        _note(
+        note(
             f"{made['total_bytes'] / 1e6:.1f} MB, {len(checks)} comparisons with JAX, worst {worst:.1f} dB; {made['notes'][0]}"
         )
     sys.stdout.write(f"{options.out}\n")
@@ -59,8 +60,4 @@ def parse_size(text: str) -> Size:
 
 
 def _show(stage: str, done: int, total: int) -> None:
-    _note(f"{done}/{total} {stage}")
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(f"sora-jax: {text}\n")
+    note(f"{done}/{total} {stage}")

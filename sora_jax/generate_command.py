@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sora_jax import files, prompt, video
+from sora_jax.command_line import note
 
 _SETTINGS = (
     "num_steps guidance preset solver shift plan merge_steps height width resolution aspect_ratio num_frames fps save_fps aes "
@@ -339,11 +340,6 @@ def progress_bar(quiet: bool) -> Iterator[Any]:
             bar.set_description_str(progress.stage)
 
         yield show
-
-
-def note(text: str) -> None:
-    """Writes one line for the user beside the results."""
-    sys.stderr.write(f"sora-jax: {text}\n")
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sora_jax import files, noise, prompt, video
+from sora_jax.command_line import note
 from sora_jax.export import ExportedModel
 from sora_jax.tokenizer import Tokenizer
 
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     frames = video.quantise(made.frames_Bthw3)[0]
     video.save(frames, options.output, fps=size["conditions"]["fps_B"], parameters=parameters, overwrite=options.overwrite)
     if not options.quiet:
-        sys.stderr.write(f"sora-jax: {made.evaluations} evaluations, {time.perf_counter() - began:.1f} s\n")
+        note(f"{made.evaluations} evaluations, {time.perf_counter() - began:.1f} s")
     sys.stdout.write(f"{options.output}\n")
 
 

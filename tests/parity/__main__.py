@@ -4,7 +4,6 @@ Exit status 0: every case passed; 1: a case failed, or is pending without ``--al
 or nothing was run.
 """
 
-import argparse
 import collections
 import dataclasses
 import json
@@ -14,14 +13,13 @@ from pathlib import Path
 
 import jax
 
+from sora_jax.command_line import Parser
 from tests.parity.fixtures import FixtureError
 from tests.parity.runner import FAIL, PASS, PENDING, Row, run_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.parity", description="Compare with fixtures made by the PyTorch reference."
-    )
+    parser = Parser(prog="python -m tests.parity", description="Compare with fixtures made by the PyTorch reference.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="a fixture folder, or one of its suites")
     parser.add_argument("--json", type=Path, metavar="F", help="write every row as JSON")
     parser.add_argument("--dump", type=Path, metavar="OUT", help="write every computed tensor to OUT/SUITE/CASE.safetensors")
