@@ -9,7 +9,8 @@ import sys
 
 from sora_jax import files
 from sora_jax.command_line import note
-from sora_jax.generate_command import progress_bar, read_prompts, use_compile_cache
+from sora_jax.generate_command import progress_bar, read_prompts
+from sora_jax.user_cache import use_compile_cache
 
 _SETTINGS = ("num_steps guidance seed shift merge_steps height width resolution aspect_ratio num_frames fps dtype").split()
 
@@ -19,9 +20,7 @@ def run(options: argparse.Namespace) -> None:
     if options.output.suffix != ".json":
         raise ValueError(f"--output {options.output} has suffix {options.output.suffix!r}; expected .json.")
     texts = read_prompts(options)
-    files.refuse_unwritable(options.output.parent)
-    if not options.overwrite:
-        files.refuse_existing(options.output)
+    files.check_target(options.output, overwrite=options.overwrite)
     use_compile_cache(options.compile_cache)
 
     from sora_jax.pipeline import Pipeline

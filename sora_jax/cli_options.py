@@ -6,10 +6,12 @@ checked where the values are used, so that Python and the command line get the s
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sora_jax import __version__
 from sora_jax.command_line import Parser
+
+Number = TypeVar("Number", int, float)
 
 _DESCRIPTIONS = {
     "generate": ("make clips from prompts", "Makes clips from prompts."),
@@ -254,8 +256,17 @@ def _leap(text: str) -> int | str:
 
 
 def _score(text: str) -> float | str:
-    return text if text == "off" else float(text)
+    return _number_or_off(text, float, "a number")
 
 
 def _align(text: str) -> int | str:
-    return text if text == "off" else int(text)
+    return _number_or_off(text, int, "a whole number")
+
+
+def _number_or_off(text: str, kind: type[Number], what: str) -> Number | str:
+    if text == "off":
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected {what}, or off") from None

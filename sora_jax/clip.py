@@ -98,12 +98,13 @@ def load_latents(path: str | os.PathLike[str]) -> tuple[np.ndarray, list[dict[st
       FileNotFoundError: no such file.
       ValueError: the file is something else, or damaged.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"latents file {path} does not exist.")
+    files.refuse_missing(path, "latents file")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a latents file (no npz, or cut short); expected one written by --save-latents.")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             latents, samples = arrays["latents"], json.loads(str(arrays["parameters"]))["samples"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a latents file ({error}); expected one written by --save-latents.") from error
     if latents.dtype != np.float32 or latents.ndim != 5 or len(latents) != len(samples):
         raise ValueError(

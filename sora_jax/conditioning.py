@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sora_jax import files
+
 Latents = Float[np.ndarray, "_ _ _ _"]  # (T, H, W, C) of one reference; T differs between references
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv")
@@ -171,8 +173,7 @@ def read_reference(path: str | Path, height: int, width: int) -> Float[np.ndarra
       ValueError: the file is of another kind, or damaged.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"Reference {path} does not exist.")
+    files.refuse_missing(path, "Reference")
     if path.suffix.lower() in VIDEO_SUFFIXES:
         return np.concatenate([resize_crop_video(frame[None], height, width) for frame in _frames(path)])
     if path.suffix.lower() not in IMAGE_SUFFIXES:

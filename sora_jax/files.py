@@ -38,11 +38,32 @@ def write_text(path: str | os.PathLike[str], text: str, *, overwrite: bool = Fal
         temporary.write_text(text, encoding="utf-8")
 
 
+def refuse_missing(path: str | os.PathLike[str], what: str, *, remedy: str = "") -> None:
+    """Raises FileNotFoundError unless ``path`` is a file; ``what`` says of what kind, ``remedy`` what to do."""
+    if not Path(path).is_file():
+        state = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise FileNotFoundError(f"{what} {path} {state}{'; ' if remedy else ''}{remedy or '.'}")
+
+
 def refuse_existing(*paths: Path) -> None:
     """Raises FileExistsError if one of the paths exists, naming the two ways out."""
     for path in paths:
         if path.exists() or path.is_symlink():
             raise FileExistsError(f"{path} exists; pass --overwrite (overwrite=True) or choose another name.")
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Proves that a file may be written at ``path``, creating its folder if it is missing.
+
+    Raises:
+      FileExistsError: ``path`` exists and ``overwrite`` is False.
+      IsADirectoryError: ``path`` is a folder, which is never replaced by a file.
+      OSError: the folder cannot be created or written.
+    """
+    if not overwrite:
+        refuse_existing(path)
+    _refuse_folder(path)
+    refuse_unwritable(path.parent)
 
 
 def refuse_unwritable(folder: str | os.PathLike[str]) -> None:
@@ -52,6 +73,8 @@ def refuse_unwritable(folder: str | os.PathLike[str]) -> None:
       OSError: the folder cannot be created or written.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"cannot write into folder {folder}: it is a file.")
     probe = folder / f".probe{_partial_suffix()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,11 +115,15 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
             refuse_existing(path)  # rename would replace an empty folder
         os.rename(temporary, path)
     elif overwrite:
-        if path.is_dir() and not path.is_symlink():
-            raise IsADirectoryError(f"{path} is a folder; choose another name or remove it.")
+        _refuse_folder(path)
         os.replace(temporary, path)
     else:
         _link(temporary, path)
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        raise IsADirectoryError(f"{path} is a folder; choose another name or remove it.")
 
 
 def _link(temporary: Path, path: Path) -> None:

@@ -19,12 +19,14 @@ from tqdm import tqdm
 
 from sora_jax import files, prompt, video
 from sora_jax.command_line import note
+from sora_jax.user_cache import caption_folder, use_compile_cache
 
 _SETTINGS = (
     "num_steps guidance preset solver shift plan merge_steps height width resolution aspect_ratio num_frames fps save_fps aes "
     "flow camera_motion loop condition_frame_length condition_frame_edit align dtype"
 ).split()
 _BAR = "{desc} {percentage:3.0f}% |{bar:24}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+_MAX_CLIPS = 100_000  # every name is looked up before the first clip is made
 _MAX_NAME_BYTES = 200  # file systems take 255; suffixes and temporary names need the rest
 
 
@@ -60,14 +62,10 @@ def run(options: argparse.Namespace) -> None:
         return
     given = {name: getattr(options, name) for name in _SETTINGS} | {"leap": _leap(options), "merge": _merge(options)}
     settings = pipeline.resolve({**given, "seed": options.seed})
-    jobs = plan(options, texts, image=settings.num_frames == 1)
+    pipeline.check(settings, min(options.batch_size, len(texts) * options.num_sample))
+    jobs = plan_jobs(options, texts, image=settings.num_frames == 1)
     if not options.quiet:
-        if len(jobs) < len(texts) * options.num_sample:
-            note(
-                f"{len(texts) * options.num_sample - len(jobs)} clips exist already or are asked for twice; making {len(jobs)}."
-            )
-        if options.model is None:
-            _hint(texts)
+        _note_what_is_left_out(options, texts, jobs)
     profile = pipeline.networks.profile = Profile() if options.profile_streaming else None
     for batch in batches(jobs, options.batch_size):
         with progress_bar(options.quiet) as callback:
@@ -84,6 +82,14 @@ def run(options: argparse.Namespace) -> None:
         _save(options, clip, [job.path for job in batch])
     if profile is not None:
         profile.save(options.profile_streaming, overwrite=options.overwrite)
+
+
+def _note_what_is_left_out(options: argparse.Namespace, texts: Sequence[str], jobs: Sequence[Job]) -> None:
+    left_out = len(texts) * options.num_sample - len(jobs)
+    if left_out:
+        note(f"{left_out} clips exist already or are asked for twice; making {len(jobs)}.")
+    if options.model is None:
+        _hint(texts)
 
 
 def _leap(options: argparse.Namespace) -> Any:
@@ -142,11 +148,13 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
         raise ValueError(f"no prompt{where}; give a prompt in quotes, or --prompt-path FILE.")
     for index, text in enumerate(texts):
         if not text.strip():
-            raise ValueError(f"prompt {options.start_index + index}{where and f' of {options.prompt_path}'} is empty.")
+            raise ValueError(
+                f"prompt {options.start_index + index}{where and f' of {options.prompt_path}'} is empty; write one."
+            )
     return texts
 
 
-def plan(options: argparse.Namespace, texts: Sequence[str], *, image: bool) -> list[Job]:
+def plan_jobs(options: argparse.Namespace, texts: Sequence[str], *, image: bool) -> list[Job]:
     """Returns the clips to make and where they go, having made sure that they can go there.
 
     Raises:
@@ -156,16 +164,10 @@ def plan(options: argparse.Namespace, texts: Sequence[str], *, image: bool) -> l
     """
     references = _each("--reference-path", options.reference_path, texts)
     strategies = _each("--mask-strategy", options.mask_strategy, texts)
-    if options.num_sample < 1 or options.batch_size < 1:
-        raise ValueError("--num-sample and --batch-size must be at least 1.")
-    rows = list(zip(texts, references, strategies, strict=True))
-    if options.output and len(rows) * options.num_sample > 1:
-        raise ValueError(f"--output names one file, but {len(rows) * options.num_sample} clips are asked for; use --save-dir.")
-    if options.save_latents and len(rows) * options.num_sample > options.batch_size:
-        raise ValueError("--save-latents names one file, for one batch; raise --batch-size to the number of clips.")
+    _check_names(options, len(texts) * options.num_sample)
     jobs: list[Job] = []
     planned: set[Path] = set()
-    for i, (text, reference, strategy) in enumerate(rows):
+    for i, (text, reference, strategy) in enumerate(zip(texts, references, strategies, strict=True)):
         for sample in range(options.num_sample):
             path = options.output or _numbered_path(options, options.start_index + i, text, sample, image)
             if options.prompt_as_path and (path in planned or (path.exists() and not options.overwrite)):
@@ -181,6 +183,20 @@ def plan(options: argparse.Namespace, texts: Sequence[str], *, image: bool) -> l
     return jobs
 
 
+def _check_names(options: argparse.Namespace, num_clips: int) -> None:
+    """Refuses options that name too few files for the clips, or none that can be."""
+    if options.num_sample < 1 or options.batch_size < 1:
+        raise ValueError("--num-sample and --batch-size must be at least 1.")
+    if num_clips > _MAX_CLIPS:
+        raise ValueError(f"{num_clips} clips are asked for; expected at most {_MAX_CLIPS} in a run: lower --num-sample.")
+    if options.output and num_clips > 1:
+        raise ValueError(f"--output names one file, but {num_clips} clips are asked for; use --save-dir.")
+    if os.sep in (options.sample_name or ""):
+        raise ValueError(f"--sample-name {options.sample_name!r} holds {os.sep!r}; name the folder with --save-dir.")
+    if options.save_latents and num_clips > options.batch_size:
+        raise ValueError("--save-latents names one file, for one batch; raise --batch-size to the number of clips.")
+
+
 def batches(jobs: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
     """Yields groups of at most ``size`` jobs with consecutive numbers: the seeds of a batch are consecutive."""
     group: list[Job] = []
@@ -193,43 +209,6 @@ def batches(jobs: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
         yield group
 
 
-def use_compile_cache(choice: str | None) -> None:
-    """Keeps compiled programs in a folder: ``off``, a path, or None for ``sora_jax/compiled`` in the user's cache.
-
-    JAX_COMPILATION_CACHE_DIR in the environment decides where None is given.
-
-    Raises:
-      OSError: the folder that was asked for cannot be written.
-    """
-    if choice == "off":
-        return
-    folder = choice or os.environ.get("JAX_COMPILATION_CACHE_DIR") or _user_cache("compiled")
-    try:
-        files.refuse_unwritable(folder)
-    except OSError as error:
-        if choice:
-            raise
-        warnings.warn(f"compiled programs are not kept: {error.strerror}; --compile-cache names another folder", stacklevel=2)
-        return
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def caption_folder(choice: str | None) -> Path | None:
-    """Returns where caption features are kept: a folder that was given, None for ``off``, else in the user's cache folder."""
-    if choice == "off":
-        return None
-    return Path(choice) if choice else _user_cache("captions")
-
-
-def _user_cache(name: str) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "sora_jax" / name
-
-
 def _each(option: str, values: Sequence[str] | None, texts: Sequence[str]) -> Sequence[str]:
     if values is None:
         return [""] * len(texts)
@@ -240,7 +219,8 @@ def _each(option: str, values: Sequence[str] | None, texts: Sequence[str]) -> Se
 
 def _numbered_path(options: argparse.Namespace, index: int, text: str, sample: int, image: bool) -> Path:
     """Returns where a clip goes that --output does not name; without --prompt-as-path a name that is free."""
-    suffix = {"png": ".png" if image else "", None: ".png" if image else ".mp4"}.get(options.format, f".{options.format}")
+    kind = options.format or ("png" if image else "mp4")
+    suffix = "" if kind == "png" and not image else f".{kind}"  # frames go into a folder of PNGs
     name = prompt.sample_path(
         "",
         index=index,
@@ -266,9 +246,7 @@ def _short(name: str) -> str:
 def _check_latents_path(options: argparse.Namespace) -> None:
     if options.save_latents.suffix != ".npz":
         raise ValueError(f"--save-latents {options.save_latents} has suffix {options.save_latents.suffix!r}; expected .npz.")
-    files.refuse_unwritable(options.save_latents.parent)
-    if not options.overwrite:
-        files.refuse_existing(options.save_latents)
+    files.check_target(options.save_latents, overwrite=options.overwrite)
 
 
 def _check_profile(options: argparse.Namespace) -> None:
@@ -277,9 +255,7 @@ def _check_profile(options: argparse.Namespace) -> None:
         return
     if options.memory_budget is None or options.from_latents:
         raise ValueError("--profile-streaming records how layers are streamed; it needs --memory-budget and a prompt.")
-    files.refuse_unwritable(path.parent)
-    if not options.overwrite:
-        files.refuse_existing(path)
+    files.check_target(path, overwrite=options.overwrite)
 
 
 def _check_latents_options(options: argparse.Namespace) -> None:

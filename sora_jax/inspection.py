@@ -55,30 +55,42 @@ def inspect_memory(
     """
     from sora_jax import model_directory
     from sora_jax.config import NETWORKS
-    from sora_jax.settings import Settings
+    from sora_jax.settings import Settings, check_multiple
     from sora_jax.streaming import plan_report
     from sora_jax.streaming.budget import parse_budget
     from sora_jax.streaming.memory_plan import Workload, plan_memory
 
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; expected at least 1.")
-    if gflops is not None and not gflops > 0:
+    if gflops is not None and not 0 < gflops < math.inf:
         raise ValueError(f"speed is {gflops:g} GFLOP/s; expected a positive number.")
     budget = None if memory_budget is None else parse_budget(memory_budget)
     speed = {
-        "bytes_per_s": float(parse_budget(_BANDWIDTH if bandwidth is None else bandwidth)),
+        "bytes_per_s": _bytes_per_s(_BANDWIDTH if bandwidth is None else bandwidth),
         "flop_per_s": 1e9 * (_GFLOPS_PER_CORE * (os.cpu_count() or 1) if gflops is None else gflops),
     }
     settings = Settings.resolve(model_directory.read_model_file(path).get("defaults", {}), given)
+    manifests = {network: model_directory.open_network(path, network) for network in NETWORKS}
+    if given.get("height") is not None and given.get("width") is not None:
+        patch = manifests["stdit3"].config.patch_size[1]
+        check_multiple(manifests["vae"].config, patch, settings.height, settings.width)
     workload = Workload(
         **{name: getattr(settings, name) for name in ("num_frames", "height", "width", "dtype", "num_steps")},
         batch=1 if batch_size is None else batch_size,
         guided=settings.guidance != 1,
         encodes=settings.loop > 1,
     )
-    manifests = {network: model_directory.open_network(path, network) for network in NETWORKS}
     plan = plan_memory(manifests, workload, budget)
     return {"path": str(path), **plan_report.fields(plan, **speed)}, plan_report.table(plan, **speed)
+
+
+def _bytes_per_s(bandwidth: str | int | float) -> float:
+    from sora_jax.streaming.budget import AUTO, parse_budget
+
+    try:
+        return float(parse_budget("" if bandwidth == AUTO else bandwidth))
+    except ValueError:
+        raise ValueError(f"bandwidth is {bandwidth!r}; expected bytes a second, such as 1.6GB.") from None
 
 
 def _inspect_model(path: Path) -> dict[str, Any]:
@@ -121,5 +133,6 @@ def _describe(manifest: Any) -> Mapping[str, Any]:
 
 
 def _is_scale(name: str, manifest: Any) -> bool:
-    base = name.removesuffix("_scale")
-    return base != name and base in manifest.parameters
+    from sora_jax.quantisation import SCALE_SUFFIX
+
+    return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in manifest.parameters

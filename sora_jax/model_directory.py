@@ -119,15 +119,9 @@ def open_network(directory: str | os.PathLike[str], network: str) -> Manifest:
     path = Path(directory) / network
     try:
         fields = json.loads((path / NETWORK_FILE).read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         present = present_networks(directory)
-        state = (
-            f"has only {', '.join(present)}"
-            if present
-            else "is not a model directory"
-            if Path(directory).exists()
-            else "does not exist"
-        )
+        state = f"has only {', '.join(present)}" if present else _state_of(Path(directory))
         command = f"sora-jax convert {network} SOURCE {shlex.quote(str(directory))}"
         raise ModelDirectoryError(f"{directory} has no {network} (it {state}); add it with: {command}") from None
     except (OSError, ValueError) as error:
@@ -135,6 +129,13 @@ def open_network(directory: str | os.PathLike[str], network: str) -> Manifest:
             f"{path / NETWORK_FILE} cannot be read ({error}); convert {network} again with --overwrite."
         ) from error
     return _manifest(path, network, fields)
+
+
+def _state_of(directory: Path) -> str:
+    """Returns what is there in place of a model directory."""
+    if not directory.exists():
+        return "does not exist"
+    return "is not a model directory" if directory.is_dir() else "is a file"
 
 
 def _manifest(path: Path, network: str, fields: Any) -> Manifest:
@@ -166,16 +167,23 @@ def present_networks(directory: str | os.PathLike[str]) -> list[str]:
 
 
 def read_model_file(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns ``model.json``: ``networks``, and where given ``tokenizer`` (a file name) and generation ``defaults``."""
+    """Returns ``model.json``: ``networks``, and where given ``tokenizer`` (a file name) and generation ``defaults``.
+
+    Raises:
+      ModelDirectoryError: the file cannot be read, or holds something else.
+    """
     path = Path(directory) / MODEL_FILE
     try:
         fields = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         fields = {"format_version": FORMAT_VERSION}
     except (OSError, ValueError) as error:
         raise ModelDirectoryError(f"{path} cannot be read: {error}") from error
     if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
         raise ModelDirectoryError(f"{path} is not a model index of format version {FORMAT_VERSION}.")
+    for name, kind, what in (("tokenizer", str, "the name of a file"), ("defaults", dict, "an object of settings")):
+        if not isinstance(fields.get(name, kind()), kind):
+            raise ModelDirectoryError(f"{path}: {name} is {fields[name]!r}; expected {what}.")
     return {**fields, "networks": present_networks(directory)}
 
 

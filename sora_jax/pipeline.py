@@ -6,7 +6,7 @@ alone.  How the stages run is `generation`'s business, where a model lies `netwo
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -191,18 +191,28 @@ class Pipeline:
             "align": align,
             "dtype": dtype,
         }
-        chosen, timings = self.resolve(given), Timings()
-        self._check_sampling(chosen)
+        chosen = self.resolve(given)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        self.check(chosen, len(texts) * num_samples)
         inputs = read_inputs(texts, _each(references, texts), _each(mask_strategies, texts), num_samples, chosen)
-        parameters = self._parameters(inputs, chosen)
-        generation = Generation(self.networks, self.tokenizer, chosen, timings, callback)
 
-        def keep(latents: np.ndarray) -> None:
+        def keep(latents: np.ndarray, parameters: Sequence[Mapping[str, Any]]) -> None:
             if latents_path is not None:
                 save_latents(latents_path, latents, parameters, overwrite=overwrite)
 
-        pixels, latents, results = generation.run(inputs, keep)
+        return self._generate(inputs, chosen, keep, callback)
+
+    def _generate(
+        self,
+        inputs: Inputs,
+        chosen: Settings,
+        keep: Callable[[np.ndarray, list[dict[str, Any]]], None],
+        callback: Callback | None,
+    ) -> Clip:
+        """Returns the clip; ``keep`` is handed latents and parameters before the last decoding."""
+        timings, parameters = Timings(), self._parameters(inputs, chosen)
+        generation = Generation(self.networks, self.tokenizer, chosen, timings, callback)
+        pixels, latents, results = generation.run(inputs, lambda latents: keep(latents, parameters))
         evaluations_B = np.sum([result.evaluations_B for result in results], axis=0)
         return Clip(
             frames=video.quantise(pixels),
@@ -246,18 +256,19 @@ class Pipeline:
             raise ValueError("half steps reuse the guidance difference, but guidance is 1; leave half_from out.")
         self._check_merging(chosen)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        settings.check_room(chosen, len(texts))
         inputs = read_inputs(texts, [""] * len(texts), [""] * len(texts), 1, chosen)
         generation = Generation(self.networks, self.tokenizer, chosen, Timings(), callback)
         measured = generation.calibrate(inputs, keep)
         plan = measured.plan(evaluations)
         error = measured.error(plan)
         unused = ("solver", "leap", "plan", "aes", "flow", "camera_motion", "save_fps", "loop", "align")
-        settings = {name: value for name, value in chosen.to_dict().items() if name not in unused}
+        recorded = {name: value for name, value in chosen.to_dict().items() if name not in unused}
         return PlanFile(
             plan=plan if half_from is None else plan.with_half_steps(half_from),
             model=self.model_id,
             error=error,
-            calibrated={**settings, "prompts": list(inputs.captions), "sora_jax": sora_jax.__version__},
+            calibrated={**recorded, "prompts": list(inputs.captions), "sora_jax": sora_jax.__version__},
         )
 
     def resume(self, path: str | os.PathLike[str], *, callback: Callback | None = None) -> Clip:
@@ -300,8 +311,13 @@ class Pipeline:
             given = {**given, "plan": PlanFile.read(plan).for_model(self.model_id, plan)}
         return Settings.resolve(self.defaults, given)
 
-    def _check_sampling(self, chosen: Settings) -> None:
-        """Refuses what cannot be sampled, before anything is loaded."""
+    def check(self, chosen: Settings, num_clips: int = 1) -> None:
+        """Refuses settings that cannot be sampled, or a video beyond this machine's memory, before anything is loaded.
+
+        Raises:
+          ValueError: they do not go together, or ``num_clips`` such videos do not fit into memory.
+        """
+        settings.check_room(chosen, num_clips)
         make_sampler(_no_velocity, chosen)
         self._check_merging(chosen)
 

@@ -60,8 +60,7 @@ class PlanFile:
           FileNotFoundError: no such file.
           ValueError: the file is something else, or its plan is none.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"plan {path} does not exist; make one with: sora-jax calibrate MODEL_DIR -o {path}")
+        files.refuse_missing(path, "plan", remedy=f"make one with: sora-jax calibrate MODEL_DIR -o {path}")
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:

@@ -5,6 +5,7 @@ for each clip.  Every function is text to text; nothing here tokenises, reads re
 """
 
 import html
+import itertools
 import json
 import os
 import re
@@ -174,7 +175,7 @@ def split_prompt(prompt: str) -> tuple[list[str], list[int] | None]:
     Source: Open-Sora v1.2 opensora/utils/inference_utils.py split_prompt.
 
     Raises:
-      ValueError: a loop number is not an integer, or a text is missing.
+      ValueError: a loop number is not an integer or not larger than the one before, or a text is missing.
     """
     if not prompt.startswith("|0|"):
         return [prompt], None
@@ -269,6 +270,9 @@ def _segments(prompt: str) -> tuple[list[str], list[int]]:
     try:
         if len(parts) % 2:
             raise ValueError("the last one has no text")
-        return parts[1::2], [int(part) for part in parts[::2]]
+        starts = [int(part) for part in parts[::2]]
+        if any(start >= following for start, following in itertools.pairwise(starts)):
+            raise ValueError("the loops do not follow each other")
+        return parts[1::2], starts
     except ValueError as error:
         raise ValueError(f"Malformed prompt segments ({error}) in {prompt!r}; expected |0| text |2| text.") from error

@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self
 
+import numpy as np
+
 from sora_jax import sizes
 from sora_jax.config import VAEConfig
 from sora_jax.leap import Leap
@@ -16,6 +18,7 @@ from sora_jax.merging import Merge
 from sora_jax.plans import Plan
 from sora_jax.presets import preset_values
 from sora_jax.solvers import check_solver
+from sora_jax.streaming.budget import available_bytes
 
 OFF = "off"  # written for a score that the model would otherwise add by default
 
@@ -47,6 +50,20 @@ _SCORES = ("aes", "flow", "camera_motion")
 _FLOATS = ("guidance", "shift", "fps", "save_fps", "aes", "flow", "condition_frame_edit")
 _SIZE_KEYS = ("height", "width", "resolution", "aspect_ratio")
 _MAX_SEED = 2**32 - 1
+# Far beyond any use, but numbers that arrays, files and float32 times still hold: larger ones would end in their errors.
+_MAX_STEPS, _MAX_SIDE_PX, _MAX_FRAMES, _MAX_LOOP = 100_000, 2**15, 10**6, 10_000
+_MIN_FPS, _MAX_FPS = 0.01, 1000.0
+_RANGES: Mapping[str, tuple[int, int]] = {
+    "num_steps": (1, _MAX_STEPS),
+    "seed": (0, _MAX_SEED),
+    "merge_steps": (0, _MAX_STEPS),
+    "height": (1, _MAX_SIDE_PX),
+    "width": (1, _MAX_SIDE_PX),
+    "num_frames": (1, _MAX_FRAMES),
+    "loop": (1, _MAX_LOOP),
+    "condition_frame_length": (1, _MAX_FRAMES),
+    "align": (1, _MAX_FRAMES),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,17 +119,13 @@ class Settings:
     dtype: str
 
     def __post_init__(self) -> None:
-        for name, least in (("num_steps", 1), ("seed", 0), ("merge_steps", 0), ("height", 1), ("width", 1), ("num_frames", 1)):
-            _whole(name, getattr(self, name), least)
-        for name in ("loop", "condition_frame_length"):
-            _whole(name, getattr(self, name), 1)
-        if self.align is not None:
-            _whole("align", self.align, 1)
-        if self.seed > _MAX_SEED:
-            raise ValueError(f"seed is {self.seed}; expected at most {_MAX_SEED}.")
+        for name, (least, most) in _RANGES.items():
+            if name != "align" or self.align is not None:
+                _whole(name, getattr(self, name), least, most)
         for name in ("fps", "save_fps"):
-            if _finite(name, getattr(self, name)) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name):g}; expected a positive number of frames per second.")
+            if not _MIN_FPS <= _finite(name, getattr(self, name)) <= _MAX_FPS:
+                value = getattr(self, name)
+                raise ValueError(f"{name} is {value:g}; expected {_MIN_FPS:g} to {_MAX_FPS:g} frames per second.")
         _finite("guidance", self.guidance)
         check_solver(self.solver)
         if _finite("shift", self.shift) <= 0:
@@ -212,12 +225,27 @@ def check_multiple(config: VAEConfig, patch: int, height: int, width: int) -> No
     """
     step = config.spatial.downsampling * patch
     for name, value in (("height", height), ("width", width)):
-        _whole(name, value, 1)
+        _whole(name, value, 1, _MAX_SIDE_PX)
         if value % step:
             below = value // step * step
             nearest = ", ".join(str(size) for size in (below, below + step) if size)
             reason = f"VAE {config.spatial.downsampling} x patch {patch}"
             raise ValueError(f"{name} {value} is not a multiple of {step} ({reason}); nearest valid: {nearest}.")
+
+
+def check_room(settings: Settings, num_clips: int) -> None:
+    """Refuses clips whose decoded frames this machine cannot hold; of larger ones XLA would end the process.
+
+    Raises:
+      ValueError: says how much there is, and how much the frames take.
+    """
+    num_values = 3 * num_clips * settings.loop * settings.num_frames * settings.height * settings.width
+    num_bytes, available = np.dtype(np.float32).itemsize * num_values, available_bytes()
+    if num_bytes > available:
+        raise ValueError(
+            f"the decoded frames alone take {num_bytes / 1e9:.3g} GB, but {available / 1e9:.3g} GB of memory are free; "
+            "make fewer or smaller frames, or fewer clips at a time."
+        )
 
 
 def _size(chosen: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[int, int]:
@@ -238,9 +266,11 @@ def _size(chosen: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[int, int
     return sizes.image_size(table["resolution"], table["aspect_ratio"])
 
 
-def _whole(name: str, value: Any, least: int) -> None:
+def _whole(name: str, value: Any, least: int, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}.")
+    if value > most:
+        raise ValueError(f"{name} is {value}; expected at most {most}.")
 
 
 def _as_float(value: Any) -> Any:

@@ -16,6 +16,8 @@ import sentencepiece
 import tokenizers
 from jaxtyping import Bool, Int
 
+from sora_jax import files
+
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 NUM_EXTRA_IDS = 100  # T5's sentinels <extra_id_0..99>, numbered downwards behind the SentencePiece vocabulary
 
@@ -42,8 +44,7 @@ class Tokenizer:
             raise ValueError(
                 f"{path} is not a tokenizer file: got suffix {path.suffix!r}, expected tokenizer.json or spiece.model."
             )
-        if not path.is_file():
-            raise FileNotFoundError(f"Tokenizer file {path} does not exist.")
+        files.refuse_missing(path, "Tokenizer file")
         split, pad_id, eos_id, vocab_size = readers[path.suffix](path)
         return cls(split, pad_id=pad_id, eos_id=eos_id, vocab_size=vocab_size)
 

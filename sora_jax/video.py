@@ -287,6 +287,8 @@ def _inspect_frames(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _inspect_npz(path: Path) -> tuple[dict[str, Any], str]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is no zip archive, or cut short")
     with np.load(path, allow_pickle=False) as arrays:
         shapes = {name: f"{arrays[name].dtype}{list(arrays[name].shape)}" for name in arrays if name != _PARAMETERS}
         media: dict[str, Any] = {"arrays": shapes}

@@ -10,10 +10,10 @@ import pytest
 from sora_jax.caption_cache import CaptionCache
 from sora_jax.clip import Timings
 from sora_jax.coders import Coders
-from sora_jax.generate_command import caption_folder
 from sora_jax.model_directory import open_network
 from sora_jax.networks import Networks
 from sora_jax.pipeline import Pipeline
+from sora_jax.user_cache import caption_folder
 
 IDS = np.array([3, 7, 1, 0], np.int32)
 PROMPT = "a red circle moves right on a blue background"
@@ -63,8 +63,11 @@ def test_the_entries_used_last_stay_when_the_folder_is_full(tmp_path: Path) -> N
 
 
 def test_a_folder_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    CaptionCache(tmp_path / "file" / "folder").keep("model", "float32", IDS, np.ones((4, 6), np.float32))
+    (tmp_path / "file").write_text("kept")
+    cache = CaptionCache(tmp_path / "file" / "folder")
+    cache.keep("model", "float32", IDS, np.ones((4, 6), np.float32))
+    assert cache.find("model", "float32", IDS) is None
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
 
 
 @pytest.mark.parametrize("budget", [None, 10**10])

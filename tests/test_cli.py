@@ -1,7 +1,6 @@
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -189,7 +188,8 @@ def test_the_compile_cache_is_filled_and_can_be_off(run: Run, tiny_model: Path, 
         ((PROMPT, "--leap", "soon"), 2, "leap is 'soon'"),
         ((PROMPT, "--seed", -1), 2, "seed is -1"),
         ((PROMPT, "--fps", "nan"), 2, "fps is nan"),
-        ((PROMPT, "--aes", "good"), 2, "argument --aes: invalid"),
+        ((PROMPT, "--aes", "good"), 2, "argument --aes: got 'good'; expected a number, or off"),
+        ((PROMPT, "--align", "5.5"), 2, "argument --align: got '5.5'; expected a whole number, or off"),
         ((PROMPT, "--no-such-option"), 2, "unrecognized arguments: --no-such-option"),
         (
             (PROMPT, "--model", "nowhere"),
@@ -218,6 +218,18 @@ def test_the_compile_cache_is_filled_and_can_be_off(run: Run, tiny_model: Path, 
         (("--from-latents", "broken.png"), 2, "broken.png is not a latents file"),
         ((PROMPT, "--compile-cache", "prompts.txt"), 2, "cannot write into folder prompts.txt"),
         ((PROMPT, "--num-sample", 0), 2, "--num-sample and --batch-size must be at least 1"),
+        ((PROMPT, "--num-sample", 10**9), 2, "1000000000 clips are asked for; expected at most 100000"),
+        ((PROMPT, "--sample-name", "a/b"), 2, "--sample-name 'a/b' holds '/'; name the folder with --save-dir"),
+        ((PROMPT, "--steps", 10**20), 2, "num_steps is 100000000000000000000; expected at most 100000"),
+        ((PROMPT, "--num-frames", 10**12), 2, "num_frames is 1000000000000; expected at most 1000000"),
+        ((PROMPT, "--height", 2**15, "--width", 2**15, "--num-frames", 10**6), 2, "the decoded frames alone take 1.29e+07 GB"),
+        ((PROMPT, "--save-fps", "1e-9"), 2, "save_fps is 1e-09; expected 0.01 to 1000 frames per second"),
+        ((PROMPT, "--leap", 99, "--save-dir", "new"), 2, "leap index 99 is beyond the last"),
+        (("|0| a |2| b |1| c",), 2, "Malformed prompt segments (the loops do not follow each other)"),
+        ((PROMPT, "--plan", "keep"), 2, "plan keep is a folder; make one with"),
+        ((PROMPT, "--save-latents", "keep.npz", "--overwrite"), 2, "keep.npz is a folder; choose another name or remove it."),
+        ((PROMPT, "--profile-streaming", "keep", "--memory-budget", "8GB", "--overwrite"), 2, "keep is a folder"),
+        ((PROMPT, "--model", "prompts.txt"), 2, "prompts.txt has no t5 (it is a file); add it with"),
     ],
 )
 def test_bad_input_gets_one_line_and_leaves_nothing(
@@ -232,9 +244,10 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
         Path(name).write_bytes(content)
     for name in ("broken.png", "broken.mp4", "taken.mp4"):
         Path(name).write_bytes(b"broken")
-    for folder, name in (("keep", "letter.txt"), ("damaged/t5", "network.json"), ("damaged/vae", "network.json")):
-        Path(folder).mkdir(parents=True)
-        Path(folder, name).write_text("{")
+    files = ("keep/letter.txt", "keep.npz/letter.txt", "damaged/t5/network.json", "damaged/vae/network.json")
+    for path in map(Path, files):
+        path.parent.mkdir(parents=True)
+        path.write_text("{")
     before = sorted(tmp_path.rglob("*"))
     found, errors, output = generate(*arguments)
     assert len(errors) == 1, errors
@@ -307,31 +320,6 @@ def test_convert_is_the_converters_command(run: Run, tmp_path: Path) -> None:
     assert code != 0
     assert len(errors) == 1
     assert errors[0].startswith("sora-jax convert: ")
-
-
-def test_inspect_shows_a_model_directory(run: Run, tiny_model: Path, tmp_path: Path) -> None:
-    code, _, output = run("inspect", tiny_model, "--json")
-    shown = json.loads(output)
-    assert code == 0
-    assert shown["networks"]["stdit3"]["state"] == "complete"
-    assert shown["networks"]["stdit3"]["layers"] == 4
-    assert shown["defaults"]["num_frames"] == 17
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    shutil.rmtree(model / "t5")
-    next(path for path in (model / "vae").rglob("c/*") if path.is_file()).unlink()
-    shown = json.loads(run("inspect", model, "--json")[2])
-    assert shown["networks"]["t5"].startswith("missing; add it with: sora-jax convert t5")
-    assert shown["networks"]["vae"]["state"].startswith("damaged: 1 parameter files are missing")
-
-
-@pytest.mark.parametrize("target", ["gone.mp4", ".", "text.txt", "broken.mp4"])
-def test_inspect_says_what_it_cannot_read(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("words")
-    Path("broken.mp4").write_bytes(b"broken")
-    code, errors, output = run("inspect", target)
-    assert (code, len(errors), output) == (2, 1, "")
-    assert target in errors[0]
 
 
 def test_the_package_imports_neither_jax_nor_torch_before_it_is_used() -> None:
