@@ -18,7 +18,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from sora_jax import positions, stdit3
+from sora_jax import positions, stdit3, stdit3_block
 from sora_jax.config import STDiT3Config
 from sora_jax.layers import Linear, RMSNorm
 from sora_jax.merging import Merge
@@ -31,10 +31,10 @@ _RECORDED = (
     stdit3.PatchEmbedder,
     stdit3.ScalarEmbedder,
     stdit3.CaptionEmbedder,
-    stdit3.STDiT3Block,
-    stdit3.SelfAttention,
-    stdit3.CrossAttention,
-    stdit3.MLP,
+    stdit3_block.STDiT3Block,
+    stdit3_block.SelfAttention,
+    stdit3_block.CrossAttention,
+    stdit3_block.MLP,
     Linear,
     RMSNorm,
 )
@@ -200,11 +200,11 @@ def _units_tokens(tensors: dict[str, np.ndarray]) -> jax.Array:
     return rearrange(jnp.asarray(tensors["block.small.in.x"]), "b (t s) d -> b t s d", t=_UNITS_FRAMES)
 
 
-def _units_conditioning(tensors: dict[str, np.ndarray]) -> stdit3.Conditioning:
+def _units_conditioning(tensors: dict[str, np.ndarray]) -> stdit3_block.Conditioning:
     packed_LD, batch = tensors["block.in.y"][0], tensors["block.small.in.x"].shape[0]
     captions = [packed_LD[i * len(packed_LD) // batch : (i + 1) * len(packed_LD) // batch] for i in range(batch)]
     length = max(map(len, captions))
-    return stdit3.Conditioning(
+    return stdit3_block.Conditioning(
         caption_BLD=jnp.stack([jnp.pad(caption, ((0, length - len(caption)), (0, 0))) for caption in captions]),
         mask_BL=jnp.stack([jnp.arange(length) < len(caption) for caption in captions]),
         mod_BF6D=rearrange(jnp.asarray(tensors["block.in.t_mlp"]), "b (six d) -> b 1 six d", six=6),
