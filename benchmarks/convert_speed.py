@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import write_report
-from convert_weights.readers import SAFETENSORS_DTYPES, numpy_dtype
+from convert_weights.readers import SAFETENSORS_DTYPES
+from convert_weights.rules import numpy_dtype
 from convert_weights.source_config import to_upstream
 from sora_jax.config import open_sora_1_2
 from tests.sources import torch_program

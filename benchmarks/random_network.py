@@ -18,11 +18,10 @@ from flax import nnx
 
 from sora_jax import sizes
 from sora_jax.checkpoint import flatten, unflatten
-from sora_jax.config import BFLOAT16, FLOAT32, STDiT3Config
+from sora_jax.config import STDiT3Config, policy_of
 from sora_jax.stdit3 import STDiT3
 from sora_jax.velocity import Velocity
 
-POLICIES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 CAPTION_TOKENS = 120  # real ones, of 300: what masks leave
 
 
@@ -58,7 +57,7 @@ class RandomParameters(Mapping[str, np.ndarray]):
 
 def random_stdit3(config: STDiT3Config, dtype: str, *, seed: int = 0) -> STDiT3:
     """Returns the network, scaled so that activations neither grow nor vanish; every pair has the weights of the first."""
-    abstract = jax.eval_shape(lambda: STDiT3(config, policy=POLICIES[dtype], rngs=nnx.Rngs(0)))
+    abstract = jax.eval_shape(lambda: STDiT3(config, policy=policy_of(dtype), rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(seed)
     flat: dict[str, jax.Array] = {}
     for name, leaf in flatten(abstract).items():

@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from convert_weights.rules import Header
+from convert_weights.rules import Header, numpy_dtype
 from convert_weights.torch_zip import ITEM_BYTES, SourceError, Tensor, read_tree
 
 SAFETENSORS_DTYPES = {
@@ -28,11 +27,6 @@ _MAX_HEADER_BYTES = 100 << 20
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _SECTIONS = ("ema", "model_ema", "ema_model", "state_dict", "model", "module")
 _WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """Returns the NumPy dtype of a dtype name."""
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,7 +118,7 @@ class Assignment:
 
     def apply(self, array: np.ndarray, dtype: str = "float32") -> np.ndarray:
         """Returns the array in the target's layout, C-contiguous, rounded to ``dtype`` (half to even)."""
-        return np.ascontiguousarray(self.rule.transform.apply(array).astype(_dtype(dtype), copy=False))
+        return np.ascontiguousarray(self.rule.transform.apply(array).astype(numpy_dtype(dtype), copy=False))
 
     def faults(self, array: np.ndarray) -> list[str]:
         """Returns what is wrong with the values: NaN, infinity, or another value than the rule expects."""
@@ -247,7 +247,8 @@ def to_numpy(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
-def _dtype(name: str) -> np.dtype:
+def numpy_dtype(name: str) -> np.dtype:
+    """Returns the NumPy dtype of a dtype name."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 

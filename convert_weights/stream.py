@@ -16,8 +16,8 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from convert_weights.readers import Array, Checkpoint, OpenFile, file_pieces, numpy_dtype
-from convert_weights.rules import LINEAR, Assignment, Plan, Transform
+from convert_weights.readers import Array, Checkpoint, OpenFile, file_pieces
+from convert_weights.rules import LINEAR, SOURCE_DTYPES, Assignment, Plan, Transform, numpy_dtype
 from sora_jax.model_directory import STORED_DTYPES
 from sora_jax.quantisation import SCALE_SUFFIX, is_quantised, quantise_rows
 
@@ -105,7 +105,7 @@ def convert_values(
 
         def work(assignment: Assignment) -> list[str]:
             array = checkpoint.arrays[assignment.source]
-            if array.tensor.dtype not in ("float32", "bfloat16", "float16"):
+            if array.tensor.dtype not in SOURCE_DTYPES:
                 return []  # reported by the plan
             job = _Job(assignment, array, files[array.file], scratch, dtype)
             if assignment.duplicate_of:

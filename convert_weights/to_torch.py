@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from convert_weights import table
-from convert_weights.readers import SAFETENSORS_DTYPES, numpy_dtype
-from convert_weights.rules import Header, Rule, common_prefix, sources_of
+from convert_weights.readers import SAFETENSORS_DTYPES
+from convert_weights.rules import Header, Rule, common_prefix, numpy_dtype, sources_of
 from convert_weights.source_config import to_upstream
 from sora_jax.model_directory import Manifest, ModelDirectoryError, read_array
-from sora_jax.quantisation import SCALE_SUFFIX, dequantise
+from sora_jax.quantisation import SCALE_SUFFIX, dequantise, is_scale
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -67,10 +67,10 @@ class _Entry:
 
 def _entries(manifest: Manifest) -> list[_Entry]:
     rules, _ = table(manifest.network, manifest.config)
-    scales = {name + SCALE_SUFFIX for name in manifest.parameters if name + SCALE_SUFFIX in manifest.parameters}
     recorded = [entry.source["name"] for entry in manifest.parameters.values() if entry.source]
     prefix = common_prefix(recorded)
-    entries = [_parameter_entry(manifest, name, rules, prefix) for name in manifest.parameters if name not in scales]
+    own = [name for name in manifest.parameters if not is_scale(name, manifest.parameters)]
+    entries = [_parameter_entry(manifest, name, rules, prefix) for name in own]
     by_name = {entry.name: entry for entry in entries}
     for name, tied_to in manifest.origin.get("tied", {}).items():
         other = by_name[tied_to.removeprefix(prefix)]

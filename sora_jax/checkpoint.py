@@ -14,7 +14,7 @@ import numpy as np
 
 from sora_jax.model_directory import STORED_DTYPES, Manifest, open_network, read_array
 from sora_jax.network_writer import NetworkWriter
-from sora_jax.quantisation import SCALE_SUFFIX, dequantise, is_quantised, quantise
+from sora_jax.quantisation import SCALE_SUFFIX, dequantise, is_quantised, is_scale, quantise
 
 Module = TypeVar("Module")
 
@@ -77,11 +77,10 @@ def read_layer(manifest: Manifest, layer: str, *, dtype: str | None = None) -> d
     wanted = STORED_DTYPES[dtype] if dtype else None
     flat = {}
     for name in manifest.names(layer):
-        scaled = name + SCALE_SUFFIX in manifest.parameters
-        if name.removesuffix(SCALE_SUFFIX) != name and name.removesuffix(SCALE_SUFFIX) in manifest.parameters:
+        if is_scale(name, manifest.parameters):
             continue
         array = read_array(manifest, name)
-        if scaled:
+        if name + SCALE_SUFFIX in manifest.parameters:
             flat[name] = dequantise(name, array, read_array(manifest, name + SCALE_SUFFIX), wanted)
         else:
             flat[name] = array if wanted is None else array.astype(wanted, copy=False)

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax.clip import Timings
+from sora_jax.config import policy_of
 from sora_jax.model_directory import NETWORK_FILE
-from sora_jax.networks import Networks, call, policy_of
+from sora_jax.networks import Networks, call
 from sora_jax.streaming import host_loop
 from sora_jax.streaming.memory_plan import MemoryPlan
 from sora_jax.streaming.segment_loop import SegmentLoop

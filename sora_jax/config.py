@@ -16,7 +16,7 @@ NETWORKS = ("t5", "stdit3", "vae")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DTypePolicy:
-    """Which dtype parameters are stored in, activations are computed in, and reductions accumulate in.
+    """Which dtype parameters are stored in, activations are computed in, and reductions accumulate in: always float32.
 
     ``half_range`` is for programs that a converter turns into float16 throughout, float32 statistics included: norms scale
     their input first and attention keeps its sums small, so that nothing leaves float16's range.  Equal in exact arithmetic.
@@ -27,9 +27,18 @@ class DTypePolicy:
     accumulate: DTypeLike
     half_range: bool = False
 
+    def __post_init__(self) -> None:
+        if jnp.dtype(self.accumulate) != jnp.float32:
+            raise ValueError(f"accumulate is {jnp.dtype(self.accumulate)}; expected float32, in which sums and statistics are.")
+
 
 FLOAT32 = DTypePolicy(param=jnp.float32, compute=jnp.float32, accumulate=jnp.float32)
 BFLOAT16 = DTypePolicy(param=jnp.bfloat16, compute=jnp.bfloat16, accumulate=jnp.float32)
+
+
+def policy_of(dtype: str) -> DTypePolicy:
+    """Returns the policy that computes in a dtype: ``float32`` or ``bfloat16``."""
+    return {"float32": FLOAT32, "bfloat16": BFLOAT16}[dtype]
 
 
 class _Config:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 
 def active_frames(weight_BT: Float[Array, "B T"], t: Float[Array, ""], num_timesteps: float) -> Bool[Array, "B T"]:
-    """Returns which frames a step at time ``t`` samples."""
+    """Returns which frames a step at time ``t`` samples; ``num_timesteps`` is the time of pure noise."""
     return weight_BT * num_timesteps >= t
 
 
@@ -54,14 +54,16 @@ def expand(x: Array, like: Array) -> Array:
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
 
 
-def smallest_legal_leap(weight_BT: np.ndarray, times: np.ndarray, num_timesteps: float) -> int:
+def smallest_legal_leap(weight_BT: Float[np.ndarray, "B T"], times: Float[np.ndarray, "N"], num_timesteps: float) -> int:
     """Returns the first step at which every frame with a positive weight is active, else the last step."""
     positive = weight_BT[weight_BT > 0]
     joined = (np.float32(num_timesteps) * np.min(positive, initial=1.0).astype(np.float32)) >= times
     return int(np.argmax(joined)) if joined.any() else len(times) - 1
 
 
-def joining_steps(weight_BT: np.ndarray, times: np.ndarray, num_timesteps: float) -> np.ndarray:
+def joining_steps(
+    weight_BT: Float[np.ndarray, "B T"], times: Float[np.ndarray, "N"], num_timesteps: float
+) -> Bool[np.ndarray, "N"]:
     """Returns for each step whether some frame joins in it, as the compiled program decides."""
     threshold = weight_BT.ravel() * np.float32(num_timesteps)
     active = threshold[None] >= times[:, None]

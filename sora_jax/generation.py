@@ -228,7 +228,7 @@ class Generation:
         """Returns frames, rows, columns and channels of a sample's latents, of one clip or several in a row."""
         config, settings = self.networks.config, self.settings
         frames, rows, columns = latent_size(config.vae, settings.num_frames, settings.height, settings.width)
-        return num_clips * (frames or 0), rows, columns, config.stdit3.in_channels
+        return num_clips * frames, rows, columns, config.stdit3.in_channels
 
     def _encode_captions(self, captions: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Returns caption features [B, L, E] and mask [B, L] for every clip of the loop; each caption is encoded once."""

@@ -115,24 +115,19 @@ def _inspect_model(path: Path) -> dict[str, Any]:
 
 
 def _describe(manifest: Any) -> Mapping[str, Any]:
-    lost = [name for name in manifest.parameters if not manifest.chunk_path(name).is_file()]
-    sizes = [parameter.nbytes for parameter in manifest.parameters.values()]
+    from sora_jax.quantisation import is_scale
+
+    stored = manifest.parameters
+    lost = [name for name in stored if not manifest.chunk_path(name).is_file()]
+    sizes = [parameter.nbytes for parameter in stored.values()]
     return {
         "state": f"damaged: {len(lost)} parameter files are missing, first {lost[0]}" if lost else "complete",
         "dtype": manifest.dtype,
         "arrays": len(sizes),
-        "parameters": sum(
-            math.prod(entry.shape) for name, entry in manifest.parameters.items() if not _is_scale(name, manifest)
-        ),
+        "parameters": sum(math.prod(entry.shape) for name, entry in stored.items() if not is_scale(name, stored)),
         "bytes": sum(sizes),
         "layers": len(manifest.layers),
-        "layer_bytes": {layer: sum(manifest.parameters[n].nbytes for n in manifest.names(layer)) for layer in manifest.layers},
+        "layer_bytes": {layer: sum(stored[name].nbytes for name in manifest.names(layer)) for layer in manifest.layers},
         "sources": {file["name"]: f"sha256 {file['sha256']}" for file in manifest.origin.get("files", ())},
         "config": manifest.config.to_dict(),
     }
-
-
-def _is_scale(name: str, manifest: Any) -> bool:
-    from sora_jax.quantisation import SCALE_SUFFIX
-
-    return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in manifest.parameters

@@ -11,7 +11,7 @@ from typing import Literal, get_args, no_type_check
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Odd = Literal["alone", "released"]
 RopePositions = Literal["merged", "mean"]
@@ -81,7 +81,11 @@ def merge(x_BTSD: Float[Array, "B T S D"], *, odd: Odd) -> Float[Array, "B M S D
 
 
 def unmerge(x_BMSD: Float[Array, "B M S D"], num_frames: int) -> Float[Array, "B T S D"]:
-    """Returns every token once for each frame it stands for (see `frame_tokens`)."""
+    """Returns every token once for each frame it stands for (see `frame_tokens`).
+
+    Raises:
+      ValueError: so many tokens do not come from so many frames.
+    """
     num_tokens = x_BMSD.shape[1]
     if num_frames not in (2 * num_tokens - 1, 2 * num_tokens, 2 * num_tokens + 1):
         raise ValueError(f"{num_tokens} merged tokens cannot stand for {num_frames} frames.")
@@ -91,15 +95,19 @@ def unmerge(x_BMSD: Float[Array, "B M S D"], num_frames: int) -> Float[Array, "B
     return repeated[:, :num_frames]
 
 
-def frame_tokens(num_frames: int, *, odd: Odd) -> np.ndarray:
-    """Returns for every frame the index of its token, int64 [T]."""
+def frame_tokens(num_frames: int, *, odd: Odd) -> Int[np.ndarray, "T"]:
+    """Returns for every frame the index of its token.
+
+    Raises:
+      ValueError: see `check_frames`.
+    """
     check_frames(num_frames, odd)
     num_tokens = num_frames // 2 if odd == "released" else (num_frames + 1) // 2
     return np.minimum(np.arange(num_frames) // 2, num_tokens - 1)
 
 
-def token_positions(num_frames: int, merge_rule: Merge) -> np.ndarray:
-    """Returns the RoPE position of every merged token, float64 [M]."""
+def token_positions(num_frames: int, merge_rule: Merge) -> Float[np.ndarray, "M"]:
+    """Returns the RoPE position of every merged token, float64, in tokens or in frames as ``rope_positions`` says."""
     tokens = frame_tokens(num_frames, odd=merge_rule.odd)
     index = np.arange(tokens[-1] + 1, dtype=np.float64)
     if merge_rule.rope_positions == "merged":
@@ -107,8 +115,8 @@ def token_positions(num_frames: int, merge_rule: Merge) -> np.ndarray:
     return np.minimum(2 * index + 0.5, num_frames - 1)
 
 
-def query_positions(num_frames: int, merge_rule: Merge) -> np.ndarray:
-    """Returns the RoPE position of every unmerged query, on the scale of `token_positions`, float64 [T]."""
+def query_positions(num_frames: int, merge_rule: Merge) -> Float[np.ndarray, "T"]:
+    """Returns the RoPE position of every unmerged query, float64, on the scale of `token_positions`."""
     if merge_rule.rope_positions == "merged":
         return frame_tokens(num_frames, odd=merge_rule.odd).astype(np.float64)
     return np.arange(num_frames, dtype=np.float64)

@@ -19,7 +19,7 @@ from sora_jax import model_directory
 from sora_jax.caption_cache import CaptionCache
 from sora_jax.checkpoint import load_network, unflatten
 from sora_jax.clip import Timings
-from sora_jax.config import BFLOAT16, FLOAT32, NETWORKS, DTypePolicy, ModelConfig
+from sora_jax.config import NETWORKS, ModelConfig, policy_of
 from sora_jax.model_directory import Manifest, ModelDirectoryError
 from sora_jax.stdit3 import STDiT3
 from sora_jax.streaming.network import STDiT3Stream
@@ -31,7 +31,6 @@ from sora_jax.vae.codec import VAE
 KEEP_BYTES = 1_000_000_000  # models up to this size stay loaded between stages and calls
 
 _CLASSES: Mapping[str, Any] = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
-_POLICIES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 
 
 class Networks:
@@ -125,17 +124,12 @@ class Networks:
 
     def _load(self, network: str, dtype: str) -> Any:
         config, flat = load_network(self.directory, network)
-        policy, build = _POLICIES[dtype], _CLASSES[network]
+        policy, build = policy_of(dtype), _CLASSES[network]
         abstract = jax.eval_shape(lambda: build(config, policy=policy, rngs=nnx.Rngs(0)))
         try:
             return jax.block_until_ready(jax.device_put(unflatten(abstract, flat)))
         except ValueError as error:
             raise ModelDirectoryError(f"{self.directory / network} does not fit its configuration: {error}") from error
-
-
-def policy_of(dtype: str) -> DTypePolicy:
-    """Returns the policy that computes in a dtype: ``float32`` or ``bfloat16``."""
-    return _POLICIES[dtype]
 
 
 def call(stage: str, timings: Timings, function: Callable[..., Any], static: tuple[Any, ...], *args: Any) -> Any:

@@ -324,7 +324,7 @@ class Pipeline:
     def _check_merging(self, chosen: Settings) -> None:
         if chosen.merge_steps:
             num_latents, _, _ = latent_size(self.config.vae, chosen.num_frames, chosen.height, chosen.width)
-            merging.check_frames(num_latents or 0, chosen.merge.odd)
+            merging.check_frames(num_latents, chosen.merge.odd)
 
     def _parameters(self, inputs: Inputs, chosen: Settings) -> list[dict[str, Any]]:
         """Returns for each sample what it is made from, JSON-ready."""

@@ -9,7 +9,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from sora_jax.layers import lifted
 
@@ -50,7 +50,7 @@ def position_embedding(height: int, width: int, size: int, *, scale: Float[Array
     return jnp.concatenate([columns, rows], axis=-1)
 
 
-def rotate(x: Float[Array, "*batch T K"], positions_T: np.ndarray) -> Float[Array, "*batch T K"]:
+def rotate(x: Float[Array, "*batch T K"], positions_T: Num[np.ndarray, "T"]) -> Float[Array, "*batch T K"]:
     """Returns ``x`` with its neighbouring pairs of channels rotated by angles proportional to the position (RoPE).
 
     Source: rotary-embedding-torch 0.5.3 (interleaved pairs, base 10000).

@@ -4,7 +4,10 @@ Invariant: ``dequantise(*quantise(x))`` differs from ``x`` by at most half a sca
 storage format: nothing here computes with int8.
 """
 
+from collections.abc import Container
+
 import numpy as np
+from jaxtyping import Float, Int8, Num
 
 SCALE_SUFFIX = "_scale"
 
@@ -14,12 +17,17 @@ def is_quantised(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and name.rpartition(".")[2] in ("kernel", "embedding")
 
 
+def is_scale(name: str, names: Container[str]) -> bool:
+    """Returns whether one of a network's stored arrays, of all ``names``, is the scale of another."""
+    return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in names
+
+
 def scale_axis(name: str) -> int:
     """Returns the axis that has one scale per index: rows of an embedding, output columns of an (in, out) matrix."""
     return 0 if name.endswith("embedding") else 1
 
 
-def quantise(name: str, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantise(name: str, array: Num[np.ndarray, "I O"]) -> tuple[Int8[np.ndarray, "I O"], Float[np.ndarray, "scales"]]:
     """Returns int8 values in the array's layout, and float32 scales."""
     if scale_axis(name) == 0:
         return quantise_rows(array)
@@ -27,7 +35,7 @@ def quantise(name: str, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(values.T), scale
 
 
-def quantise_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantise_rows(rows: Num[np.ndarray, "R C"]) -> tuple[Int8[np.ndarray, "R C"], Float[np.ndarray, "R"]]:
     """Returns int8 rows and one float32 scale per row: round half to even, clip to 127, scale 1 where all is zero."""
     wide = rows.astype(np.float32, copy=False)
     peak = np.maximum(wide.max(axis=1), -wide.min(axis=1))

@@ -16,6 +16,7 @@ import pytest
 import tests.typecheck  # noqa: F401  # the import hook finds the checker by this name
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+pytest.register_assert_rewrite("tests.sources")
 jaxtyping.install_import_hook("sora_jax", "tests.typecheck.check")
 
 
@@ -25,6 +26,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_model import write_model
 
     return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversion takes several slices for most matrices of a toy network, as at full size."""
+    import convert_weights.stream
+
+    monkeypatch.setattr(convert_weights.stream, "_SLICE_BYTES", 16384)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -14,6 +14,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from convert_weights import convert
+from sora_jax.checkpoint import load_network
 from sora_jax.config import SpatialVAEConfig, STDiT3Config, T5Config, TemporalVAEConfig, VAEConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -188,3 +190,17 @@ def halved(arrays: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray
     """Returns the arrays rounded to ``bfloat16`` or ``float16``."""
     target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     return {name: array.astype(target) for name, array in arrays.items()}
+
+
+def expect_converted(
+    directory: Path, network: str, arrays: dict[str, np.ndarray] | None = None, dtype: str = "float32"
+) -> None:
+    """Checks a converted network against the in-memory engine, bit for bit."""
+    config = golden_config(network)
+    expected = convert(network, arrays or state_dict(network), config, dtype=dtype, allow_mixed_dtypes=True)
+    loaded_config, loaded = load_network(directory, network)
+    assert loaded_config == config
+    assert loaded.keys() == expected.keys()
+    for name, array in expected.items():
+        assert loaded[name].dtype == array.dtype
+        assert bits(loaded[name]) == bits(array), name

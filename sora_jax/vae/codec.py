@@ -7,7 +7,7 @@ Source: Open-Sora v1.2 vae.py VideoAutoencoderPipeline.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,10 @@ from sora_jax.vae.spatial import SpatialDecoder, SpatialEncoder
 from sora_jax.vae.temporal import TemporalDecoder, TemporalEncoder
 
 
+@overload
+def latent_size(config: VAEConfig, num_frames: int, height: int, width: int) -> tuple[int, int, int]: ...
+@overload
+def latent_size(config: VAEConfig, num_frames: None, height: int, width: int) -> tuple[None, int, int]: ...
 def latent_size(config: VAEConfig, num_frames: int | None, height: int, width: int) -> tuple[int | None, int, int]:
     """Returns latent frames, rows and columns of a video; frames ``None`` stay ``None``.
 
