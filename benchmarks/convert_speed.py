@@ -158,7 +158,7 @@ def verify(scratch: Path) -> tuple[float, float]:
 def _command(arguments: list[str]) -> tuple[float, float]:
     """Returns the seconds of ``convert_weights`` in a process of its own, and its VmHWM in GB."""
     program = (
-        "import sys; from convert_weights.__main__ import main; code = main(sys.argv[1:]); "
+        "import sys; from convert_weights.command import main; code = main(sys.argv[1:]); "
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')), end=''); sys.exit(code)"
     )
     started = time.monotonic()
@@ -172,7 +172,7 @@ def _command(arguments: list[str]) -> tuple[float, float]:
 def start(network: str) -> float:
     """Returns the seconds until a converter without a checkpoint would be ready to read one."""
     program = (
-        "import sys, convert_weights.__main__; from sora_jax.config import open_sora_1_2; "
+        "import sys, convert_weights.command; from sora_jax.config import open_sora_1_2; "
         "convert_weights.parameter_shapes(sys.argv[1], getattr(open_sora_1_2, sys.argv[1]))"
     )
     started = time.monotonic()

@@ -66,7 +66,7 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def _convert(arguments: Sequence[str]) -> int:
-    from convert_weights.__main__ import main as convert
+    from convert_weights.command import main as convert
 
     return convert(arguments)
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert_weights import convert
-from convert_weights.__main__ import main
+from convert_weights.command import main
 from convert_weights.files import Options, convert_checkpoint
 from convert_weights.pipeline import convert_pipeline
 from convert_weights.readers import OpenFile

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert_weights.__main__ import main
+from convert_weights.command import main
 from convert_weights.files import convert_checkpoint
 from convert_weights.readers import OpenFile
 from sora_jax.model_directory import open_network

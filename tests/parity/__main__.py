@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from sora_jax.command_line import Parser
+from sora_jax.command_line import BAD_INPUT, INTERRUPTED, Parser
 from tests.parity.fixtures import FixtureError
 from tests.parity.runner import FAIL, PASS, PENDING, Row, run_folder
 
@@ -33,9 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = exit_status(rows, allow_pending=options.allow_pending)
         if options.json:
             options.json.write_text(json.dumps(_report(rows, status), indent=1) + "\n", encoding="utf-8")
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except (FixtureError, OSError) as fault:
         print(f"error: {fault}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     print(_summary(rows))
     return status
 
