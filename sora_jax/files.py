@@ -56,10 +56,13 @@ def check_target(path: Path, *, overwrite: bool) -> None:
     """Proves that a file may be written at ``path``, creating its folder if it is missing.
 
     Raises:
+      ValueError: the name is not UTF-8: it could be neither printed nor handed to other libraries.
       FileExistsError: ``path`` exists and ``overwrite`` is False.
       IsADirectoryError: ``path`` is a folder, which is never replaced by a file.
       OSError: the folder cannot be created or written.
     """
+    if not is_utf8(str(path)):
+        raise ValueError(f"{str(path)!r} is no name in UTF-8; choose another one.")
     if not overwrite:
         refuse_existing(path)
     _refuse_folder(path)
@@ -92,6 +95,15 @@ def remove_partial(*folders: str | os.PathLike[str]) -> None:
         for path in Path(folder).glob(f".*.{os.getpid()}-*.partial"):
             with contextlib.suppress(OSError):
                 _remove(path)
+
+
+def is_utf8(text: str) -> bool:
+    """Returns whether a text can be printed and stored; what the shell hands over in another encoding cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def numbered(path: Path, beside: Callable[[Path], Path] = lambda path: path) -> Path:

@@ -130,7 +130,7 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     """Returns the prompts of the command line or of the file.
 
     Raises:
-      ValueError: there is none, or one is empty.
+      ValueError: there is none, or one is empty or no text.
     """
     if options.prompts and options.prompt_path:
         raise ValueError("got prompts and --prompt-path; give one of them.")
@@ -146,11 +146,12 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
         texts, where = options.prompts, ""
     if not texts:
         raise ValueError(f"no prompt{where}; give a prompt in quotes, or --prompt-path FILE.")
-    for index, text in enumerate(texts):
+    for index, text in enumerate(texts, start=options.start_index):
+        which = f"prompt {index}{where and f' of {options.prompt_path}'}"
         if not text.strip():
-            raise ValueError(
-                f"prompt {options.start_index + index}{where and f' of {options.prompt_path}'} is empty; write one."
-            )
+            raise ValueError(f"{which} is empty; write one.")
+        if not files.is_utf8(text):
+            raise ValueError(f"{which} is not text in UTF-8: {text!r}.")
     return texts
 
 

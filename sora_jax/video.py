@@ -87,12 +87,14 @@ def check_target(path: Path, num_frames: int, *, overwrite: bool) -> str:
     """Returns the format of ``path`` (see `clip_format`), having seen that a clip may be written there.
 
     Raises:
-      ValueError: the suffix does not fit.
+      ValueError: the suffix does not fit, or the name is not UTF-8.
       FileExistsError: the file or its JSON exists and ``overwrite`` is False.
       IsADirectoryError: ``overwrite`` would remove a folder that holds anything but numbered PNG frames.
     """
     if not path.name:
         raise IsADirectoryError(f"{path} is a folder; name a file in it.")
+    if not files.is_utf8(str(path)):
+        raise ValueError(f"{str(path)!r} is no name in UTF-8; choose another one.")
     kind = clip_format(path, num_frames)
     if not overwrite:
         files.refuse_existing(path, sidecar(path))
