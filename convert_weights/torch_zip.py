@@ -111,7 +111,11 @@ class _Locator:
         self._starts: dict[str, int] = {}
 
     def start(self, storage: _Storage) -> int:
-        """Returns the file offset of a storage's first byte, after checking that the zip entry is all of it."""
+        """Returns the file offset of a storage's first byte, after checking that the zip entry is all of it.
+
+        Raises:
+          SourceError: the entry is missing, compressed, damaged or of another size.
+        """
         if storage.key in self._starts:
             return self._starts[storage.key]
         info = self._entries.get(f"{self._root}data/{storage.key}")
@@ -131,7 +135,11 @@ class _Locator:
         return self._starts[storage.key]
 
     def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
-        """Returns a tensor's description, after checking that it lies inside its storage."""
+        """Returns a tensor's description, after checking that it lies inside its storage.
+
+        Raises:
+          SourceError: it does not, or its numbers are none.
+        """
         numbers = (offset, *(shape if type(shape) is tuple else "?"), *(strides if type(strides) is tuple else "?"))
         if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(strides):
             raise SourceError(f"{self._path}: the shape or strides of a tensor are malformed.")
@@ -152,7 +160,11 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self, program: bytes) -> Any:
-        """Returns the object that the pickle describes."""
+        """Returns the object that the pickle describes.
+
+        Raises:
+          SourceError: the pickle is malformed, or wants anything but tensors.
+        """
         try:
             for opcode, argument, _ in pickletools.genops(program):
                 if opcode.name == "STOP":

@@ -16,7 +16,12 @@ _SETTINGS = ("num_steps guidance seed shift merge_steps height width resolution 
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures and writes the plan that the options ask for, printing its path to standard output."""
+    """Measures and writes the plan that the options ask for, printing its path to standard output.
+
+    Raises:
+      ValueError: an option is invalid, or no plan has so many evaluations.
+      OSError: the file cannot be written.
+    """
     if options.output.suffix != ".json":
         raise ValueError(f"--output {options.output} has suffix {options.output.suffix!r}; expected .json.")
     texts = read_prompts(options)

@@ -82,7 +82,12 @@ def save_latents(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Writes latents and the parameters of their samples as npz (``latents`` float32, ``parameters`` JSON)."""
+    """Writes latents and the parameters of their samples as npz (``latents`` float32, ``parameters`` JSON).
+
+    Raises:
+      ValueError: the suffix is another one.
+      FileExistsError: the file exists and ``overwrite`` is False.
+    """
     path = Path(path)
     if path.suffix != ".npz":
         raise ValueError(f"latents file {path} has suffix {path.suffix!r}; expected .npz.")
@@ -91,8 +96,8 @@ def save_latents(
     return path
 
 
-def load_latents(path: str | os.PathLike[str]) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Returns latents [B, T, H, W, C] and each sample's parameters from a file of `save_latents`.
+def load_latents(path: str | os.PathLike[str]) -> tuple[Float[np.ndarray, "B T H W C"], list[dict[str, Any]]]:
+    """Returns normalised latents and each sample's parameters from a file of `save_latents`.
 
     Raises:
       FileNotFoundError: no such file.

@@ -42,7 +42,12 @@ class Job:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Makes and writes the clips that the options ask for, printing each path to standard output."""
+    """Makes and writes the clips that the options ask for, printing each path to standard output.
+
+    Raises:
+      ValueError: an option is invalid; nothing was loaded.
+      OSError: an input cannot be read, or a file not be written.
+    """
     warnings.showwarning = _show_warning
     if options.from_latents:
         _check_latents_options(options)

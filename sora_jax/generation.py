@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from sora_jax import conditioning, noise, prompt, sizes
 from sora_jax.calibration import Calibration, calibrate
@@ -51,7 +52,9 @@ class Progress:
 
 
 Callback = Callable[[Progress], Any]
-Latents = Sequence[Sequence[np.ndarray]]  # for each sample the latents [T, H, W, C] of its references
+Pixels = Float[np.ndarray, "B t h w 3"]
+Latents = Float[np.ndarray, "B T H W C"]  # the clips of a loop follow each other in time
+ReferenceLatents = Sequence[Sequence[np.ndarray]]  # for each sample the latents [T, H, W, C] of its references
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,8 +141,8 @@ class Generation:
         self.callback, self.loop = callback, 0
         self._plan: MemoryPlan | None = None
 
-    def run(self, inputs: Inputs, keep_latents: Callable[[np.ndarray], Any]) -> tuple[np.ndarray, np.ndarray, list[Result]]:
-        """Returns pixels [B, t, h, w, 3] in [-1, 1], latents [B, T, H, W, C], and the record of every clip of the loop.
+    def run(self, inputs: Inputs, keep_latents: Callable[[np.ndarray], Any]) -> tuple[Pixels, Latents, list[Result]]:
+        """Returns pixels in [-1, 1], not clipped, normalised latents, and the record of every clip of the loop.
 
         ``keep_latents`` is handed the latents before the last decoding.
         """
@@ -192,8 +195,8 @@ class Generation:
                 callback=report,
             )
 
-    def decode(self, latents_BTHWC: np.ndarray) -> np.ndarray:
-        """Returns the pixels [B, t, h, w, 3] of the latents of all clips of a loop."""
+    def decode(self, latents_BTHWC: Latents) -> Pixels:
+        """Returns the pixels, in [-1, 1] and not clipped, of the latents of all clips of a loop."""
         self._begin(len(latents_BTHWC), encodes=False)
         return self._join([self._decode_clip(clip) for clip in np.split(latents_BTHWC, self.settings.loop, axis=1)])
 
@@ -240,7 +243,7 @@ class Generation:
         rows = [[unique.index(text) for text in row] for row in texts]
         return [(features[row], mask[row]) for row in rows]
 
-    def _encode_references(self, references: Sequence[Sequence[np.ndarray]]) -> Latents:
+    def _encode_references(self, references: Sequence[Sequence[np.ndarray]]) -> ReferenceLatents:
         """Returns the latents of every reference; one that several samples share is encoded once."""
         if not any(references):
             return references
@@ -250,8 +253,8 @@ class Generation:
         return [[latents[id(pixels)][0] for pixels in given] for given in references]
 
     def _continue(
-        self, references: Latents, strategies: Sequence[str], video_Bthw3: np.ndarray
-    ) -> tuple[Latents, Sequence[str]]:
+        self, references: ReferenceLatents, strategies: Sequence[str], video_Bthw3: np.ndarray
+    ) -> tuple[ReferenceLatents, Sequence[str]]:
         """Returns references and strategies by which the next clip begins with the end of the previous one."""
         (latents,) = self._coders.encode_videos([video_Bthw3])
         return conditioning.append_generated(
@@ -263,7 +266,7 @@ class Generation:
             condition_frame_edit=self.settings.condition_frame_edit,
         )
 
-    def _start(self, references: Latents, strategies: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
+    def _start(self, references: ReferenceLatents, strategies: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns noise with the references put in, and frame weights; None where no frame is given."""
         z = np.asarray(noise.initial_noise(self._seed, (len(strategies), *self.latent_shape())))
         z, weights = conditioning.apply_mask_strategy(z, references, strategies, self.loop, align=self.settings.align)

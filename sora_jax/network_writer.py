@@ -125,7 +125,10 @@ class NetworkWriter:
         """Yields a function that takes an array's values, C-contiguous piece after piece; threads may each have one open.
 
         The array is recorded when the block ends without an exception, and is on the disk with the batch it falls in or
-        after ``finish``.  Too few or too many bytes are a ValueError.
+        after ``finish``.
+
+        Raises:
+          ValueError: too few or too many bytes were handed over.
         """
         location = self.partial / array_location(name, self.config.layers)
         chunk = location / chunk_name(shape)
@@ -256,7 +259,12 @@ class NetworkWriter:
 
 
 def update_model_file(directory: str | os.PathLike[str], **fields: Any) -> None:
-    """Rewrites ``model.json`` with the networks now present; ``tokenizer`` and ``defaults`` may be given, others are kept."""
+    """Rewrites ``model.json`` with the networks now present; ``tokenizer`` and ``defaults`` may be given, others are kept.
+
+    Raises:
+      ValueError: another field is given.
+      ModelDirectoryError: what is there cannot be read.
+    """
     unknown = fields.keys() - {"tokenizer", "defaults"}
     if unknown:
         raise ValueError(f"model.json has no fields {sorted(unknown)}; expected tokenizer or defaults.")

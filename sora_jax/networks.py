@@ -72,7 +72,11 @@ class Networks:
 
     @property
     def budget(self) -> int | None:
-        """Bytes that the process may hold; a change takes effect at the next block, also during a run."""
+        """Bytes that the process may hold; a change takes effect at the next block, also during a run.
+
+        Raises:
+          ValueError: one is set where none was given before, or it is too small for what runs.
+        """
         return self._budget
 
     @budget.setter

@@ -54,6 +54,10 @@ class Tokenizer:
         A text that is too long is cut so that the end token still fits.
 
         Source: Open-Sora v1.2 opensora/models/text_encoder/t5.py T5Embedder.get_text_embeddings.
+
+        Raises:
+          TypeError: a single text is given in place of a sequence.
+          ValueError: there is no room for the end token.
         """
         if isinstance(texts, str):
             raise TypeError(f"texts is a single string {texts[:40]!r}; expected a sequence of strings: pass [text].")
