@@ -53,7 +53,7 @@ def parse_size(text: str) -> Size:
       ValueError: the text is no such size.
     """
     parts = text.split("x")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
         raise ValueError(f"size {text!r} is not frames x height x width; expected for example 51x240x320.")
     frames, height, width = map(int, parts)
     return Size(num_frames=frames, height=height, width=width)
