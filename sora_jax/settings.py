@@ -125,7 +125,9 @@ class Settings:
         for name in ("fps", "save_fps"):
             if not _MIN_FPS <= _finite(name, getattr(self, name)) <= _MAX_FPS:
                 value = getattr(self, name)
-                raise ValueError(f"{name} is {value:g}; expected {_MIN_FPS:g} to {_MAX_FPS:g} frames per second.")
+                raise ValueError(
+                    f"{name} is {value:g}; expected a positive number of frames per second, {_MIN_FPS:g} to {_MAX_FPS:g}."
+                )
         _finite("guidance", self.guidance)
         check_solver(self.solver)
         if _finite("shift", self.shift) <= 0:
