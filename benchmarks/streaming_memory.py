@@ -3,8 +3,8 @@
 Run:      python -m benchmarks.streaming_memory WEIGHTS_DIR [--budgets 3.3GB 2.2GB minimum] [--backends mmap host]
           (writes 4.5 GB of random weights into WEIGHTS_DIR, unless they are there; --blocks 4 --frames 2 tries it out)
 Needs:    Linux; as much memory as the largest budget; 68 frames at 256 x 256 (5,120 tokens, two rows) take minutes.
-Expect:   every peak at most its budget; `minimum` (nothing retained) 1.5 to 1.6 GB, of which activations of 10,240 tokens are
-          about 0.9 GB (--frames 2: 0.7 GB in all).
+Expect:   every peak at most its budget; `minimum` (nothing retained) 1.3 to 1.4 GB, of which activations of 10,240 tokens are
+          about 0.6 GB (--frames 2: 0.7 GB in all).
 Rival:    --budgets none, everything in memory.
 
 The peak is VmHWM of the process when it has evaluated, interpreter, compiler and file pages included; RssAnon and RssFile are
