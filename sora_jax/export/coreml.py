@@ -104,8 +104,12 @@ def converted(
     import coremltools
     import stablehlo_coreml
 
+    from sora_jax.export import coreml_pass
+
     program = _program(function, params)
     pipeline = stablehlo_coreml.build_pass_pipeline()
+    if precision == "float16":
+        pipeline.passes = [coreml_pass.NAME if name == coreml_pass.REPLACED else name for name in pipeline.passes]
     if not fuse_attention:
         pipeline.remove_passes([_FUSION])
     chosen = {"float32": coremltools.precision.FLOAT32, "float16": coremltools.precision.FLOAT16}
