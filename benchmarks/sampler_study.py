@@ -35,8 +35,8 @@ from benchmarks.study_clips import Prompt, References, calibration_prompts, read
 from benchmarks.study_methods import LONG_REFERENCE, REFERENCE, Method, chosen, frontier, methods
 from sora_jax import video
 from sora_jax.calibration import Calibration
-from sora_jax.cli import describe
 from sora_jax.clip import Timings
+from sora_jax.command_line import describe
 from sora_jax.generation import Generation, read_inputs
 from sora_jax.pipeline import Pipeline
 from sora_jax.sampler import Carry

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import write_report
-from sora_jax.cli import describe
+from sora_jax.command_line import describe
 from sora_jax.pipeline import Pipeline
 
 SAMPLES, FLICKERING_SAMPLES = 5, 25

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -152,3 +154,11 @@ def test_a_warm_start_needs_a_base(capsys):
     with pytest.raises(SystemExit):
         train.parse(["--warm"])
     assert "name it with --base MODEL_DIR" in capsys.readouterr().err
+
+
+def test_a_base_that_is_missing_is_one_line_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--work", str(tmp_path / "work"), "--base", str(tmp_path / "missing")])
+    assert ended.value.code == 2
+    assert re.fullmatch(r"python -m sora_jax.pocket.train: error: .*missing.*\n", capsys.readouterr().err)
+    assert not (tmp_path / "work").exists()

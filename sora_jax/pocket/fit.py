@@ -38,7 +38,8 @@ class Stage:
       adam_rate: the same for the parameters that AdamW updates; None: the learning rate.
       average: decay of the exponential moving average of the parameters that is judged and shipped.
       evaluate: maps averaged parameters to scores, run every ``evaluate_every`` steps.
-      finish: maps the averaged parameters of the complete stage to the shipped ones (rescaling, statistics).
+      save_every: steps between checkpoints.
+      report_every: steps between reports of the loss.
     """
 
     name: str

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_jax import files
-from sora_jax.cli import describe
+from sora_jax.command_line import BAD_INPUT, INTERRUPTED, Parser, describe
 from sora_jax.pocket import kinds
 from sora_jax.pocket.faithfulness import Sampling
 from sora_jax.pocket.scores import Rate, confusions_text, rates_text
@@ -71,13 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "attributes": list(ATTRIBUTES),
     }
     try:
+        if options.json:
+            files.check_target(options.json, overwrite=True)
         for name, tables in _parts(options):
             report[name] = tables
             sys.stdout.write(text(name.replace("_", " "), tables) + "\n")
         if options.json:
             files.write_text(options.json, json.dumps(report, indent=1) + "\n", overwrite=True)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {describe(error)}\n")
+        parser.exit(BAD_INPUT, f"{parser.prog}: error: {describe(error)}\n")
+    except KeyboardInterrupt:
+        parser.exit(INTERRUPTED, f"{parser.prog}: interrupted; no report was written.\n")
 
 
 def _parts(options: argparse.Namespace) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -112,8 +116,8 @@ def _parts(options: argparse.Namespace) -> Iterable[tuple[str, dict[str, Any]]]:
             yield name, judge(model, num, seed=seed, sampling=sampling)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sora_jax.pocket.judge", description=__doc__.splitlines()[0])
+def _parser() -> Parser:
+    parser = Parser(prog="python -m sora_jax.pocket.judge", description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="MODEL_DIR", type=Path, nargs="?", help="default: the embedded model")
     what = parser.add_argument_group("what is judged (unseen combinations)")
     what.add_argument("--captions", type=_count, default=0, metavar="N", help="N clips made from captions")

@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import jax
 
 import sora_jax
 from sora_jax.checkpoint import load_network, save_network
+from sora_jax.command_line import BAD_INPUT, INTERRUPTED, Parser, describe
 from sora_jax.config import pocket
 from sora_jax.network_writer import update_model_file
 from sora_jax.pocket import faithfulness, train_codec, train_flow, train_text
@@ -81,7 +83,7 @@ def transformer(args: argparse.Namespace, model: Path, codec: Params, text: Para
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the arguments of the command; they and the code are the whole recipe."""
-    parser = argparse.ArgumentParser(prog="python -m sora_jax.pocket.train", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m sora_jax.pocket.train", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("training"), help="folder of checkpoints, reports and the model")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn at random (default 0)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="stored dtype of the model")
@@ -136,19 +138,34 @@ def record_run(args: argparse.Namespace) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def main() -> None:
-    """Runs ``python -m sora_jax.pocket.train``."""
-    args = parse()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs ``python -m sora_jax.pocket.train``; exits with one line where the arguments or the base are bad, or on Ctrl-C."""
+    args = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file
+    try:
+        train(args)
+    except (ValueError, OSError) as error:
+        sys.exit(_stopped(f"error: {describe(error)}", BAD_INPUT))
+    except KeyboardInterrupt:
+        sys.exit(_stopped("interrupted; the same command goes on from the last checkpoint.", INTERRUPTED))
 
+
+def _stopped(why: str, code: int) -> int:
+    sys.stderr.write(f"python -m sora_jax.pocket.train: {why}\n")
+    return code
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains every stage that is not complete and writes the model directory."""
+    base = {network: _stored(args.base, network) for network in ("vae", "t5")} if args.base else {}
     record_run(args)
     model = args.work / "model"
     model.mkdir(parents=True, exist_ok=True)
     write_tokenizer(model / "tokenizer.json")
     tokenizer = Tokenizer.from_file(model / "tokenizer.json")
-    codec = _stored(args.base, "vae") if args.base else codec_stages(args)
-    text = _stored(args.base, "t5") if args.base else text_encoder(args, tokenizer)
+    codec = base["vae"] if base else codec_stages(args)
+    text = base["t5"] if base else text_encoder(args, tokenizer)
     save_network(model, "vae", pocket.vae, codec, dtype=args.dtype, overwrite=True)
     save_network(model, "t5", pocket.t5, text, dtype=args.dtype, overwrite=True)
     update_model_file(model, tokenizer="tokenizer.json", defaults=DEFAULTS)
