@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import write_report
+from benchmarks.machine import new_folder, write_report
 from convert_weights.readers import SAFETENSORS_DTYPES
 from convert_weights.rules import numpy_dtype
 from convert_weights.source_config import to_upstream
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--source-dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "int8"))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--scratch", type=Path, required=True, help="a folder that does not exist; removed afterwards")
+    parser.add_argument("--scratch", type=new_folder, required=True, help="a folder that does not exist; removed afterwards")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.scratch.mkdir(parents=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import environment, write_report
+from benchmarks.machine import environment, new_folder, write_report
 from sora_jax import Pipeline, noise, prompt, video
 from sora_jax.export import ExportedModel, check, export
 from sora_jax.export.targets import Precision, TargetName, Weights
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a model directory (default: pocket)")
     parser.add_argument("--targets", default="stablehlo,onnx,coreml")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--scratch", type=Path, required=True, help="a folder that does not exist; removed afterwards")
+    parser.add_argument("--scratch", type=new_folder, required=True, help="a folder that does not exist; removed afterwards")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     directory = options.model or POCKET

@@ -1,5 +1,6 @@
-"""What a reader needs to judge a benchmark's numbers (device, versions, commit, load), their file; and memory of a process."""
+"""What a reader needs to judge a benchmark: device, versions, commit, load; its files and folders; memory of a process."""
 
+import argparse
 import json
 import os
 import platform
@@ -40,6 +41,17 @@ def write_report(report: Mapping[str, Any], path: Path | None, *, show: bool = F
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+
+
+def new_folder(given: str) -> Path:
+    """Returns the path of a folder that a benchmark makes and removes.
+
+    Raises:
+      argparse.ArgumentTypeError: something is there already.
+    """
+    if Path(given).exists():
+        raise argparse.ArgumentTypeError(f"{given} exists; name a folder that does not, because it is removed afterwards")
+    return Path(given)
 
 
 def compact(value: Any) -> str:

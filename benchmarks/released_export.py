@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import environment, write_report
+from benchmarks.machine import environment, new_folder, write_report
 from benchmarks.random_network import RandomParameters
 from sora_jax.checkpoint import save_network
 from sora_jax.config import ModelConfig, open_sora_1_2
@@ -120,7 +120,7 @@ def stage_record(stage: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]
 def main() -> None:
     """Measures, prints and writes what the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--scratch", type=Path, required=True, help="a folder that does not exist; removed afterwards")
+    parser.add_argument("--scratch", type=new_folder, required=True, help="a folder that does not exist; removed afterwards")
     parser.add_argument("--target", choices=("stablehlo", "onnx", "coreml"), default="coreml")
     parser.add_argument("--precision", choices=("float32", "float16"), default="float32")
     parser.add_argument("--weights", choices=("float", "int8", "lut6", "int4"), default="float")
