@@ -102,10 +102,10 @@ def test_artefacts_alone_make_the_pipelines_video(tiny_model, tmp_path, target, 
     assert psnr_db(clip.frames, np.load(tmp_path / "clip.npz")["frames"][None]) >= EQUAL_DB
 
 
-def run_by_documented_lines(folder: Path, artefact: dict[str, str], _: Any) -> Any:
+def run_by_documented_lines(folder: Path, artefact: dict[str, str]) -> Any:
     """In place of `open_sampler`: the lines of the modules' descriptions, in an interpreter that cannot import this package."""
 
-    def run(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(_: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         function = next(f for f in manifest.read(folder)["sampler"]["functions"] if f["artefact"] == artefact)
         dtypes = {tensor["name"]: tensor["dtype"] for tensor in function["inputs"]}
         np.savez(folder / "given.npz", **{name: np.asarray(given[name], dtype) for name, dtype in dtypes.items()})

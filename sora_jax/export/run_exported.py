@@ -171,7 +171,8 @@ class ExportedModel:
             raise ValueError(f"num_steps is {sampling['num_steps']}; the sampler program takes at most {len(padded) - 1}.")
         padded[: sampling["num_steps"]] = schedule_times(self.manifest, at, sampling["num_steps"])
         artefact = chosen[0]["artefact"]
-        run = stablehlo_sampler.open_sampler(self.folder, artefact, stablehlo_sampler.read_params(self.folder, artefact))
+        run = stablehlo_sampler.open_sampler(self.folder, artefact)
+        params = stablehlo_sampler.read_params(self.folder, artefact)
         index = leap["index"] if leap["mode"] == "static" else sampling["num_steps"] - 1
         numbers = {
             "times": padded,
@@ -183,7 +184,7 @@ class ExportedModel:
             "leap_tolerance": leap["tolerance"],
             "leap_patience": leap["patience"],
         }
-        made = run(values | {"z_BTHWC": z, **{name: np.asarray(value) for name, value in numbers.items()}})
+        made = run(params, values | {"z_BTHWC": z, **{name: np.asarray(value) for name, value in numbers.items()}})
         return made["z_BTHWC"], int(made["evaluations_B"][0])
 
     def _phase(self, name: str, size: str, values: Values, variant: str = "main") -> Values:

@@ -13,7 +13,8 @@ merged steps and thresholds are inputs.  Weights are those of the transformer's 
 Invariant: this is `sampler.Sampler` and `velocity.Velocity`, traced; nothing of either is repeated here.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,20 @@ from flax import nnx
 from sora_jax.checkpoint import unflatten
 from sora_jax.config import DTypePolicy, ModelConfig
 from sora_jax.export.size import Size
-from sora_jax.export.stablehlo import SUFFIX, program, read_safetensors, restored, serialise, stored_specs
+from sora_jax.export.stablehlo import SUFFIX, read_safetensors, restored, serialise, stored_specs
 from sora_jax.export.stages import MERGE, Function, Stage
-from sora_jax.export.targets import Artefact, Runner, rounded
+from sora_jax.export.targets import Artefact, rounded
 from sora_jax.leap import LeapRule, Mode
 from sora_jax.sampler import Sampler, as_partial
 from sora_jax.schedule import OPEN_SORA_TIMESTEPS, Schedule, capacity
 from sora_jax.stdit3 import STDiT3
+from sora_jax.streaming.retention import give_back_freed
 from sora_jax.velocity import Velocity
 
 MODES: tuple[Mode, ...] = ("static", "dynamic")
 CAPACITY = capacity(1)
+
+Outputs = dict[str, np.ndarray]
 
 
 def sampler_functions(
@@ -96,16 +100,29 @@ def read_params(folder: Path, artefact: Artefact) -> dict[str, jax.Array]:
     }
 
 
-def open_sampler(folder: Path, artefact: Artefact, params: Mapping[str, jax.Array]) -> Runner:
-    """Returns a saved sampler on weights that were read before."""
-    path = folder / artefact["file"]
-    call, inputs = program(path, path.stat().st_mtime_ns)
-    weights = dict(params)
+def open_sampler(folder: Path, artefact: Artefact) -> Callable[[Mapping[str, jax.Array], Mapping[str, np.ndarray]], Outputs]:
+    """Returns a saved sampler as a function of weights and inputs.
 
-    def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {name: np.asarray(value) for name, value in call(weights, rounded(given, inputs)).items()}
+    It is compiled before weights are read: for many blocks that takes over a gigabyte, which weights can have afterwards.
+    """
+    path = folder / artefact["file"]
+    compiled, dtypes = _compiled(path, path.stat().st_mtime_ns)
+
+    def run(params: Mapping[str, jax.Array], given: Mapping[str, np.ndarray]) -> Outputs:
+        return {name: np.asarray(value) for name, value in compiled(dict(params), rounded(given, dtypes)).items()}
 
     return run
+
+
+@functools.lru_cache(maxsize=len(MODES))
+def _compiled(path: Path, _modified_ns: int) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Returns the compiled program of a file, and the dtypes of its inputs; compiled once until the file changes."""
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.in_avals]
+    (params, inputs), _ = jax.tree.unflatten(exported.in_tree, specs)
+    compiled = jax.jit(exported.call).lower(params, inputs).compile()
+    give_back_freed()
+    return compiled, {name: spec.dtype for name, spec in inputs.items()}
 
 
 def _inputs(config: ModelConfig, size: Size, front: Stage) -> dict[str, jax.ShapeDtypeStruct]:

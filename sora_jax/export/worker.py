@@ -6,6 +6,7 @@ after the other, so that nothing of a stage stays in memory.
 Invariant: an entry for the manifest is written only for a stage whose every function has passed its check.
 """
 
+import functools
 import json
 import os
 import resource
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 
 from sora_jax.config import ModelConfig
-from sora_jax.export import capture, check, manifest, stablehlo_sampler
+from sora_jax.export import capture, check, manifest, stablehlo, stablehlo_sampler
 from sora_jax.export.job import WORK, Job, load_values, save_values
 from sora_jax.export.run_exported import stage_function
 from sora_jax.export.size import Size
@@ -125,10 +126,12 @@ def _export_sampler(
     limits = check.limits(job.options.precision, job.options.weights).relaxed(check.WHOLE_NETWORK_DB)
     saved = [json.loads((folder / WORK / f"{stage.name}.json").read_text("utf-8")) for stage in stages]
     cases = {size.key: _sampler_cases(job, saved, folder, size.key, values[size.key]) for size in job.sizes}
+    stablehlo.program.cache_clear()  # the stages' programs, which the cases needed
+    opened = {function.name: stablehlo_sampler.open_sampler(folder, artefacts[function.name]) for function in functions}
     params = stablehlo_sampler.read_params(folder, artefacts[functions[0].name])
     entries = []
     for function in functions:
-        run = stablehlo_sampler.open_sampler(folder, artefacts[function.name], params)
+        run = functools.partial(opened[function.name], params)
         checks = _checked(f"sampler {function.name}", run, cases[function.sizes[0]], limits)
         entries.append(manifest.function_entry(function, artefacts[function.name], checks))
     return {"peak_rss_bytes": _peak_rss_bytes(), "functions": entries}
