@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax.config import FLOAT32, DTypePolicy, T5Config
-from sora_jax.layers import Linear, RMSNorm, attention
+from sora_jax.layers import Linear, RMSNorm, attention, gelu
 from sora_jax.segments import Segment, run
 
 
@@ -96,7 +96,7 @@ class T5MLP(nnx.Module):
 
     def __call__(self, x_BLE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
         """Returns the residual's update of each token."""
-        return self.wo(jax.nn.gelu(self.wi_0(x_BLE), approximate=True) * self.wi_1(x_BLE))
+        return self.wo(gelu(self.wi_0(x_BLE)) * self.wi_1(x_BLE))
 
 
 class T5Block(nnx.Module):
