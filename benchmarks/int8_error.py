@@ -24,6 +24,7 @@ from flax import nnx
 import convert_weights
 from benchmarks.machine import write_report
 from sora_jax.checkpoint import load_network, save_network, stored_arrays, unflatten
+from sora_jax.metrics import psnr
 from sora_jax.model_directory import read_model_file
 from sora_jax.network_writer import update_model_file
 from sora_jax.pipeline import POCKET, Pipeline
@@ -53,12 +54,6 @@ def distance(values: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     a, b = (x.astype(np.float64).ravel() for x in (values, reference))
     norm = float(np.linalg.norm(b))
     return {"cosine": float(a @ b / (np.linalg.norm(a) * norm)), "rel_l2": float(np.linalg.norm(a - b) / norm)}
-
-
-def psnr(frames: np.ndarray, reference: np.ndarray) -> float:
-    """Returns the peak signal-to-noise ratio of two uint8 clips in dB."""
-    error = np.mean((frames.astype(np.float64) - reference) ** 2)
-    return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
 def stored_as(source: Path, folder: Path, dtypes: Mapping[str, str]) -> Path:

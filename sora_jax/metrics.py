@@ -26,8 +26,12 @@ def psnr(video_thwc: Video, reference_thwc: Video) -> float:
       ValueError: the clips differ in shape.
     """
     video, reference = _pair(video_thwc, reference_thwc)
-    mse = float(np.mean((video - reference) ** 2))
-    return 10 * math.log10(PEAK**2 / mse) if mse else math.inf
+    return decibels(float(np.mean((video - reference) ** 2)))
+
+
+def decibels(mse: float, *, peak: float = PEAK) -> float:
+    """Returns the peak signal-to-noise ratio of a mean squared error in dB; infinite where there is none."""
+    return 10 * math.log10(peak**2 / mse) if mse else math.inf
 
 
 def ssim(video_thwc: Video, reference_thwc: Video) -> float:

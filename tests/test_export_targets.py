@@ -21,10 +21,9 @@ from PIL import Image
 
 from sora_jax import Pipeline, cli, conditioning, model_directory, noise, prompt, video
 from sora_jax.checkpoint import flatten, load_network, save_network
-from sora_jax.export import ExportedModel, check, exporter, manifest, stablehlo, stablehlo_sampler, worker
+from sora_jax.export import ExportedModel, check, exporter, manifest, stablehlo, stablehlo_sampler, weight_file, worker
 from sora_jax.export.exporter import export
 from sora_jax.export.size import Size
-from sora_jax.export.stablehlo import read_safetensors
 from sora_jax.export.stages import PARTS, list_stages, load_parameters
 from sora_jax.merging import Merge
 from sora_jax.model_directory import open_network
@@ -138,7 +137,7 @@ def test_int8_is_a_quarter_of_the_bytes(tiny_model, tmp_path, target, in_process
     made = {}
     for weights in ("float", "int8"):
         export_tiny(tiny_model, tmp_path / weights, target, weights=weights, stages=("t5",))
-        arrays = read_safetensors(tmp_path / weights / "t5_block_00.safetensors")
+        arrays = weight_file.read(tmp_path / weights / "t5_block_00.safetensors")
         made[weights] = sum(array.nbytes for name, array in arrays.items() if name.endswith("kernel"))
     assert made["int8"] * 4 == made["float"]
     entry = manifest.read(tmp_path / "int8")["stages"][1]["functions"][0]["checks"][0]
@@ -150,7 +149,7 @@ def test_half_precision_survives_outlier_channels(tiny_model, tmp_path, target, 
     made = export_tiny(tiny_model, tmp_path / "out", target, precision="float16", stages=("t5",))
     block = made["stages"][1]
     assert block["precision"] == "float16"
-    assert {array.dtype for array in read_safetensors(tmp_path / "out" / "t5_block_00.safetensors").values()} == {
+    assert {array.dtype for array in weight_file.read(tmp_path / "out" / "t5_block_00.safetensors").values()} == {
         np.dtype("f2")
     }
     assert {entry["case"] for entry in block["functions"][0]["checks"]} == {"captured", "outliers"}
@@ -164,7 +163,7 @@ def test_a_directory_of_int8_is_multiplied_out_once_and_says_so(tiny_model, tmp_
     made = export_tiny(tmp_path / "model", tmp_path / "out", "stablehlo", stages=("t5",))
     assert made["weights"]["dequantised"]
     assert made["weights"]["stored_dtype"]["t5"] == "int8"
-    stored = read_safetensors(tmp_path / "out" / "t5_block_00.safetensors")["attn.q.kernel"]
+    stored = weight_file.read(tmp_path / "out" / "t5_block_00.safetensors")["attn.q.kernel"]
     np.testing.assert_array_equal(stored, load_network(tmp_path / "model", "t5")[1]["block.0.attn.q.kernel"])
 
 

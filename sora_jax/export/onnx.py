@@ -8,7 +8,6 @@ Invariant: a graph's weights are the bytes of the file beside it; a model of any
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 
 from sora_jax.config import FLOAT32, DTypePolicy
-from sora_jax.export.stablehlo import stored_arrays
+from sora_jax.export import weight_file
 from sora_jax.export.stages import Function, Stage
 from sora_jax.export.targets import Artefact, Options, Runner, refuse_weights, require, rounded
 from sora_jax.quantisation import SCALE_SUFFIX, scale_axis
@@ -43,13 +42,12 @@ def policy(options: Options) -> DTypePolicy:
 def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: Options) -> dict[str, Artefact]:
     """Writes the stage's weights and a graph for each function; see `targets.Target`."""
     import onnx
-    from safetensors.numpy import save_file
 
     half = options.precision_of(stage) == "float16"
     weights = folder / f"{stage.name}.safetensors"
     dtype = np.float16 if half else np.float32
-    stored = stored_arrays(params, int8=options.weights_of(stage) == "int8")
-    save_file({name: np.ascontiguousarray(_narrowed(array, dtype)) for name, array in stored.items()}, weights)
+    stored = weight_file.stored_arrays(params, int8=options.weights_of(stage) == "int8")
+    weight_file.write(weights, {name: _narrowed(array, dtype) for name, array in stored.items()})
     artefacts = {}
     for function in stage.functions:
         model = _graph(stage, function)
@@ -126,7 +124,7 @@ def _attach(model: Any, weights: Path) -> None:
     """Makes initialisers of the weights that the graph takes as inputs, with their data in the file."""
     import onnx
 
-    entries, start = _safetensors_index(weights)
+    entries, start = weight_file.index(weights)
     own = [value for value in model.graph.input if not value.name.startswith(_WEIGHT)]
     taken = [value for value in model.graph.input if value.name.startswith(_WEIGHT)]
     del model.graph.input[:]
@@ -157,13 +155,6 @@ def _external(name: str, entry: Mapping[str, Any], weights: Path, start: int) ->
     for key, value in (("location", weights.name), ("offset", start + begin), ("length", end - begin)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor
-
-
-def _safetensors_index(path: Path) -> tuple[dict[str, Any], int]:
-    """Returns the header of a safetensors file, and where its data begin."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length)), 8 + length
 
 
 def _narrowed(array: np.ndarray, dtype: Any) -> np.ndarray:

@@ -20,8 +20,6 @@ Invariant: an artefact holds no weights and no host callback, and computes the b
 """
 
 import functools
-import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,9 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.config import FLOAT32, DTypePolicy
+from sora_jax.export import weight_file
 from sora_jax.export.stages import Function, Stage
 from sora_jax.export.targets import Artefact, Options, Runner, refuse_weights, require, rounded
-from sora_jax.quantisation import SCALE_SUFFIX, is_quantised, quantise, scale_axis
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SUFFIX = ".jaxexport"
@@ -54,8 +52,6 @@ SYMBOLIC: Mapping[str, str] = {
     "vae_spatial_decoder": "HW",
 }
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8}
-
 
 def check_options(options: Options) -> None:
     """Refuses compressed weights other than int8; see `targets.Target`."""
@@ -70,11 +66,9 @@ def policy(options: Options) -> DTypePolicy:
 
 def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: Options) -> dict[str, Artefact]:
     """Writes the stage's weights, and its program unless a stage before did; see `targets.Target`."""
-    from safetensors.numpy import save_file
-
     weights = f"{stage.name}.safetensors"
     int8 = options.weights_of(stage) == "int8"
-    save_file({name: np.ascontiguousarray(array) for name, array in stored_arrays(params, int8=int8).items()}, folder / weights)
+    weight_file.write(folder / weights, weight_file.stored_arrays(params, int8=int8))
     artefacts = {}
     for function in stage.functions:
         file = f"{stage.program.name}.{function.name}{SUFFIX}"
@@ -88,7 +82,7 @@ def open_function(folder: Path, artefact: Artefact) -> Runner:
     """Returns a saved function with its weights; stages of one program share its compilation."""
     path = folder / artefact["file"]
     call, inputs = program(path, path.stat().st_mtime_ns)
-    params = jax.device_put(read_safetensors(folder / artefact["weights"]))
+    params = jax.device_put(weight_file.read(folder / artefact["weights"]))
 
     def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         outputs = call(params, rounded(given, inputs))
@@ -105,64 +99,15 @@ def serialise(
     return bytes(exported.serialize())
 
 
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of a safetensors file, read and not mapped: pages of a map would count as memory a second time."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    arrays = {}
-    for name, entry in header.items():
-        begin, shape = 8 + length + entry["data_offsets"][0], entry["shape"]
-        values = np.fromfile(path, _DTYPES[entry["dtype"]], count=math.prod(shape), offset=begin)
-        arrays[name] = values.reshape(shape)
-    return arrays
-
-
-def stored_specs(abstract: Mapping[str, jax.ShapeDtypeStruct], *, int8: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the arguments an artefact takes in place of the parameters: int8 matrices have a scale beside them."""
-    specs = {}
-    for name, spec in abstract.items():
-        if int8 and is_quantised(name, spec.shape):
-            specs[name] = jax.ShapeDtypeStruct(spec.shape, jnp.int8)
-            specs[name + SCALE_SUFFIX] = jax.ShapeDtypeStruct((spec.shape[scale_axis(name)],), jnp.float32)
-        else:
-            specs[name] = spec
-    return specs
-
-
-def restored(stored: Mapping[str, jax.Array], abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Returns the parameters of stored arguments, inside the program."""
-    params = {}
-    for name, spec in abstract.items():
-        value = stored[name]
-        if name + SCALE_SUFFIX in stored:
-            scale = jnp.expand_dims(stored[name + SCALE_SUFFIX], 1 - scale_axis(name))
-            value = (value.astype(jnp.float32) * scale).astype(spec.dtype)
-        params[name] = value
-    return params
-
-
-def stored_arrays(params: Mapping[str, np.ndarray], *, int8: bool) -> dict[str, np.ndarray]:
-    """Returns the arrays that parameters are stored as: see `stored_specs`."""
-    stored = {}
-    for name, array in params.items():
-        if int8 and is_quantised(name, array.shape):
-            stored[name], stored[name + SCALE_SUFFIX] = quantise(name, array)
-        else:
-            stored[name] = array
-    return stored
-
-
 def _export_function(stage: Stage, function: Function, *, int8: bool) -> bytes:
     abstract = stage.program.abstract
 
     def call(stored: Mapping[str, jax.Array], inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        return function.call(restored(stored, abstract), **inputs)
+        return function.call(weight_file.restored(stored, abstract), **inputs)
 
     letters = SYMBOLIC.get(stage.program.name, "")
     inputs = symbolic_inputs(function.inputs, letters) if letters else function.inputs
-    return serialise(call, stored_specs(abstract, int8=int8), inputs)
+    return serialise(call, weight_file.stored_specs(abstract, int8=int8), inputs)
 
 
 def symbolic_inputs(inputs: Mapping[str, jax.ShapeDtypeStruct], letters: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -180,6 +125,12 @@ def symbolic_inputs(inputs: Mapping[str, jax.ShapeDtypeStruct], letters: str) ->
 @functools.lru_cache(maxsize=32)
 def program(path: Path, _modified_ns: int) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Returns the jitted program of a file, and the dtypes of its inputs; compiled once until the file changes."""
-    exported = jax.export.deserialize(bytearray(path.read_bytes()))
-    (_, inputs), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    exported, _, inputs = deserialised(path)
     return jax.jit(exported.call), {name: aval.dtype for name, aval in inputs.items()}
+
+
+def deserialised(path: Path) -> tuple[jax.export.Exported, dict[str, Any], dict[str, Any]]:
+    """Returns the program of a file, with shapes and dtypes of its stored parameters and of its inputs."""
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    (params, inputs), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    return exported, params, inputs

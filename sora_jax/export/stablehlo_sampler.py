@@ -25,8 +25,9 @@ from flax import nnx
 
 from sora_jax.checkpoint import unflatten
 from sora_jax.config import DTypePolicy, ModelConfig
+from sora_jax.export import weight_file
 from sora_jax.export.size import Size
-from sora_jax.export.stablehlo import SUFFIX, read_safetensors, restored, serialise, stored_specs
+from sora_jax.export.stablehlo import SUFFIX, deserialised, serialise
 from sora_jax.export.stages import MERGE, Function, Stage
 from sora_jax.export.targets import Artefact, rounded
 from sora_jax.leap import LeapRule, Mode
@@ -90,9 +91,9 @@ def save(functions: Sequence[Function], stages: Sequence[Stage], folder: Path, *
         file = f"sampler.{function.name}{SUFFIX}"
 
         def call(stored: Mapping[str, jax.Array], inputs: Mapping[str, jax.Array], f: Function = function) -> dict[str, Any]:
-            return f.call(restored(stored, abstract), **inputs)
+            return f.call(weight_file.restored(stored, abstract), **inputs)
 
-        (folder / file).write_bytes(serialise(call, stored_specs(abstract, int8=int8), function.inputs))
+        (folder / file).write_bytes(serialise(call, weight_file.stored_specs(abstract, int8=int8), function.inputs))
         artefacts[function.name] = {"file": file, "weights": "stdit3_*.safetensors"}
     return artefacts
 
@@ -101,7 +102,7 @@ def read_params(folder: Path, artefact: Artefact) -> dict[str, jax.Array]:
     """Returns the transformer's weights, which all samplers of a folder share."""
     params: dict[str, jax.Array] = {}
     for file in sorted(folder.glob(artefact["weights"])):
-        params |= {f"{file.stem}/{name}": jax.device_put(array) for name, array in read_safetensors(file).items()}
+        params |= {f"{file.stem}/{name}": jax.device_put(array) for name, array in weight_file.read(file).items()}
         give_back_freed()  # what was read and copied to the device: else an eighth of the weights stays allocated
     return params
 
@@ -123,13 +124,11 @@ def open_sampler(folder: Path, artefact: Artefact) -> Callable[[Mapping[str, jax
 @functools.lru_cache(maxsize=len(MODES))
 def _compiled(path: Path, _modified_ns: int) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Returns the compiled program of a file, and the dtypes of its inputs; compiled once until the file changes."""
-    exported = jax.export.deserialize(bytearray(path.read_bytes()))
-    specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.in_avals]
-    (params, inputs), _ = jax.tree.unflatten(exported.in_tree, specs)
+    exported, params, inputs = deserialised(path)
     options = LEAST_MEMORY if jax.default_backend() == "cpu" else None
     compiled = jax.jit(exported.call).lower(params, inputs).compile(compiler_options=options)
     give_back_freed()
-    return compiled, {name: spec.dtype for name, spec in inputs.items()}
+    return compiled, {name: aval.dtype for name, aval in inputs.items()}
 
 
 def _inputs(config: ModelConfig, size: Size, front: Stage) -> dict[str, jax.ShapeDtypeStruct]:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
+from sora_jax.metrics import decibels
 from sora_jax.pocket import faithfulness
 from sora_jax.pocket.cleanliness import clean, cleanliness, extremes
 from sora_jax.pocket.faithfulness import Made, ModelPath, Sampling
@@ -54,7 +55,7 @@ def judge_codec(
     for clip, coded in _watched(faithfulness.reconstructed(model, asked, dtype=dtype), num, "codec"):
         errors.append(float(np.mean((clip.astype(np.float32) - coded) ** 2)))
         seen.append(measure(coded))
-    fidelity = {"psnr_db": _psnr(float(np.mean(errors))), "psnr_worst_clip_db": _psnr(max(errors))}
+    fidelity = {"psnr_db": round(decibels(float(np.mean(errors))), 3), "psnr_worst_clip_db": round(decibels(max(errors)), 3)}
     return fidelity | _tables(seen, _ask([one.shown for one in asked], seed, shuffle))
 
 
@@ -233,10 +234,6 @@ def _cosine_band(made: Sequence[Made]) -> dict[str, list[float | None]]:
 
 def _number(values: Float[np.ndarray, " n"], statistic: Callable[[np.ndarray], Any]) -> float | None:
     return round(float(statistic(values)), 6) if len(values) else None
-
-
-def _psnr(mse: float) -> float:
-    return round(10 * math.log10(255**2 / max(mse, 1e-9)), 3)
 
 
 def _watched(items: Iterable[Item], total: int, name: str) -> Iterable[Item]:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from sora_jax.checkpoint import flatten, unflatten
 from sora_jax.config import VAEConfig
+from sora_jax.metrics import decibels
 from sora_jax.pocket.fit import Params, Stage
 from sora_jax.pocket.scenes import Scenes, all_frames, render, sample_scenes
 from sora_jax.vae import VAE, split_moments
@@ -198,7 +199,7 @@ def codec_psnr(config: VAEConfig, params: Params, scenes: Scenes) -> float:
     neutral = {"stats.shift": jnp.zeros(config.temporal.embed_dim), "stats.scale": jnp.ones(config.temporal.embed_dim)}
     params = neutral | params
     errors = [_codec_error(config, params, scenes[i : i + 8]) for i in range(0, len(scenes), 8)]
-    return psnr(float(np.mean(errors)))
+    return decibels(float(np.mean(errors)), peak=2)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -209,7 +210,7 @@ def _codec_error(config: VAEConfig, params: Params, scenes: Scenes) -> jax.Array
 
 
 def _spatial_psnr(config: VAEConfig, params: Params, scenes: Scenes, frames: np.ndarray) -> float:
-    return psnr(float(_spatial_error(config, params, scenes, frames)))
+    return decibels(float(_spatial_error(config, params, scenes, frames)), peak=2)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -217,8 +218,3 @@ def _spatial_error(config: VAEConfig, params: Params, scenes: Scenes, frames: np
     parts, frames_Nhw3 = modules(params, config, _SPATIAL), render(scenes, frames)[:, 0]
     mean, _ = split_moments(parts["spatial_encoder"](frames_Nhw3))
     return jnp.mean((jnp.clip(parts["spatial_decoder"](mean), -1, 1) - frames_Nhw3) ** 2)
-
-
-def psnr(mse: float) -> float:
-    """Returns the peak signal-to-noise ratio in dB of pixels in [-1, 1]."""
-    return float(10 * np.log10(4 / max(mse, 1e-12)))
