@@ -14,6 +14,7 @@ from convert_weights.source_config import network_of
 from convert_weights.torch_zip import SourceError
 from sora_jax.config import NETWORKS
 from sora_jax.model_directory import Manifest, present_networks
+from sora_jax.network_writer import check_dtype
 
 
 def find_networks(source: str | os.PathLike[str]) -> dict[str, Path]:
@@ -60,6 +61,8 @@ def convert_pipeline(
       options: how the sources are read.
       progress: called with the network, its source bytes converted so far, and all.
     """
+    for network in NETWORKS:
+        check_dtype(network, dtypes[network])
     folders = find_networks(source)
     present = () if overwrite else present_networks(directory)
     manifests = {}

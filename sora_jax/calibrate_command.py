@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     """
     if options.output.suffix != ".json":
         raise ValueError(f"--output {options.output} has suffix {options.output.suffix!r}; expected .json.")
-    texts = read_prompts(options)
+    texts = read_prompts(options, "--prompt TEXT")
     files.check_target(options.output, overwrite=options.overwrite)
     use_compile_cache(options.compile_cache)
 

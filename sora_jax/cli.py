@@ -1,8 +1,9 @@
 """The ``sora-jax`` command: arguments in, one line out for whatever goes wrong.
 
 Invariant: a user never sees a traceback (unless asked for with --debug), and every failure has a non-zero exit code: 2 for
-bad usage or input, 1 for a failure on the way, 130 for Ctrl-C.  Standard output holds results only; progress and notes go
-to standard error.  Work is done elsewhere; heavy imports wait until the arguments are known to be good.
+bad usage or input, 1 for a failure on the way (for ``convert`` also a source that does not fit), 130 for Ctrl-C.  Standard
+output holds results only; progress and notes go to standard error.  Work is done elsewhere; heavy imports wait until the
+arguments are known to be good.
 """
 
 import argparse

@@ -88,11 +88,23 @@ def save_latents(
       ValueError: the suffix is another one.
       FileExistsError: the file exists and ``overwrite`` is False.
     """
+    path = check_latents_target(path, overwrite=overwrite)
+    with files.whole_file(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
+        np.savez(file, latents=np.asarray(latents, np.float32), parameters=json.dumps({"samples": list(parameters)}))
+    return path
+
+
+def check_latents_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """Returns the path, having seen that `save_latents` will take it.
+
+    Raises:
+      ValueError: the suffix is another one.
+      FileExistsError: the file exists and ``overwrite`` is False.
+    """
     path = Path(path)
     if path.suffix != ".npz":
         raise ValueError(f"latents file {path} has suffix {path.suffix!r}; expected .npz.")
-    with files.whole_file(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
-        np.savez(file, latents=np.asarray(latents, np.float32), parameters=json.dumps({"samples": list(parameters)}))
+    files.check_target(path, overwrite=overwrite)
     return path
 
 

@@ -38,7 +38,10 @@ BFLOAT16 = DTypePolicy(param=jnp.bfloat16, compute=jnp.bfloat16, accumulate=jnp.
 
 def policy_of(dtype: str) -> DTypePolicy:
     """Returns the policy that computes in a dtype: ``float32`` or ``bfloat16``."""
-    return {"float32": FLOAT32, "bfloat16": BFLOAT16}[dtype]
+    policies = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+    if dtype not in policies:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(policies)}.")
+    return policies[dtype]
 
 
 class _Config:

@@ -37,7 +37,8 @@ def run(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         progress=None if options.quiet else _show,
     )
-    checks = [check for stage in made["stages"] for function in stage["functions"] for check in function["checks"]]
+    checked = [*made["stages"], *([made["sampler"]] if made["sampler"] else [])]
+    checks = [check for entry in checked for function in entry["functions"] for check in function["checks"]]
     worst = min(check["psnr_db"] for check in checks)
     if not options.quiet:
         note(

@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
     texts = [] if options.from_latents else read_prompts(options)
     use_compile_cache(options.compile_cache)
 
+    from sora_jax.generation import read_inputs
     from sora_jax.pipeline import Pipeline
     from sora_jax.streaming.profile import Profile
 
@@ -71,6 +72,9 @@ def run(options: argparse.Namespace) -> None:
     jobs = plan_jobs(options, texts, image=settings.num_frames == 1)
     if not options.quiet:
         _note_what_is_left_out(options, texts, jobs)
+    if len(jobs) > options.batch_size:  # else the one call refuses what is wrong
+        for text, reference, strategy in dict.fromkeys((job.text, job.reference, job.strategy) for job in jobs):
+            read_inputs([text], [reference], [strategy], 1, settings)
     profile = pipeline.networks.profile = Profile() if options.profile_streaming else None
     for batch in batches(jobs, options.batch_size):
         with progress_bar(options.quiet) as callback:
@@ -131,8 +135,8 @@ def _merge(options: argparse.Namespace) -> Any:
     return Merge(**given)
 
 
-def read_prompts(options: argparse.Namespace) -> list[str]:
-    """Returns the prompts of the command line or of the file.
+def read_prompts(options: argparse.Namespace, how: str = "a prompt in quotes") -> list[str]:
+    """Returns the prompts of the command line or of the file; ``how`` tells how the command line takes them.
 
     Raises:
       ValueError: there is none, or one is empty or no text.
@@ -146,11 +150,12 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
             texts = prompt.load_prompts(options.prompt_path, options.start_index, options.end_index)
         except UnicodeDecodeError as error:
             raise ValueError(f"{options.prompt_path} is not a text file in UTF-8 ({error}).") from error
-        where = f" in {options.prompt_path}, lines {options.start_index} to {options.end_index or 'the end'}"
+        last = "the end" if options.end_index is None else options.end_index
+        where = f" in {options.prompt_path}, lines {options.start_index} to {last}"
     else:
         texts, where = options.prompts, ""
     if not texts:
-        raise ValueError(f"no prompt{where}; give a prompt in quotes, or --prompt-path FILE.")
+        raise ValueError(f"no prompt{where}; give {how}, or --prompt-path FILE.")
     for index, text in enumerate(texts, start=options.start_index):
         which = f"prompt {index}{where and f' of {options.prompt_path}'}"
         if not text.strip():
@@ -185,7 +190,9 @@ def plan_jobs(options: argparse.Namespace, texts: Sequence[str], *, image: bool)
         video.check_target(job.path, 1 if image else 2, overwrite=options.overwrite)
     files.refuse_unwritable(options.output.parent if options.output else options.save_dir)
     if options.save_latents:
-        _check_latents_path(options)
+        from sora_jax.clip import check_latents_target
+
+        check_latents_target(options.save_latents, overwrite=options.overwrite)
     return jobs
 
 
@@ -249,12 +256,6 @@ def _short(name: str) -> str:
     return name.encode()[: _MAX_NAME_BYTES - 13].decode(errors="ignore") + "-" + digest
 
 
-def _check_latents_path(options: argparse.Namespace) -> None:
-    if options.save_latents.suffix != ".npz":
-        raise ValueError(f"--save-latents {options.save_latents} has suffix {options.save_latents.suffix!r}; expected .npz.")
-    files.check_target(options.save_latents, overwrite=options.overwrite)
-
-
 def _check_profile(options: argparse.Namespace) -> None:
     path = options.profile_streaming
     if path is None:
@@ -265,7 +266,8 @@ def _check_profile(options: argparse.Namespace) -> None:
 
 
 def _check_latents_options(options: argparse.Namespace) -> None:
-    given = [name for name in ("prompts", "prompt_path", "save_latents") if getattr(options, name)]
+    names = ("prompts", "prompt_path", "save_latents", "seed", "leap", "reference_path", "mask_strategy", *_SETTINGS)
+    given = [name for name in names if getattr(options, name) not in (None, [])]
     if given:
         raise ValueError(f"--from-latents decodes what the file holds; it does not go with {' and '.join(given)}.")
 
@@ -281,6 +283,8 @@ def _decode(options: argparse.Namespace, pipeline: Any) -> None:
         options.output or _numbered_path(options, options.start_index + i, str(sample.get("prompt", "")), 0, image)
         for i, sample in enumerate(parameters)
     ]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{options.from_latents} holds several clips of one prompt; leave --prompt-as-path out.")
     for path in paths:
         video.check_target(path, 1 if image else 2, overwrite=options.overwrite)
     files.refuse_unwritable(options.output.parent if options.output else options.save_dir)

@@ -209,7 +209,7 @@ class Generation:
                 height=settings.height,
                 width=settings.width,
                 batch=num_samples,
-                guided=guidance_scale(settings) is not None,
+                guided=settings.guided,
                 dtype=settings.dtype,
                 num_steps=settings.num_steps,
                 encodes=encodes or settings.loop > 1,
@@ -299,7 +299,7 @@ class Generation:
     def velocity(self, stdit3: STDiT3 | StreamedSTDiT3, caption_BLE: np.ndarray, mask_BL: np.ndarray) -> Velocity:
         """Returns the velocity with its conditions; with guidance the null captions follow the prompts' captions."""
         settings = self.settings
-        if settings.guidance != 1:
+        if settings.guided:
             null_LE = np.asarray(stdit3.null_caption_LE).astype(caption_BLE.dtype)
             caption_BLE = np.concatenate([caption_BLE, np.broadcast_to(null_LE, caption_BLE.shape)])
         sizes_1 = sizes.size_conditions(

@@ -77,7 +77,7 @@ def inspect_memory(
     workload = Workload(
         **{name: getattr(settings, name) for name in ("num_frames", "height", "width", "dtype", "num_steps")},
         batch=1 if batch_size is None else batch_size,
-        guided=settings.guidance != 1,
+        guided=settings.guided,
         encodes=settings.loop > 1,
     )
     plan = plan_memory(manifests, workload, budget)

@@ -67,8 +67,12 @@ def precision_of(dtype: DTypeLike) -> jax.lax.Precision | None:
     Accelerators would silently round float32 operands (TF32, bfloat16); ``jax.default_matmul_precision`` is the way to
     choose that.
     """
-    chosen = jax.config.jax_default_matmul_precision is not None  # type: ignore[attr-defined]  # defined at run time
-    return None if chosen or dtype != jnp.float32 else jax.lax.Precision.HIGHEST
+    return None if precision_chosen() is not None or dtype != jnp.float32 else jax.lax.Precision.HIGHEST
+
+
+def precision_chosen() -> str | None:
+    """Returns ``jax.default_matmul_precision`` as it stands; programs that were traced under another one do not follow it."""
+    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # defined at run time
 
 
 def lifted(x: Float[Array, "*axes"], ndim: int) -> Float[Array, "*lifted"]:

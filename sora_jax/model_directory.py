@@ -89,6 +89,10 @@ class Manifest:
         """Returns the flat names of a layer's arrays, sorted."""
         return sorted(name for name in self.parameters if name.startswith(layer + "."))
 
+    def layer_bytes(self, layer: str) -> int:
+        """Returns the stored bytes of a layer."""
+        return sum(self.parameters[name].nbytes for name in self.names(layer))
+
     def array_path(self, name: str) -> Path:
         """Returns the directory of a parameter's zarr3 array."""
         return self.path / array_location(name, self.layers)
@@ -245,22 +249,17 @@ def read_array(manifest: Manifest, name: str) -> np.ndarray:
     """
     parameter, path = manifest.parameters[name], manifest.chunk_path(name)
     dtype = STORED_DTYPES[parameter.dtype]
-    where = f"{manifest.network} layer {layer_of(name, manifest.layers)}: parameter file {path}"
-    repair = f"convert {manifest.network} again with --overwrite."
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size != parameter.nbytes:
-                raise ModelDirectoryError(f"{where} has {size} bytes, expected {parameter.nbytes}; {repair}")
+                raise damaged(manifest, name, f"has {size} bytes, expected {parameter.nbytes}")
             if size >= _MMAP_FROM_BYTES:
                 data: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             else:
                 data = file.read()
-    except FileNotFoundError:
-        raise ModelDirectoryError(f"{where} is missing; {repair}") from None
     except OSError as error:
-        advice = "allow more open files (ulimit -n 4096)." if error.errno == errno.EMFILE else repair
-        raise ModelDirectoryError(f"{where} cannot be read ({error.strerror}); {advice}") from error
+        raise damaged(manifest, name, error) from error
     return np.frombuffer(data, dtype).reshape(parameter.shape)
 
 
@@ -273,7 +272,19 @@ def verify_layer(manifest: Manifest, layer: str) -> None:
     for name in manifest.names(layer):
         raw = read_array(manifest, name).reshape(-1).view(np.uint8).data
         if hashlib.sha256(raw).hexdigest() != manifest.parameters[name].sha256:
-            raise ModelDirectoryError(
-                f"{manifest.network} layer {layer}: parameter file {manifest.chunk_path(name)} has other bytes than recorded; "
-                f"convert {manifest.network} again with --overwrite."
-            )
+            raise damaged(manifest, name, "has other bytes than recorded")
+
+
+def damaged(manifest: Manifest, name: str, problem: str | OSError) -> ModelDirectoryError:
+    """Returns the error of a parameter file, naming layer, file and remedy."""
+    repair = f"convert {manifest.network} again with --overwrite."
+    if isinstance(problem, FileNotFoundError):
+        problem = "is missing"
+    elif isinstance(problem, OSError):
+        if problem.errno == errno.EMFILE:
+            repair = "allow more open files (ulimit -n 4096)."
+        problem = f"cannot be read ({problem.strerror or problem})"
+    layer = layer_of(name, manifest.layers)
+    return ModelDirectoryError(
+        f"{manifest.network} layer {layer}: parameter file {manifest.chunk_path(name)} {problem}; {repair}"
+    )

@@ -45,6 +45,15 @@ _LARGE_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
+def check_dtype(network: str, dtype: str) -> None:
+    """Refuses a network that there is not, or that cannot be stored as ``dtype``."""
+    if network not in CONFIGS:
+        raise ValueError(f"unknown network {network!r}; expected one of {', '.join(CONFIGS)}.")
+    if dtype not in STORED_DTYPES or (network == "vae" and dtype == "int8"):
+        allowed = [name for name in STORED_DTYPES if network != "vae" or name != "int8"]
+        raise ValueError(f"{network} cannot be stored as {dtype!r}; expected one of {', '.join(allowed)}.")
+
+
 class NetworkWriter:
     """An open, locked ``.partial`` directory; use as a context manager and end with ``finish``.
 
@@ -65,11 +74,7 @@ class NetworkWriter:
         overwrite: bool = False,
         identity: Mapping[str, Any] | None = None,
     ):
-        if network not in CONFIGS:
-            raise ValueError(f"unknown network {network!r}; expected one of {', '.join(CONFIGS)}.")
-        if dtype not in STORED_DTYPES or (network == "vae" and dtype == "int8"):
-            allowed = [name for name in STORED_DTYPES if network != "vae" or name != "int8"]
-            raise ValueError(f"{network} cannot be stored as {dtype!r}; expected one of {', '.join(allowed)}.")
+        check_dtype(network, dtype)
         self.network, self.config, self.dtype, self.overwrite = network, config, dtype, overwrite
         self.directory = Path(directory)
         self.final = self.directory / network

@@ -20,6 +20,7 @@ from sora_jax.caption_cache import CaptionCache
 from sora_jax.checkpoint import load_network, unflatten
 from sora_jax.clip import Timings
 from sora_jax.config import NETWORKS, ModelConfig, policy_of
+from sora_jax.layers import precision_chosen
 from sora_jax.model_directory import Manifest, ModelDirectoryError
 from sora_jax.stdit3 import STDiT3
 from sora_jax.streaming.network import STDiT3Stream
@@ -140,13 +141,16 @@ def call(stage: str, timings: Timings, function: Callable[..., Any], static: tup
     """Returns ``function(*static, *args)``, compiled once for the shapes of ``args``; compile time counts as such."""
     leaves, structure = jax.tree.flatten(args)
     with timings.measure("compile"):
-        executable = _compiled(function, static, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        executable = _compiled(function, static, structure, shapes, precision_chosen())
     with timings.measure(stage):
         return jax.block_until_ready(executable(*args))
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(function: Callable[..., Any], static: tuple[Any, ...], structure: Any, leaves: tuple[Any, ...]) -> Any:
+def _compiled(
+    function: Callable[..., Any], static: tuple[Any, ...], structure: Any, leaves: tuple[Any, ...], _precision: str | None
+) -> Any:
     """Returns a program that holds no arrays; `jax.jit` would do the same, without telling how long compiling took."""
     args = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaves])
     return jax.jit(functools.partial(function, *static)).lower(*args).compile()

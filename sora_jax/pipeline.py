@@ -17,7 +17,7 @@ from jaxtyping import Array
 import sora_jax
 from sora_jax import merging, model_directory, settings, video
 from sora_jax.caption_cache import CaptionCache
-from sora_jax.clip import Clip, Timings, load_latents, save_latents
+from sora_jax.clip import Clip, Timings, check_latents_target, load_latents, save_latents
 from sora_jax.config import NETWORKS
 from sora_jax.generation import Callback, Generation, Inputs, read_inputs
 from sora_jax.leap import Leap
@@ -64,7 +64,8 @@ class Pipeline:
 
         Raises:
           ModelDirectoryError: a network is missing or damaged; the message holds the command that adds it.
-          ValueError: the tokenizer is missing, or does not fit the text encoder; or the budget is none.
+          FileNotFoundError: there is no tokenizer.
+          ValueError: the tokenizer is damaged or does not fit the text encoder, or the budget cannot be read.
         """
         directory = POCKET if path is None else Path(path)
         budget = None if memory_budget is None else parse_budget(memory_budget)
@@ -163,6 +164,7 @@ class Pipeline:
         Raises:
           ValueError: a setting, prompt or strategy is invalid; nothing was computed.
           FileNotFoundError: a reference is missing.
+          FileExistsError: the latents file exists and ``overwrite`` is False; nothing was computed.
         """
         given = {
             "num_steps": num_steps,
@@ -194,6 +196,8 @@ class Pipeline:
         chosen = self.resolve(given)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         self.check(chosen, len(texts) * num_samples)
+        if latents_path is not None:
+            check_latents_target(latents_path, overwrite=overwrite)
         inputs = read_inputs(texts, _each(references, texts), _each(mask_strategies, texts), num_samples, chosen)
 
         def keep(latents: np.ndarray, parameters: Sequence[Mapping[str, Any]]) -> None:
@@ -252,7 +256,7 @@ class Pipeline:
         chosen = self.resolve({}) if chosen is None else chosen
         if not 1 <= evaluations <= chosen.num_steps:
             raise ValueError(f"a plan of {chosen.num_steps} steps cannot have {evaluations} evaluations; give 1 to all steps.")
-        if half_from is not None and chosen.guidance == 1:
+        if half_from is not None and not chosen.guided:
             raise ValueError("half steps reuse the guidance difference, but guidance is 1; leave half_from out.")
         self._check_merging(chosen)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)

@@ -58,14 +58,10 @@ class Plan:
             raise ValueError(f"plan evaluates at the steps {beyond}; expected steps from 0 to {num_steps - 1}.")
         return cls(codes=tuple(FULL if step in chosen else REUSE for step in range(num_steps)), keep=keep)
 
-    def with_half_steps(self, first_step: int, *, refresh_every: int = 0) -> Self:
-        """Returns the plan with full steps from ``first_step`` on turned into half steps.
-
-        With ``refresh_every = k`` every k-th of them stays full, so that the guidance difference is renewed.
-        """
-        late = [step for step, code in enumerate(self.codes) if code == FULL and step >= max(first_step, 1)]
-        halved = {step for at, step in enumerate(late, start=1) if not refresh_every or at % refresh_every}
-        codes = tuple(HALF if step in halved else code for step, code in enumerate(self.codes))
+    def with_half_steps(self, first_step: int) -> Self:
+        """Returns the plan with full steps from ``first_step`` on turned into half steps."""
+        first = max(first_step, 1)
+        codes = tuple(HALF if code == FULL and step >= first else code for step, code in enumerate(self.codes))
         return dataclasses.replace(self, codes=codes)
 
     @property

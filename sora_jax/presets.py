@@ -11,7 +11,7 @@ from sora_jax.schedule import resolution_shift
 
 PRESETS = ("exact", "recommended")
 # Source: Open-Sora v1.2 configs/opensora-v1-2/inference/sample.py.
-_EXACT = {"num_steps": 30, "solver": "euler", "shift": 1.0, "leap": "off", "merge_steps": 0, "plan": None}
+EXACT = {"num_steps": 30, "solver": "euler", "shift": 1.0, "leap": "off", "merge_steps": 0, "plan": None}
 # Source: benchmarks/results/sampler_study.md, "AB2 shift 4 16": the embedded model's own times are shifted by 0.4, and those
 # of Open-Sora at 51 frames of 240p by 2.4, which stay as they are.
 _LEAST_SHIFT = 1.6
@@ -28,6 +28,6 @@ def preset_values(name: str | None, *, height: int, width: int, num_frames: int)
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; expected one of {', '.join(PRESETS)}.")
     if name == "exact":
-        return _EXACT
+        return EXACT
     own = float(resolution_shift(height_px=height, width_px=width, num_frames=num_frames))
-    return {**_EXACT, "num_steps": 16, "solver": "ab2", "shift": max(1.0, _LEAST_SHIFT / own)}
+    return {**EXACT, "num_steps": 16, "solver": "ab2", "shift": max(1.0, _LEAST_SHIFT / own)}

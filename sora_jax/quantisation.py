@@ -1,7 +1,7 @@
 """Stored int8: symmetric, one float32 scale per output column of a matrix and per row of an embedding.
 
-Invariant: ``dequantise(*quantise(x))`` differs from ``x`` by at most half a scale, and rows of zeros stay zeros.  This is a
-storage format: nothing here computes with int8.
+Invariant: ``dequantise(name, *quantise(name, x))`` differs from ``x`` by at most half a scale, and rows of zeros stay zeros.
+This is a storage format: nothing here computes with int8.
 """
 
 from collections.abc import Container

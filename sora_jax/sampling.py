@@ -25,7 +25,7 @@ def make_schedule(settings: Settings) -> Schedule:
 
 def guidance_scale(settings: Settings) -> float | None:
     """Returns the guidance scale, or None where the caption alone is followed."""
-    return None if settings.guidance == 1 else settings.guidance
+    return settings.guidance if settings.guided else None
 
 
 def make_sampler(
@@ -60,6 +60,6 @@ def leap_rule(leap: int | str | Leap) -> Leap | None:
     if isinstance(leap, int) and not isinstance(leap, bool):
         return Leap.static(leap)
     named = {OFF: None, "dynamic": Leap.dynamic(), "released": Leap.released()}
-    if leap not in named:
+    if not isinstance(leap, str) or leap not in named:
         raise ValueError(f"leap is {leap!r}; expected off, dynamic, released, or the number of the step that leaps.")
     return named[leap]

@@ -16,7 +16,7 @@ from sora_jax.config import VAEConfig
 from sora_jax.leap import Leap
 from sora_jax.merging import Merge
 from sora_jax.plans import Plan
-from sora_jax.presets import preset_values
+from sora_jax.presets import EXACT, preset_values
 from sora_jax.solvers import check_solver
 from sora_jax.streaming.budget import available_bytes
 
@@ -24,7 +24,6 @@ OFF = "off"  # written for a score that the model would otherwise add by default
 
 # Source: Open-Sora v1.2 configs/opensora-v1-2/inference/sample.py.
 OPEN_SORA_DEFAULTS: Mapping[str, Any] = {
-    "num_steps": 30,
     "guidance": 7.0,
     "resolution": "240p",
     "aspect_ratio": "9:16",
@@ -35,17 +34,7 @@ OPEN_SORA_DEFAULTS: Mapping[str, Any] = {
     "condition_frame_edit": 0.0,
     "align": 5,
 }
-_REST: Mapping[str, Any] = {
-    "seed": 0,
-    "solver": "euler",
-    "shift": 1.0,
-    "leap": OFF,
-    "plan": None,
-    "merge_steps": 0,
-    "merge": Merge(),
-    "loop": 1,
-    "dtype": "float32",
-}
+_REST: Mapping[str, Any] = {**EXACT, "seed": 0, "merge": Merge(), "loop": 1, "dtype": "float32"}
 _SCORES = ("aes", "flow", "camera_motion")
 _FLOATS = ("guidance", "shift", "fps", "save_fps", "aes", "flow", "condition_frame_edit")
 _SIZE_KEYS = ("height", "width", "resolution", "aspect_ratio")
@@ -143,6 +132,11 @@ class Settings:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; expected float32 or bfloat16.")
         self._check_loop()
+
+    @property
+    def guided(self) -> bool:
+        """Whether the null caption is evaluated besides the caption."""
+        return self.guidance != 1
 
     def _check_loop(self) -> None:
         if self.loop == 1:

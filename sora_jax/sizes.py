@@ -4,6 +4,8 @@ Sizes are pixels (height, width), aspect ratios are height:width, lengths are fr
 autoencoder's 8 pixels: latents round down, as in the source.  Nothing here computes latent sizes; the codec does.
 """
 
+import operator
+
 import numpy as np
 from jaxtyping import Float
 
@@ -115,11 +117,11 @@ def num_frames(length: int | str) -> int:
     Raises:
       ValueError: the text is none of these, or the number is not positive.
     """
-    if length in DURATIONS:
-        return DURATIONS[str(length)]
+    if isinstance(length, str) and length in DURATIONS:
+        return DURATIONS[length]
     try:
-        frames = int(length)
-    except ValueError:
+        frames = int(length) if isinstance(length, str) else 0 if isinstance(length, bool) else operator.index(length)
+    except (TypeError, ValueError):
         frames = 0
     if frames < 1:
         raise ValueError(f"num_frames is {length!r}; expected a positive whole number or one of {', '.join(DURATIONS)}.")

@@ -19,9 +19,9 @@ from sora_jax import merging
 from sora_jax.config import FLOAT32, DTypePolicy, STDiT3Config
 from sora_jax.layers import Linear, gelu, lifted, linear
 from sora_jax.positions import SINUSOID_SIZE, position_embedding, sinusoid
-from sora_jax.stdit3_block import NORM_EPSILON, Conditioning, STDiT3Block, modulated
+from sora_jax.stdit3_block import Conditioning, STDiT3Block, modulated
 
-__all__ = ["NORM_EPSILON", "Conditioning", "Embed", "Final", "STDiT3", "STDiT3Block"]
+__all__ = ["Conditioning", "Embed", "Final", "STDiT3", "STDiT3Block"]
 
 
 class STDiT3(nnx.Module):

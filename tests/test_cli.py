@@ -126,6 +126,15 @@ def test_latents_are_decoded_later_to_the_same_clip(generate: Run, tmp_path: Pat
         np.testing.assert_array_equal(again["frames"], clip["frames"])
 
 
+def test_clips_of_one_prompt_are_not_decoded_into_one_file(generate: Run, tmp_path: Path) -> None:
+    assert generate(PROMPT, "--num-sample", 2, "--batch-size", 2, "--steps", 1, "--save-latents", "latents.npz")[0] == 0
+    before = names(tmp_path)
+    code, errors, _ = generate("--from-latents", "latents.npz", "--prompt-as-path", "--overwrite")
+    assert (code, len(errors)) == (2, 1)
+    assert "latents.npz holds several clips of one prompt; leave --prompt-as-path out." in errors[0]
+    assert names(tmp_path) == before
+
+
 def test_frames_as_a_folder_of_pngs(generate: Run, tmp_path: Path) -> None:
     assert generate(PROMPT, "--format", "png", "--sample-name", "frames")[0] == 0
     assert names(tmp_path) == ["frames_0000", "frames_0000.json"]
@@ -214,6 +223,9 @@ def test_the_compile_cache_is_filled_and_can_be_off(run: Run, tiny_model: Path, 
         ((PROMPT, "-o", "/proc/clip.mp4"), 2, "cannot write into folder /proc"),
         ((PROMPT, "--save-latents", "latents.txt"), 2, "has suffix '.txt'; expected .npz"),
         ((PROMPT, "--from-latents", "latents.npz"), 2, "it does not go with prompts"),
+        (("--from-latents", "latents.npz", "--save-fps", 12, "--seed", 1), 2, "it does not go with seed and save_fps"),
+        ((PROMPT, "a red circle", "--mask-strategy", "", "--mask-strategy", "0"), 2, "mask strategy '0' names reference 0"),
+        ((PROMPT, 'b {"mask'), 2, "JSON is malformed"),
         (("--from-latents", "gone.npz"), 2, "latents file gone.npz does not exist"),
         (("--from-latents", "broken.png"), 2, "broken.png is not a latents file"),
         ((PROMPT, "--compile-cache", "prompts.txt"), 2, "cannot write into folder prompts.txt"),

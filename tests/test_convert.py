@@ -240,6 +240,9 @@ def test_a_pipeline_is_found_by_its_configurations(tmp_path: Path) -> None:
     assert (index["networks"], index["tokenizer"]) == (["t5", "stdit3", "vae"], "spiece.model")
     assert (tmp_path / "model" / "spiece.model").read_bytes() == b"a tokenizer"
     assert convert_pipeline(tmp_path / "downloads", tmp_path / "model", dtypes=dtypes) == {}
+    with pytest.raises(ValueError, match="vae cannot be stored as 'int8'; expected one of float32"):
+        convert_pipeline(tmp_path / "downloads", tmp_path / "other", dtypes=dtypes | {"vae": "int8"})
+    assert not (tmp_path / "other").exists()
     shutil.copytree(tmp_path / "downloads" / "t5-v1", tmp_path / "downloads" / "t5-v2")
     shutil.rmtree(tmp_path / "downloads" / "vae-v1")
     with pytest.raises(SourceError, match="no vae; 2 of t5"):

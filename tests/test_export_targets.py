@@ -248,6 +248,9 @@ def test_what_stands_in_the_way_is_named(tiny_model, tmp_path, monkeypatch, caps
     assert "pip install 'sora_jax[stablehlo]'" in line(tiny_model)
     (tmp_path / "out").mkdir()
     assert "exists; pass --overwrite" in line(tiny_model)
+    (tmp_path / "out" / "letter.txt").write_text("mine")
+    assert "is not an exported folder, which --overwrite replaces" in line(tiny_model, "--overwrite")
+    assert (tmp_path / "out" / "letter.txt").read_text() == "mine"
 
 
 @pytest.mark.artefacts

@@ -10,10 +10,11 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from sora_jax import conditioning, noise, video
+from sora_jax import conditioning, networks, noise, video
 from sora_jax.checkpoint import load_network, unflatten
-from sora_jax.clip import Clip
+from sora_jax.clip import Clip, Timings
 from sora_jax.generation import Progress
+from sora_jax.layers import precision_of
 from sora_jax.leap import Leap
 from sora_jax.model_directory import ModelDirectoryError
 from sora_jax.pipeline import Pipeline
@@ -239,6 +240,7 @@ def test_several_samples_get_numbered_files(pipe: Pipeline, tmp_path: Path) -> N
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**32}, "seed is 4294967296; expected at most"),
         ({"leap": "sometimes"}, "leap is 'sometimes'; expected off, dynamic, released"),
+        ({"latents_path": "latents.txt"}, "latents file latents.txt has suffix '.txt'; expected .npz"),
         ({"leap": 4}, "leap index 4 is beyond the last of 4 steps"),
         ({"merge_steps": -1}, "merge_steps is -1"),
         ({"merge_steps": 1, "num_frames": 1}, "merging needs at least 2 latent frames"),
@@ -266,6 +268,23 @@ def test_what_cannot_be_made_is_refused_before_any_network_is_loaded(
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         pipe(**options, callback=lambda progress: stages.append(progress.stage))
     assert not stages
+
+
+def test_programs_are_compiled_anew_for_another_precision_of_products() -> None:
+    traced = []
+
+    def doubled(x: jax.Array) -> jax.Array:
+        traced.append(precision_of(x.dtype))
+        return 2 * x
+
+    def run() -> None:
+        networks.call("encode", Timings(), doubled, (), jnp.ones(3))
+
+    run()
+    with jax.default_matmul_precision("tensorfloat32"):
+        run()
+    run()
+    assert traced == [jax.lax.Precision.HIGHEST, None]
 
 
 def test_a_missing_network_is_named_with_the_command_that_adds_it(tiny_model: Path, tmp_path: Path) -> None:

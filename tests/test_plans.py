@@ -74,7 +74,7 @@ def test_plans_are_made_as_named() -> None:
     plan = Plan.evaluate_at([0, 1, 3, 5, 6], 8)
     assert plan.codes == (FULL, FULL, REUSE, FULL, REUSE, FULL, FULL, REUSE)
     assert plan.with_half_steps(2).codes == (FULL, FULL, REUSE, HALF, REUSE, HALF, HALF, REUSE)
-    assert plan.with_half_steps(0, refresh_every=2).codes == (FULL, HALF, REUSE, FULL, REUSE, HALF, FULL, REUSE)
+    assert plan.with_half_steps(0).codes == (FULL, HALF, REUSE, HALF, REUSE, HALF, HALF, REUSE)
     assert plan.with_half_steps(2).evaluations == 3.5
 
 

@@ -156,6 +156,13 @@ def test_a_warm_start_needs_a_base(capsys):
     assert "name it with --base MODEL_DIR" in capsys.readouterr().err
 
 
+def test_a_lesson_that_is_none_is_one_line(capsys):
+    for text, message in (("10:20", "expected FROM:TO:MOTIONS"), ("1:2:sideways", "names other motions than left")):
+        with pytest.raises(SystemExit):
+            train.parse(["--lesson", text])
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_base_that_is_missing_is_one_line_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         train.main(["--work", str(tmp_path / "work"), "--base", str(tmp_path / "missing")])

@@ -73,10 +73,10 @@ def test_what_is_no_longer_wanted_makes_room(log, prefetcher):
     assert prefetcher.holding() == {7, 8}
 
 
-def test_discarding_says_what_was_read_for_nothing(log, prefetcher):
+def test_what_is_discarded_is_read_again(log, prefetcher):
     prefetcher.free(prefetcher.take(0, [1, 2]))
     assert becomes(lambda: log.loaded == [0, 1, 2])
-    assert sorted(prefetcher.discard()) == [1, 2]
+    prefetcher.discard()
     assert prefetcher.holding() == set()
     assert prefetcher.take(1, []).buffer == "layer 1"
 

@@ -1,9 +1,10 @@
 """``sora-jax run-exported`` refuses in one line; that it makes the pipeline's clip is in tests/test_export_targets.py."""
 
+import numpy as np
 import pytest
 
 from sora_jax import cli
-from sora_jax.export import coreml, manifest, onnx
+from sora_jax.export import ExportedModel, coreml, manifest, onnx
 from sora_jax.export.targets import MissingExtraError
 from tests.test_export_check import complete_manifest
 
@@ -29,6 +30,23 @@ def test_an_exported_folder_that_cannot_make_the_clip_says_why(tmp_path, capsys,
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"leap": {"mode": "released"}}, "leap mode is 'released'; expected off, static or dynamic."),
+        ({"loop": "Sampler"}, "loop is 'Sampler'; expected stages or sampler."),
+        ({"num_steps": 0}, "num_steps 0, merge_steps 0; expected at least 1 and 0."),
+    ],
+)
+def test_what_an_exported_model_cannot_do_is_refused_before_anything_runs(tmp_path, options, message):
+    manifest.write(tmp_path, complete_manifest())
+    (tmp_path / "a").write_bytes(b"x")
+    model = ExportedModel(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        model(np.ones((1, 4)), np.ones((1, 4)), np.zeros((1, 5, 2, 4, 4)), **options)
+    assert not model.loaded
 
 
 def test_a_missing_extra_is_named_with_its_pip_line(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def test_unknown_sizes_name_the_known_ones(resolution: str, ratio: str, message:
         sizes.image_size(resolution, ratio)
 
 
-@pytest.mark.parametrize("length", ["2.5s", "", "many", "0", "-4", 0, -1])
+@pytest.mark.parametrize("length", ["2.5s", "", "many", "0", "-4", 0, -1, True])
 def test_lengths_are_positive_whole_numbers(length: int | str) -> None:
     with pytest.raises(ValueError, match="expected a positive whole number or one of 1x, 2x"):
         sizes.num_frames(length)

@@ -121,7 +121,7 @@ def test_what_was_read_ahead_is_let_go_with_the_run(stream):
         streamed.sample(network, **EVERYTHING)
         assert stream.blocks.retained == ("spatial_blocks.0", "temporal_blocks.0")
     assert stream.blocks.retained == ()
-    assert stream.blocks.read_ahead == ()
+    assert stream.blocks._prefetcher.holding() == set()
     with pytest.raises(RuntimeError, match="not open"):
         streamed.sample(network, **EVERYTHING)
 

@@ -217,13 +217,13 @@ def test_a_disk_that_does_not_answer_is_an_error(stream, faults, original):
             assert answers.wait(60)
 
     faults.before = hang
-    stream.blocks.stall_s = 0.2
+    stream.blocks._prefetcher.stall_s = 0.2
     try:
         with pytest.raises(TimeoutError, match=rf"layer {LAYER} .* was not read within 0.2 s"):
             sampled(stream)
     finally:
         answers.set()
-        stream.blocks.stall_s = 20
+        stream.blocks._prefetcher.stall_s = 20
     deadline = time.monotonic() + 10
     while any(thread.name == "layer-reader" for thread in threading.enumerate()):
         assert time.monotonic() < deadline, "the reading thread did not end with its read"

@@ -69,14 +69,14 @@ def export(
       weights: ``float``, ``int8``, and for Core ML ``lut6`` and ``int4``.
       stages: some of ``t5``, ``stdit3``, ``vae_decoder``, ``vae_encoder``.
       settings: numbers of the loop in place of the model's defaults: num_steps, guidance, merge_steps, leap, fps, ...
-      licence: of the weights, for the manifest and Core ML packages; None: the model directory's, if it states one.
+      licence: of the weights, for the manifest and Core ML packages; None: not stated.
       fuse_attention: Core ML only: use the converter's fused attention.
       overwrite: replace an existing folder, once the new one is complete.
       progress: called with a stage's name, how many stages are done and how many there are.
 
     Raises:
       ValueError: something asked for cannot be made, or the model directory is incomplete or damaged.
-      FileExistsError: ``out`` exists and overwrite is False.
+      FileExistsError: ``out`` exists and overwrite is False, or it is no exported folder.
       CheckError: an artefact is not as exact as its floor demands; nothing was kept.
       ExportError: a process of the export ended without a result.
     """
@@ -84,9 +84,10 @@ def export(
     check_parts(stages)
     if not overwrite:
         files.refuse_existing(out)
+    elif out.exists() and not (out / manifest.MANIFEST_FILE).is_file():
+        raise FileExistsError(f"{out} is not an exported folder, which --overwrite replaces; choose another name or remove it.")
     pipeline = Pipeline.from_pretrained(directory)
     source = POCKET if directory is None else Path(directory)
-    licence = licence or model_directory.read_model_file(source).get("licence")
     chosen = pipeline.resolve({"num_frames": num_frames, "height": height, "width": width, **(settings or {})})
     sampling = manifest.sampling_entry(chosen)
     options = Options(

@@ -52,7 +52,7 @@ class Package:
         if not path.is_dir():
             raise FileNotFoundError(2, "no Core ML package", str(path))
         self.path = path
-        self.description = (spec := load_spec(str(path))).description
+        spec = load_spec(str(path))
         if spec.WhichOneof("Type") != "mlProgram":
             raise MilError(f"{path.name} holds a {spec.WhichOneof('Type')}; expected an ML program.")
         self.functions: dict[str, Any] = dict(spec.mlProgram.functions)

@@ -77,6 +77,8 @@ class ExportedModel:
         Raises:
           ValueError: the manifest has no such size, phase or sampler, frames cannot be given, or a value is out of range.
         """
+        if loop not in ("stages", "sampler"):
+            raise ValueError(f"loop is {loop!r}; expected stages or sampler.")
         at = self._size(size)
         sampling = self._sampling(num_steps, guidance, merge_steps, leap)
         values: Values = {"ids_BL": np.asarray(ids_BL, np.int32), "mask_BL": np.asarray(mask_BL, np.float32)}
@@ -210,8 +212,10 @@ class ExportedModel:
         if mask_BT is None:
             return np.ones(shape, np.float32)
         inputs = {tensor["name"] for tensor in self.stages["stdit3_front"]["functions"][0]["inputs"]}
-        if "frame_mask_BT" not in inputs or loop == "sampler":
-            raise ValueError(f"{self.folder} cannot take frames in loop {loop}; export it with the stage vae_encoder.")
+        if loop == "sampler":
+            raise ValueError("the sampler program takes no frames; run loop 'stages'.")
+        if "frame_mask_BT" not in inputs:
+            raise ValueError(f"{self.folder} cannot take frames; export it with the stage vae_encoder.")
         return np.asarray(mask_BT, np.float32)
 
     def _find_phase(self, name: str) -> Mapping[str, Any]:
@@ -235,12 +239,14 @@ class ExportedModel:
         given = {"num_steps": num_steps, "guidance": guidance, "merge_steps": merge_steps}
         chosen: dict[str, Any] = {name: base[name] if value is None else value for name, value in given.items()}
         chosen["leap"] = {**base["leap"], **(leap or {})}
-        index = chosen["leap"]["index"]
+        mode, index = chosen["leap"]["mode"], chosen["leap"]["index"]
+        if mode not in ("off", "static", "dynamic"):
+            raise ValueError(f"leap mode is {mode!r}; expected off, static or dynamic.")
         if chosen["num_steps"] < 1 or chosen["merge_steps"] < 0:
             raise ValueError(
                 f"num_steps {chosen['num_steps']}, merge_steps {chosen['merge_steps']}; expected at least 1 and 0."
             )
-        if chosen["leap"]["mode"] == "static" and not (isinstance(index, int) and 0 <= index < chosen["num_steps"]):
+        if mode == "static" and not (isinstance(index, int) and 0 <= index < chosen["num_steps"]):
             raise ValueError(f"leap index is {index!r}; expected a step from 0 to {chosen['num_steps'] - 1}.")
         return chosen
 

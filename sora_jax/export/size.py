@@ -27,5 +27,4 @@ class Size:
 
     def latents(self, config: VAEConfig) -> tuple[int, int, int]:
         """Returns latent frames, rows and columns."""
-        frames, rows, columns = latent_size(config, self.num_frames, self.height, self.width)
-        return frames or 0, rows, columns
+        return latent_size(config, self.num_frames, self.height, self.width)

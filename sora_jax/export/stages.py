@@ -127,7 +127,6 @@ def list_stages(
     *,
     parts: Sequence[str] = DEFAULT_PARTS,
     policy: DTypePolicy = FLOAT32,
-    batch: int = 1,
 ) -> list[Stage]:
     """Returns the stages of ``parts`` in execution order: text, transformer, decoder, encoder.
 
@@ -140,7 +139,7 @@ def list_stages(
     for size in sizes:
         if not is_listed(size.height, size.width):
             settings.check_multiple(config.vae, config.stdit3.patch_size[1], size.height, size.width)
-    builder = _Builder(config, sizes, policy=policy, batch=batch, frame_mask="vae_encoder" in parts)
+    builder = _Builder(config, sizes, policy=policy, frame_mask="vae_encoder" in parts)
     stages: list[Stage] = []
     for part, build in zip(PARTS, (builder.t5, builder.stdit3, builder.vae_decoder, builder.vae_encoder), strict=True):
         stages += build() if part in parts else []
@@ -161,17 +160,17 @@ def check_parts(parts: Sequence[str]) -> None:
 class _Builder:
     """Holds what the stages of one export have in common."""
 
-    def __init__(self, config: ModelConfig, sizes: Sequence[Size], *, policy: DTypePolicy, batch: int, frame_mask: bool):
+    def __init__(self, config: ModelConfig, sizes: Sequence[Size], *, policy: DTypePolicy, frame_mask: bool):
         self.config, self.sizes, self.policy = config, sizes, policy
-        self.batch, self.frame_mask = batch, frame_mask
+        self.frame_mask = frame_mask
         self.length = config.stdit3.model_max_length
 
     def t5(self) -> list[Stage]:
         """Returns embedding, blocks and final norm of the text encoder."""
         config = self.config.t5
-        x = self._activation(self.batch, self.length, config.d_model)
+        x = self._activation(1, self.length, config.d_model)
         bias = _float32(1, config.num_heads, self.length, self.length)
-        ids = jax.ShapeDtypeStruct((self.batch, self.length), jnp.int32)
+        ids = jax.ShapeDtypeStruct((1, self.length), jnp.int32)
         shells = {
             "t5_embed": _shell(lambda rngs: T5Embed(config, policy=self.policy, rngs=rngs)),
             "t5_block": _shell(lambda rngs: T5Block(config, policy=self.policy, rngs=rngs)),
@@ -179,7 +178,7 @@ class _Builder:
         }
         inputs: dict[str, dict[str, jax.ShapeDtypeStruct]] = {
             "t5_embed": {"ids_BL": ids},
-            "t5_block": {"x_BLE": x, "bias_1NLL": bias, "mask_BL": _float32(self.batch, self.length)},
+            "t5_block": {"x_BLE": x, "bias_1NLL": bias, "mask_BL": _float32(1, self.length)},
             "t5_final": {"x_BLE": x},
         }
         bodies: dict[str, Callable[..., dict[str, jax.Array]]] = {
@@ -234,18 +233,18 @@ class _Builder:
         ]
 
     def _front_inputs(self, size: Size) -> dict[str, jax.ShapeDtypeStruct]:
-        config, batch = self.config.stdit3, self.batch
+        config = self.config.stdit3
         frames, rows, columns = size.latents(self.config.vae)
         inputs = {
-            "z_BTHWC": _float32(batch, frames, rows, columns, config.in_channels),
-            "t_B": _float32(batch),
-            "caption_BLE": self._activation(batch, self.length, config.caption_channels),
-            "mask_BL": _float32(batch, self.length),
-            "fps_B": _float32(batch),
-            "height_px_B": _float32(batch),
-            "width_px_B": _float32(batch),
+            "z_BTHWC": _float32(1, frames, rows, columns, config.in_channels),
+            "t_B": _float32(1),
+            "caption_BLE": self._activation(1, self.length, config.caption_channels),
+            "mask_BL": _float32(1, self.length),
+            "fps_B": _float32(1),
+            "height_px_B": _float32(1),
+            "width_px_B": _float32(1),
         }
-        return inputs | ({"frame_mask_BT": _float32(batch, frames)} if self.frame_mask else {})
+        return inputs | ({"frame_mask_BT": _float32(1, frames)} if self.frame_mask else {})
 
     def vae_decoder(self) -> list[Stage]:
         """Returns the temporal decoder of chunks and the spatial decoder of single frames."""
@@ -255,7 +254,7 @@ class _Builder:
         for size in self.sizes:
             _, rows, columns = size.latents(self.config.vae)
             for length, latents in _chunk_lengths(self.config, size):
-                z = {"z_BTHWC": _float32(self.batch, latents, rows, columns, channels)}
+                z = {"z_BTHWC": _float32(1, latents, rows, columns, channels)}
                 temporal.append((f"frames_{length}", size, functools.partial(forwards.decode_latents, length), z))
             spatial.append(("main", size, forwards.decode_frames, {"x_BtHWC": self._spatial_latents(1, size)}))
         return [
@@ -268,7 +267,7 @@ class _Builder:
         spatial: list[_Variant] = []
         temporal: list[_Variant] = []
         for size in self.sizes:
-            frames = {"frames_Bthw3": _float32(self.batch, 1, size.height, size.width, 3)}
+            frames = {"frames_Bthw3": _float32(1, 1, size.height, size.width, 3)}
             spatial.append(("main", size, forwards.encode_frames, frames))
             for length in sorted({1} | {length for length, _ in _chunk_lengths(self.config, size)}, reverse=True):
                 x = {"x_BtHWC": self._spatial_latents(length, size)}
@@ -280,7 +279,7 @@ class _Builder:
 
     def _spatial_latents(self, num_frames: int, size: Size) -> jax.ShapeDtypeStruct:
         _, rows, columns = size.latents(self.config.vae)
-        return _float32(self.batch, num_frames, rows, columns, self.config.vae.spatial.latent_channels)
+        return _float32(1, num_frames, rows, columns, self.config.vae.spatial.latent_channels)
 
     def _vae(self, name: str, layers: tuple[str, ...], variants: Sequence[_Variant]) -> Stage:
         def build(rngs: nnx.Rngs) -> VAE:

@@ -38,7 +38,7 @@ class Options:
       precision: of the arithmetic; stages marked ``keep_float32`` stay float32.
       weights: how matrices are stored.
       fuse_attention: Core ML only: let the converter use its fused attention operation.
-      metadata: texts that an artefact carries where its format has a place for them (model, licence, sizes, source).
+      metadata: texts that an artefact carries where its format has a place for them (model, licence).
     """
 
     precision: Precision = "float32"
@@ -60,7 +60,7 @@ class Options:
         return "float" if stage.network == "vae" else self.weights
 
 
-@runtime_checkable
+@runtime_checkable  # for the type checks of the tests
 class Target(Protocol):
     """What a target's module has: the packages whose versions decide its artefacts, what was not verified, four functions."""
 

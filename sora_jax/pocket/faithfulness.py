@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, UInt8
 
 from sora_jax import video
 from sora_jax.checkpoint import load_network, unflatten
-from sora_jax.config import BFLOAT16, FLOAT32
+from sora_jax.config import policy_of
 from sora_jax.leap import Leap
 from sora_jax.pipeline import POCKET, Pipeline
 from sora_jax.pocket.captions import caption
@@ -167,7 +167,7 @@ def reconstructed(model: ModelPath, asked: Sequence[Asked], *, dtype: str | None
       ModelDirectoryError: the codec is missing or damaged.
     """
     config, flat = load_network(POCKET if model is None else model, "vae")
-    policy = BFLOAT16 if dtype == "bfloat16" else FLOAT32
+    policy = policy_of(dtype or "float32")
     vae = unflatten(jax.eval_shape(lambda: VAE(config, policy=policy, rngs=nnx.Rngs(0))), flat)
     vae = jax.device_put(vae)
     for start in range(0, len(asked), BATCH):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_jax import files
+from sora_jax.cli_options import parse_leap
 from sora_jax.command_line import BAD_INPUT, INTERRUPTED, Parser, describe
 from sora_jax.pocket import kinds
 from sora_jax.pocket.faithfulness import Sampling
@@ -143,7 +144,7 @@ def _parser() -> Parser:
     how = parser.add_argument_group("how clips are made (defaults are the model's)")
     how.add_argument("--steps", type=int, metavar="N", help="sampling steps")
     how.add_argument("--guidance", type=float, metavar="G", help="weight of the caption")
-    how.add_argument("--leap", type=_leap, metavar="off|N|dynamic|released", help="linear proportional leap")
+    how.add_argument("--leap", type=parse_leap, metavar="off|N|dynamic|released", help="linear proportional leap")
     how.add_argument("--merge-steps", type=int, metavar="K", help="first steps with merged temporal tokens")
     how.add_argument("--condition-frame-edit", type=float, metavar="SHARE", help="of --extension: edit ratio of shared frames")
     how.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
@@ -151,14 +152,9 @@ def _parser() -> Parser:
 
 
 def _count(given: str) -> int:
-    number = int(given)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{given} is negative; expected 0 or more")
-    return number
-
-
-def _leap(given: str) -> int | str:
-    return int(given) if given.isdigit() else given
+    if not given.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {given!r}; expected a whole number of 0 or more")
+    return int(given)
 
 
 if __name__ == "__main__":

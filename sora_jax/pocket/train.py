@@ -122,7 +122,10 @@ def _lesson(text: str) -> train_flow.Lesson:
 
 
 def _checked_lesson(text: str) -> str:
-    lesson = _lesson(text)
+    try:
+        lesson = _lesson(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected FROM:TO:MOTIONS, for example {LESSONS[1]}") from None
     if not set(lesson.motions) <= set(MOTIONS) - {"still"}:
         raise argparse.ArgumentTypeError(f"{text} names other motions than {', '.join(MOTIONS)}, or still")
     return text

@@ -20,9 +20,10 @@ from sora_jax.config import VAEConfig
 from sora_jax.metrics import decibels
 from sora_jax.pocket.fit import Params, Stage
 from sora_jax.pocket.scenes import Scenes, all_frames, render, sample_scenes
+from sora_jax.pocket.world import NUM_FRAMES
+from sora_jax.sizes import FRAMES_PER_CHUNK
 from sora_jax.vae import VAE, split_moments
 
-CHUNK = 17  # pixel frames of one micro-frame chunk
 SPATIAL_KL, TEMPORAL_KL = 1e-4, 1e-3
 PIXELS_FROM = 200  # step of the temporal stage at which the pixel loss sets in; its full weight comes as many steps later
 FIRST_LOGVAR = -5.0  # of the temporal posterior: at 0 its noise hides the signal for the first hundreds of steps
@@ -131,7 +132,7 @@ def temporal_stage(config: VAEConfig, spatial: Params, *, num_steps: int, batch_
 def frame_batch(rng: np.random.Generator, num: int, *, split: Any = "training") -> dict[str, Any]:
     """Returns scenes and one random frame index each."""
     scenes = sample_scenes(rng, num, split=split)
-    return {"scenes": scenes, "frames": rng.integers(0, 2 * CHUNK, (num, 1)).astype(np.float32)}
+    return {"scenes": scenes, "frames": rng.integers(0, NUM_FRAMES, (num, 1)).astype(np.float32)}
 
 
 def chunk_batch(rng: np.random.Generator, num: int) -> dict[str, Any]:
@@ -141,8 +142,8 @@ def chunk_batch(rng: np.random.Generator, num: int) -> dict[str, Any]:
     """
     scenes = sample_scenes(rng, num)
     if rng.random() < 0.125:
-        return {"scenes": scenes, "frames": rng.integers(0, 2 * CHUNK, (num, 1)).astype(np.float32)}
-    frames = np.arange(CHUNK) + CHUNK * rng.integers(0, 2, (num, 1))
+        return {"scenes": scenes, "frames": rng.integers(0, NUM_FRAMES, (num, 1)).astype(np.float32)}
+    frames = np.arange(FRAMES_PER_CHUNK) + FRAMES_PER_CHUNK * rng.integers(0, 2, (num, 1))
     return {"scenes": scenes, "frames": np.where(rng.random((num, 1)) < 0.5, frames, frames[:, ::-1]).astype(np.float32)}
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from sora_jax.config import pocket
 from sora_jax.pocket import captions
 from sora_jax.tokenizer import EOS, PAD, UNK
 
-MAX_SIZE = 128  # rows of the pocket T5's embedding
+MAX_SIZE = pocket.t5.vocab_size
 
 
 def write_tokenizer(path: str | Path) -> None:

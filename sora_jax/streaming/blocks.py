@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from sora_jax.checkpoint import unflatten
 from sora_jax.merging import Merge
-from sora_jax.quantisation import SCALE_SUFFIX, scale_axis
+from sora_jax.quantisation import SCALE_SUFFIX, is_scale, scale_axis
 from sora_jax.stdit3 import Conditioning
 
 ROW_TOKENS = 2048  # with more tokens in a row of the batch, the activations of a block outweigh its parameters
@@ -43,7 +43,7 @@ def dequantised(stored: Mapping[str, Any], multiply: Callable[[str, Any, Any], A
     for name, array in stored.items():
         if name + SCALE_SUFFIX in stored:
             flat[name] = (multiply or _multiplied)(name, array, stored[name + SCALE_SUFFIX])
-        elif not (name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in stored):
+        elif not is_scale(name, stored):
             flat[name] = array
     return flat
 

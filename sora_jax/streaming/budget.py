@@ -34,7 +34,7 @@ def parse_budget(value: str | int | float) -> int:
 
 
 def available_bytes() -> int:
-    """Returns the bytes that this process can still get: free memory, or what its control group leaves of its limit.
+    """Returns the bytes that this process can still get: free memory, but no more than the limit of its control group.
 
     What the process holds already counts as available, because it is part of its peak.
 

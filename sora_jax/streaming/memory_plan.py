@@ -16,6 +16,7 @@ from sora_jax.segments import Segment, within
 from sora_jax.streaming import activations
 from sora_jax.streaming.host_loop import frame_batches
 from sora_jax.streaming.staging import group_bytes
+from sora_jax.streaming.stream import ENDS
 from sora_jax.t5 import T5Encoder
 from sora_jax.vae.codec import chunks, latent_size
 from sora_jax.vae.temporal import TemporalDecoder, TemporalEncoder
@@ -23,8 +24,6 @@ from sora_jax.vae.temporal import TemporalDecoder, TemporalEncoder
 BASELINE_BYTES = 215_000_000  # Python with JAX, measured
 COMPILER_BYTES = {"text": 80_000_000, "encode": 110_000_000, "denoise": 150_000_000, "decode": 110_000_000}  # measured
 TILE_BYTES = 34_000_000  # of an int8 matrix that is multiplied out: a tile, and its product
-
-_RESIDENT = ("embed", "final")  # layers of the transformer that are never streamed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,13 +180,13 @@ def _denoise(
 ) -> StagePlan:
     manifest = manifests["stdit3"]
     rows, frames, places = token_shape(config, workload)
-    blocks = [_layer_bytes(manifest, layer) for layer in manifest.layers if layer not in _RESIDENT]
-    wide = 4 * max(_numbers(manifest, layer) for layer in manifest.layers if layer not in _RESIDENT)
+    blocks = [manifest.layer_bytes(layer) for layer in manifest.layers if layer not in ENDS]
+    wide = 4 * max(_numbers(manifest, layer) for layer in manifest.layers if layer not in ENDS)
     stage = StagePlan(
         name="denoise",
         baseline=baseline,
         compiler=COMPILER_BYTES["denoise"],
-        parameters=4 * sum(_numbers(manifest, layer) for layer in _RESIDENT) + max(blocks),
+        parameters=4 * sum(_numbers(manifest, layer) for layer in ENDS) + max(blocks),
         activations=activations.denoise_bytes(config.stdit3, rows, frames, places),
         staging=max(blocks) + wide,  # the block read ahead; the one in use, as the program takes it
         needs_staging=True,
@@ -227,7 +226,7 @@ def _autoencoder(
 ) -> StagePlan:
     """Returns the wider of the temporal part, streamed for every chunk, and the spatial one, which is read once."""
     decoder, vae, batch = name == "decode", config.vae, workload.batch
-    _, rows, columns = latent_size(vae, None, workload.height, workload.width)
+    _, rows, columns = latent_size(vae, workload.num_frames, workload.height, workload.width)
     pixels = rows * columns * vae.spatial.downsampling**2
     lengths = [chunk.num_frames for chunk in chunks(vae, workload.num_frames)]
     sizes = _segment_bytes(manifest, segments)
@@ -261,7 +260,7 @@ def token_shape(config: ModelConfig, workload: Workload) -> tuple[int, int, int]
     """Returns rows, latent frames and tokens of a frame that the transformer evaluates at once."""
     frames, rows, columns = latent_size(config.vae, workload.num_frames, workload.height, workload.width)
     _, down, across = config.stdit3.patch_size
-    return workload.batch * (2 if workload.guided else 1), frames or 0, -(-rows // down) * -(-columns // across)
+    return workload.batch * (2 if workload.guided else 1), frames, -(-rows // down) * -(-columns // across)
 
 
 def _within_budget(stage: StagePlan, budget: int | None) -> StagePlan:
@@ -292,10 +291,6 @@ def _conversion(manifest: Manifest, segments: Sequence[Segment], dtype: str) -> 
 
 def _itemsize(manifest: Manifest) -> int:
     return STORED_DTYPES[manifest.dtype].itemsize
-
-
-def _layer_bytes(manifest: Manifest, layer: str) -> int:
-    return sum(manifest.parameters[name].nbytes for name in manifest.names(layer))
 
 
 def _numbers(manifest: Manifest, layer: str) -> int:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sora_jax.checkpoint import unflatten
-from sora_jax.config import BFLOAT16, FLOAT32
+from sora_jax.config import policy_of
 from sora_jax.merging import Merge
 from sora_jax.model_directory import Manifest, ModelDirectoryError, open_network
 from sora_jax.quantisation import dequantise
@@ -31,8 +31,6 @@ from sora_jax.streaming.stream import ENDS, BlockStream, Stored
 
 Backend = Literal["mmap", "host"]
 End = TypeVar("End", Embed, Final)
-
-_POLICIES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +103,7 @@ class STDiT3Stream:
         manifest = open_network(directory, "stdit3")
         source = LayerSource(manifest, verify=verify, around=around)
         retention = Retention(block_bytes(manifest), budget=budget, fixed_bytes=fixed_bytes, count=retained)
-        policy, on_cpu = _POLICIES[dtype], jax.default_backend() == "cpu"
+        policy, on_cpu = policy_of(dtype), jax.default_backend() == "cpu"
         self.blocks: BlockStream
         if _backend(backend, on_cpu) == "mmap":
             self.blocks = MappedBlocks(source, policy, retention, stall_s=stall_s, map_from_bytes=map_from_bytes)
@@ -160,8 +158,7 @@ class STDiT3Stream:
 
 def block_bytes(manifest: Manifest) -> list[int]:
     """Returns the stored bytes of every block, in execution order."""
-    blocks = [layer for layer in manifest.layers if layer not in ENDS]
-    return [sum(manifest.parameters[name].nbytes for name in manifest.names(block)) for block in blocks]
+    return [manifest.layer_bytes(layer) for layer in manifest.layers if layer not in ENDS]
 
 
 def _backend(backend: Backend | None, on_cpu: bool) -> Backend:

@@ -82,15 +82,13 @@ class Prefetcher:
         if thread is not None:
             thread.join()
 
-    def discard(self) -> list[int]:
-        """Forgets everything read ahead, waiting for the read under way, and returns the layers forgotten."""
+    def discard(self) -> None:
+        """Forgets everything read ahead, waiting for the read under way."""
         with self._condition:
             self._wanted = ()
             if not self._condition.wait_for(lambda: all(slot.state != LOADING for slot in self._slots), self.stall_s):
                 self._abandon()
-            forgotten = [slot.index for slot in self._slots if slot.state == READY and slot.error is None]
             self._slots = [Slot() for _ in range(NUM_SLOTS)]
-            return [index for index in forgotten if index is not None]
 
     def holding(self) -> set[int]:
         """Returns the layers that are in a slot: being read, read ahead, or taken."""

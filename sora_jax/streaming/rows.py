@@ -9,9 +9,9 @@ import threading
 import numpy as np
 from jaxtyping import Float, Int
 
-from sora_jax.model_directory import STORED_DTYPES, Manifest
+from sora_jax.model_directory import STORED_DTYPES, Manifest, damaged
 from sora_jax.quantisation import SCALE_SUFFIX, dequantise
-from sora_jax.streaming.staging import Verified, damaged, parameter_file, read_parameter
+from sora_jax.streaming.staging import Verified, parameter_file, read_parameter
 
 
 def read_rows(manifest: Manifest, name: str, ids: Int[np.ndarray, "*ids"]) -> Float[np.ndarray, "*ids E"]:

@@ -18,6 +18,7 @@ from sora_jax.checkpoint import flatten
 from sora_jax.clip import Timings
 from sora_jax.config import DTypePolicy
 from sora_jax.int8_matrix import Int8Matrix
+from sora_jax.layers import precision_chosen
 from sora_jax.model_directory import Manifest, ModelDirectoryError
 from sora_jax.quantisation import SCALE_SUFFIX
 from sora_jax.segments import Segment, part
@@ -120,7 +121,7 @@ class SegmentLoop:
         leaves, structure = jax.tree.flatten((loaded, args))
         with self.timings.measure("compile"):
             shapes = tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves)
-            program = _compiled(segment.apply, structures, structure, shapes)
+            program = _compiled(segment.apply, structures, structure, shapes, precision_chosen())
         with self.timings.measure(stage), self._recorded("compute", segment):
             return jax.block_until_ready(program(loaded, args))
 
@@ -133,7 +134,9 @@ class SegmentLoop:
 
 
 @functools.lru_cache(maxsize=128)
-def _compiled(apply: Callable[..., Any], structures: tuple[Any, ...], structure: Any, shapes: tuple[Any, ...]) -> Any:
+def _compiled(
+    apply: Callable[..., Any], structures: tuple[Any, ...], structure: Any, shapes: tuple[Any, ...], _precision: str | None
+) -> Any:
     """Returns the program of a kind of segment, for stored arrays and arguments of these shapes; it holds no arrays."""
 
     def program(loaded: Sequence[Sequence[Stored]], args: tuple[Any, ...]) -> Any:

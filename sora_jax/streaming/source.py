@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax.model_directory import STORED_DTYPES, Manifest, ModelDirectoryError
-
-_ALIGNMENT = 64  # bytes; XLA takes aligned host memory without copying it
+from sora_jax.model_directory import STORED_DTYPES, Manifest, ModelDirectoryError, damaged
+from sora_jax.streaming.staging import ALIGNMENT
 
 Identity = tuple[int, int, int]  # modification time in ns, inode, device
 Around = Callable[[str, int], AbstractContextManager[Any]]
@@ -88,7 +87,8 @@ class LayerSource:
                 raise self.fault(file, f"has {status.st_size} bytes, expected {file.nbytes}")
             identity = (status.st_mtime_ns, status.st_ino, status.st_dev)
             if self._found.setdefault(file.path, identity) != identity:
-                raise ModelDirectoryError(f"{self._where(file)} was changed during the run; run again.")
+                where = f"{self.manifest.network} layer {file.layer}: parameter file {file.path}"
+                raise ModelDirectoryError(f"{where} was changed during the run; run again.")
 
     @contextlib.contextmanager
     def reading(self, layer: str) -> Iterator[None]:
@@ -144,14 +144,7 @@ class LayerSource:
 
     def fault(self, file: LayerFile, problem: str | OSError) -> ModelDirectoryError:
         """Returns the error for a file that is not what the manifest says."""
-        if isinstance(problem, FileNotFoundError):
-            problem = "is missing"
-        elif isinstance(problem, OSError):
-            problem = f"cannot be read ({problem.strerror or problem})"
-        return ModelDirectoryError(f"{self._where(file)} {problem}; convert {self.manifest.network} again with --overwrite.")
-
-    def _where(self, file: LayerFile) -> str:
-        return f"{self.manifest.network} layer {file.layer}: parameter file {file.path}"
+        return damaged(self.manifest, f"{file.layer}.{file.name}", problem)
 
     def _named_by(self, error: OSError, layer: str) -> LayerFile:
         files = self._files[layer]
@@ -164,7 +157,7 @@ def staging(files: Sequence[LayerFile]) -> dict[str, np.ndarray]:
     Raises:
       MemoryError: the system does not give that much.
     """
-    sizes = [-(-file.nbytes // _ALIGNMENT) * _ALIGNMENT for file in files]
+    sizes = [-(-file.nbytes // ALIGNMENT) * ALIGNMENT for file in files]
     try:
         memory = mmap.mmap(-1, max(sum(sizes), mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from sora_jax.model_directory import STORED_DTYPES, Manifest, ModelDirectoryError, layer_of
+from sora_jax.model_directory import STORED_DTYPES, Manifest, damaged, layer_of
 
 ALIGNMENT = 64  # bytes; XLA takes aligned host memory without copying it
 STALL_S = 300.0  # a group that takes longer to read is an error: a disk, or a network file system, that hangs
@@ -172,18 +172,8 @@ def parameter_file(manifest: Manifest, name: str) -> Iterator[int]:
             yield descriptor
         finally:
             os.close(descriptor)
-    except FileNotFoundError:
-        raise damaged(manifest, name, "is missing") from None
     except OSError as error:
-        raise damaged(manifest, name, f"cannot be read ({error.strerror})") from error
-
-
-def damaged(manifest: Manifest, name: str, state: str) -> ModelDirectoryError:
-    """Returns the error of a parameter file, naming layer, file and remedy."""
-    layer, path = layer_of(name, manifest.layers), manifest.chunk_path(name)
-    return ModelDirectoryError(
-        f"{manifest.network} layer {layer}: parameter file {path} {state}; convert {manifest.network} again with --overwrite."
-    )
+        raise damaged(manifest, name, error) from error
 
 
 class _Stopped(Exception):

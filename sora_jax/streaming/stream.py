@@ -95,20 +95,6 @@ class BlockStream(abc.ABC):
         """The layers that are in memory to stay."""
         return tuple(layer for index, layer in enumerate(self.blocks) if self._holds(index))
 
-    @property
-    def stall_s(self) -> int | float:
-        """Seconds after which a read that does not end is an error."""
-        return self._prefetcher.stall_s
-
-    @stall_s.setter
-    def stall_s(self, stall_s: int | float) -> None:
-        self._prefetcher.stall_s = stall_s
-
-    @property
-    def read_ahead(self) -> tuple[str, ...]:
-        """The layers that are in a staging slot, or on the way into one."""
-        return tuple(self.blocks[index] for index in sorted(self._prefetcher.holding()))
-
     def arrive(self, index: int, outputs: Any) -> None:
         """Called by the program when it arrives at block ``index``, or past the last; returns when the block may compute."""
         try:
