@@ -45,7 +45,7 @@ def test_what_an_exported_model_cannot_do_is_refused_before_anything_runs(tmp_pa
     (tmp_path / "a").write_bytes(b"x")
     model = ExportedModel(tmp_path)
     with pytest.raises(ValueError, match=message):
-        model(np.ones((1, 4)), np.ones((1, 4)), np.zeros((1, 5, 2, 4, 4)), **options)
+        model(np.ones((1, 4), int), np.ones((1, 4), bool), np.zeros((1, 5, 2, 4, 4)), **options)
     assert not model.loaded
 
 
