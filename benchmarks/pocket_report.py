@@ -2,8 +2,9 @@
 
 Reads the reports that training wrote (one JSON line each in ``<stage>.jsonl``), the arguments of its starts
 (``runs.jsonl``) and the manifests of its model, and writes ``benchmarks/results/pocket_training.json``: settings of every
-stage, time, loss and scores over time; stages that the folder did not train stay as the file has them.  Invariant: every
-number comes from a file or from the training code; none is typed in.  Cost: seconds, no network is run.
+stage, time, loss and scores over time; stages that the folder did not train stay as the file has them.  Where the
+transformer went on from another one (``--warm``), ``--continues REPORT`` keeps that one's training under ``continues``.
+Invariant: every number comes from a file or from the training code; none is typed in.  Cost: seconds, no network is run.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from sora_jax.config import pocket
 from sora_jax.model_directory import NETWORK_FILE, open_network, present_networks
 from sora_jax.pocket import train, train_codec, train_flow, train_text, world
 from sora_jax.pocket.fit import Stage
-from sora_jax.pocket.train_flow import Clips
+from sora_jax.pocket.latents import Clips
 
 RESULTS = Path(__file__).parent / "results" / "pocket_training.json"
 STAGES: dict[str, ModuleType] = {"spatial": train_codec, "temporal": train_codec, "text": train_text, "flow": train_flow}
@@ -37,10 +38,11 @@ _CLOCK = ("step", "of", "seconds", "step_s", "remaining_s")
 _RATES = ("learning_rate", "adam_rate")
 
 
-def report(work: Path, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def report(work: Path, earlier: Mapping[str, Any] | None = None, continues: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns everything about the training in a folder, JSON-ready.
 
-    Stages that the folder has no reports of (training with ``--base``) are those of the ``earlier`` report.
+    Stages that the folder has no reports of (training with ``--base``) are those of the ``earlier`` report; ``continues``
+    is the report of the training from whose transformer that of the folder started.
 
     Raises:
       FileNotFoundError: no stage has reported anything there.
@@ -56,13 +58,17 @@ def report(work: Path, earlier: Mapping[str, Any] | None = None) -> dict[str, An
     if earlier is not None:
         before = {name: {"commit": earlier["commit"]} | stage for name, stage in earlier["stages"].items()}
         stages = {name: (before | stages)[name] for name in STAGES if name in before | stages}
+    if continues is not None:
+        stages["flow"]["continues"] = {"commit": continues["commit"]} | continues["stages"]["flow"]
     return {
         "commit": _commit(),
         "arguments": {name: value for name, value in arguments.items() if name != "work"},
         "arguments_from": "runs.jsonl" if runs else "the command's defaults",
         "starts": [_start(run, runs[-1]) for run in runs],
         "world": _constants(world),
-        "seconds": round(sum(stage["seconds"] for stage in stages.values())),
+        "seconds": round(
+            sum(stage["seconds"] + stage.get("continues", {"seconds": 0})["seconds"] for stage in stages.values())
+        ),
         "stages": stages,
         "model": model_report(work / "model"),
     }
@@ -143,15 +149,15 @@ def stage_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     spatial = {"num_steps": args.spatial_steps, "batch_size": args.spatial_batch, "seed": args.seed}
     temporal = {"num_steps": args.temporal_steps, "batch_size": args.temporal_batch, "seed": args.seed}
     text = {"num_steps": args.text_steps, "batch_size": args.text_batch, "seed": args.seed}
-    flow = {"num_steps": args.flow_steps, "batch_size": args.batch, "seed": args.seed, "learning_rate": args.flow_rate}
-    judged = {"evaluate": lambda params: {}, "evaluate_every": args.judge_every}
+    flow = {"num_steps": args.flow_steps, "evaluate_every": args.judge_every, "learning_rate": args.flow_rate}
+    batches = train_flow.Batches(clips=no_clips, long_clips=no_clips, tokenizer=tokenizer, size=args.batch, seed=args.seed)
     stages = {
-        "spatial": (train_codec.spatial_stage(pocket.vae, **spatial), spatial),
-        "temporal": (train_codec.temporal_stage(pocket.vae, {}, **temporal), temporal),
-        "text": (train_text.text_stage(pocket.t5, tokenizer, **text), text),
-        "flow": (train_flow.flow_stage(pocket, no_clips, {}, tokenizer, **flow, **judged), flow),
+        "spatial": (train_codec.spatial_stage(pocket.vae, **spatial), args.spatial_batch),
+        "temporal": (train_codec.temporal_stage(pocket.vae, {}, **temporal), args.temporal_batch),
+        "text": (train_text.text_stage(pocket.t5, tokenizer, **text), args.text_batch),
+        "flow": (train_flow.flow_stage(pocket, {}, batches, evaluate=lambda params: {}, **flow), args.batch),
     }
-    return {name: _described(stage) | {"batch": given["batch_size"]} for name, (stage, given) in stages.items()}
+    return {name: _described(stage) | {"batch": batch} for name, (stage, batch) in stages.items()}
 
 
 def _described(stage: Stage) -> dict[str, Any]:
@@ -207,8 +213,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("training"), help="folder that training worked in")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"file to write (default {RESULTS.name} in results)")
+    parser.add_argument("--continues", type=Path, metavar="REPORT", help="of the training that a warm start went on from")
     options = parser.parse_args(arguments)
-    made = report(options.work, json.loads(options.out.read_text()) if options.out.exists() else None)
+    earlier = json.loads(options.out.read_text()) if options.out.exists() else None
+    continues = None if options.continues is None else json.loads(options.continues.read_text())
+    made = report(options.work, earlier, continues)
     write_report(made, options.out)
     for name, stage in made["stages"].items():
         last = {score: values[-1] for score, values in stage["scores"].items() if score not in _CLOCK}

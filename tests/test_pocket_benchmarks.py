@@ -143,6 +143,11 @@ def test_report_has_what_the_files_say(tmp_path, tiny_model):
     assert again["stages"]["spatial"] == made["stages"]["spatial"] | {"commit": made["commit"]}
     assert again["seconds"] == 37
 
+    pocket_report.main(["--work", str(tmp_path), "--out", str(tmp_path / "warm.json"), "--continues", str(out)])
+    warm = json.loads((tmp_path / "warm.json").read_text())
+    assert warm["stages"]["flow"]["continues"] == {"commit": made["commit"]} | made["stages"]["flow"]
+    assert warm["seconds"] == 31 + 31
+
     stage = made["stages"]["flow"]
     assert (stage["steps"], stage["steps_done"], stage["seconds"]) == (400, 300, 31)
     assert (stage["settings"]["batch"], stage["settings"]["evaluate_every"]) == (24, 100)

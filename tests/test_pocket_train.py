@@ -12,14 +12,15 @@ import optax
 import pytest
 
 from sora_jax.checkpoint import load_network
-from sora_jax.config import pocket
-from sora_jax.pocket import train, train_flow
+from sora_jax.pocket import latents, train, train_flow
 from sora_jax.pocket.fit import Stage, fit
+from sora_jax.pocket.latents import Clips
 from sora_jax.pocket.scenes import sample_scenes
-from sora_jax.pocket.train_flow import Clips, Lesson
+from sora_jax.pocket.train_flow import Batches, Lesson
 from sora_jax.pocket.train_text import shipped_tokenizer
 from sora_jax.pocket.world import is_unseen
 from sora_jax.sizes import LATENTS_PER_CHUNK
+from sora_jax.tokenizer import Tokenizer
 
 
 def _regression(num_steps: int) -> Stage:
@@ -94,7 +95,13 @@ def clips() -> Clips:
     scenes = sample_scenes(np.random.default_rng(0), 64)
     latent = np.arange(64, dtype=np.float16)[:, None, None, None, None]
     z = np.broadcast_to(latent[:, None], (64, 2, 10, 8, 8, 4))
-    return train_flow._with_reversals(z, z[:, :, 0], scenes)
+    return latents._with_reversals(z, z[:, :, 0], scenes)
+
+
+def make_batches(clips: Clips, tokenizer: Tokenizer, *lessons: Lesson) -> Batches:
+    """Returns the batches of these clips; the long ones are the same with a third chunk."""
+    longer = dataclasses.replace(clips, z_NTHWC=np.concatenate([clips.z_NTHWC, clips.z_NTHWC[:, :5]], axis=1))
+    return Batches(clips=clips, long_clips=longer, tokenizer=tokenizer, size=16, seed=0, lessons=lessons)
 
 
 def test_reversed_clips_have_reversed_captions_and_stay_in_training(clips):
@@ -103,38 +110,40 @@ def test_reversed_clips_have_reversed_captions_and_stay_in_training(clips):
     assert len(forwards_of) > 100
     for number, other in zip(forwards_of[64:], clips.attributes[64:], strict=True):
         one = clips.attributes[number]
-        assert other == one | {"motion": train_flow._REVERSED[one["motion"]]}
+        assert other == one | {"motion": latents._REVERSED[one["motion"]]}
         assert not is_unseen(*(other[name] for name in ("shape", "colour", "background", "motion")))
 
 
 def test_a_lesson_sees_fast_clips_of_its_motions_at_high_noise(clips, tmp_path):
-    stage = train_flow.flow_stage(
-        pocket,
-        clips,
-        {},
-        shipped_tokenizer(tmp_path / "tokenizer.json"),
-        num_steps=100,
-        batch_size=16,
-        seed=0,
-        evaluate=lambda params: {},
-        evaluate_every=100,
-        lessons=[Lesson(start=10, stop=20, motions=("left", "grow"))],
-    )
+    lesson = Lesson(start=10, stop=20, motions=("left", "grow"))
+    batches = make_batches(clips, shipped_tokenizer(tmp_path / "tokenizer.json"), lesson)
     wanted = [one.get("speed") == "fast" and one["motion"] in ("left", "grow") for one in clips.attributes]
     fast = {float(z) for z in clips.z_NTHWC[wanted, 0, 0, 0, 0]}
-    inside, outside = [stage.batch(step) for step in range(10, 20)], [stage.batch(step) for step in range(20, 60)]
+    inside, outside = [batches(step) for step in range(10, 20)], [batches(step) for step in range(20, 60)]
     assert all(batch["noisy"].all() and batch["z"].shape[1] == 10 for batch in inside)
     assert {float(z) for batch in inside for z in batch["z"][:, 0, 0, 0, 0]} <= fast
-    assert {batch["z"].shape[1] for batch in outside} == {1, 5, 10}
+    assert {batch["z"].shape[1] for batch in outside} == {1, 5, 10, 15}
     assert not {float(z) for batch in outside for z in batch["z"][:, 0, 0, 0, 0]} <= fast
     assert all(batch["noisy"].mean() == 0.5 for batch in outside)
     assert sum(batch["given"].any(axis=1).mean() for batch in inside) > 6
 
 
+def test_some_captions_are_empty_and_none_of_images_tells_of_motion(clips, tmp_path):
+    tokenizer = shipped_tokenizer(tmp_path / "tokenizer.json")
+    batches = [make_batches(clips, tokenizer)(step) for step in range(200)]
+    nothing = tokenizer.encode([""], 32)[0][0]
+    empty = np.mean([(batch["ids"] == nothing).all(axis=1).mean() for batch in batches])
+    assert empty == pytest.approx(train_flow.EMPTY_SHARE, abs=0.015)
+    moving = {token for word in ("moves", "slowly", "still", "grows") for token in tokenizer.encode([word], 32)[0][0][:1]}
+    images = np.concatenate([batch["ids"] for batch in batches if batch["z"].shape[1] == 1])
+    assert not np.isin(images, list(moving)).any()
+    assert all((batch["fps"] == 120).all() == (batch["z"].shape[1] == 1) for batch in batches)
+
+
 def test_a_warm_start_begins_with_the_transformer_of_the_base(clips, tiny_model, tmp_path, monkeypatch):
     """Not with new weights; the learning rate climbs to the one that is given, 200 steps on."""
     stages = []
-    monkeypatch.setattr(train_flow, "cache_clips", lambda *_, **__: clips)
+    monkeypatch.setattr(latents, "cache_clips", lambda *_, **__: clips)
     monkeypatch.setattr(train, "fit", lambda stage, directory, seed: stages.append(stage) or stage.init())
     tokenizer = shipped_tokenizer(tmp_path / "tokenizer.json")
     for more in ([], ["--warm", "--flow-rate", "5e-4"]):

@@ -7,6 +7,7 @@ interruptions.
 """
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from sora_jax.checkpoint import load_network, save_network
 from sora_jax.command_line import BAD_INPUT, INTERRUPTED, Parser, describe
 from sora_jax.config import pocket
 from sora_jax.network_writer import update_model_file
-from sora_jax.pocket import faithfulness, train_codec, train_flow, train_text
+from sora_jax.pocket import faithfulness, latents, train_codec, train_flow, train_text
 from sora_jax.pocket.fit import Params, fit
 from sora_jax.pocket.measure import measure
 from sora_jax.pocket.scores import score
@@ -63,18 +64,23 @@ def transformer(args: argparse.Namespace, model: Path, codec: Params, text: Para
         seen = [measure(made.frames_thw3) for made in faithfulness.clips(model, asked)]
         return {name: rate.share for name, rate in score(seen, [one.attributes for one in asked]).items()}
 
-    clips = train_flow.cache_clips(codec, pocket, args.work / "latents", num_clips=args.clips, seed=args.seed)
+    cached = functools.partial(latents.cache_clips, codec, pocket)
+    long_frames = train_flow.LONG_FRAMES
+    batches = train_flow.Batches(
+        clips=cached(args.work / "latents", num_clips=args.clips, seed=args.seed),
+        long_clips=cached(args.work / "long_latents", num_clips=args.long_clips, seed=args.seed + 1, num_frames=long_frames),
+        tokenizer=tokenizer,
+        size=args.batch,
+        seed=args.seed,
+        lessons=[_lesson(text) for text in args.lessons],
+    )
     stage = train_flow.flow_stage(
         pocket,
-        clips,
         text,
-        tokenizer,
+        batches,
         num_steps=args.flow_steps,
-        batch_size=args.batch,
-        seed=args.seed,
         evaluate=evaluate,
         evaluate_every=args.judge_every,
-        lessons=[_lesson(text) for text in args.lessons],
         learning_rate=args.flow_rate,
         start=_stored(args.base, "stdit3") if args.warm else None,
     )
@@ -96,6 +102,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text-steps", type=int, default=1000, help="updates of the text encoder")
     parser.add_argument("--text-batch", type=int, default=128, help="captions in one step of the text encoder")
     parser.add_argument("--clips", type=int, default=6144, help="clips in the cache of latents")
+    parser.add_argument("--long-clips", type=int, default=1024, help="longer clips in a cache of their own")
     parser.add_argument("--flow-steps", type=int, default=8200, help="updates of the transformer")
     parser.add_argument("--flow-rate", type=float, default=train_flow.LEARNING_RATE, help="its highest learning rate")
     parser.add_argument(

@@ -1,13 +1,11 @@
 """Training of pocket's transformer: rectified flow on cached latents, with captions worded anew at every use.
 
-Latents of clips are computed once, by the finished codec, forwards and backwards in time.  Invariant: clip ``i`` of the
-cache is the same whatever was cached before, so a cache may grow and an interrupted one is completed.
+Invariant: a batch depends on its step and the seed only, so that an interrupted training goes on as if it had not been.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,41 +19,26 @@ from sora_jax.checkpoint import flatten, unflatten
 from sora_jax.config import ModelConfig, STDiT3Config
 from sora_jax.pocket.captions import caption
 from sora_jax.pocket.fit import Params, Stage
-from sora_jax.pocket.scenes import Scenes, render, sample_scenes
-from sora_jax.pocket.train_codec import abstract_vae
+from sora_jax.pocket.latents import Clips
 from sora_jax.pocket.train_text import MAX_LENGTH, abstract_t5
-from sora_jax.pocket.world import FPS, SIZE_PX, is_unseen
+from sora_jax.pocket.world import FPS, SIZE_PX
 from sora_jax.schedule import resolution_shift
-from sora_jax.sizes import LATENTS_PER_CHUNK
+from sora_jax.sizes import LATENTS_PER_CHUNK, frames_of_latents
 from sora_jax.stdit3 import STDiT3
 from sora_jax.tokenizer import Tokenizer
 
-NUM_FRAMES = 34
 IMAGE_FPS = 120  # what Open-Sora tells the model about single images
-SHARD = 64  # clips a file of the cache
-CAPTION_DROP = 0.1
+CAPTION_DROP = 0.1  # share of the captions that give way to the null caption
+EMPTY_SHARE = 0.04  # share of the others that say nothing: an empty prompt is a caption of its own, not the null one
+LONG_FRAMES = 51
+# Shares of the steps that are made of images, of a clip's first chunk and of long clips; the rest are whole clips.
+IMAGE_SHARE, CHUNK_SHARE, LONG_SHARE = 0.15, 0.1, 0.08
 NOISY_LOGIT = 1.2  # mean logit of the noise share in half of the samples
 # Samples with given latent frames: image-to-video and extension, and from them the model learns where things move: with
 # nothing given, loss hardly depends on the direction that a caption names.
 MASKED_SHARE = 0.5
 LESSON_MASKED_SHARE = 0.75
 LEARNING_RATE = 2e-3  # the highest, unless given
-_REVERSED = {"left": "right", "right": "left", "up": "down", "down": "up", "grow": "shrink", "shrink": "grow", "still": "still"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Clips:
-    """Cached latents with what their captions may say.
-
-    Attributes:
-      z_NTHWC: latents of whole clips, float16.
-      image_NHWC: latents of each clip's first frame, coded as a single image.
-      attributes: all attributes of each clip.
-    """
-
-    z_NTHWC: np.ndarray
-    image_NHWC: np.ndarray
-    attributes: list[dict[str, str]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +49,11 @@ class Lesson:
     stop: int
     motions: tuple[str, ...]
 
+    @property
+    def steps(self) -> range:
+        """The steps of the lesson."""
+        return range(self.start, self.stop)
+
 
 @functools.cache
 def abstract_stdit3(config: STDiT3Config) -> STDiT3:
@@ -73,156 +61,124 @@ def abstract_stdit3(config: STDiT3Config) -> STDiT3:
     return jax.eval_shape(lambda: STDiT3(config, rngs=nnx.Rngs(0)))
 
 
-def cache_clips(codec: Params, config: ModelConfig, directory: Path, *, num_clips: int, seed: int) -> Clips:
-    """Returns latents of ``num_clips`` training clips and of their reversals, computing those that are not cached."""
-    directory.mkdir(parents=True, exist_ok=True)
-    encode = _encoder(config)
-    shards = []
-    for index in range(-(-num_clips // SHARD)):
-        scenes = sample_scenes(np.random.default_rng([seed, 7, index]), SHARD)
-        path = directory / f"{index:05d}.npz"
-        if not path.exists():
-            parts = [encode(codec, scenes[i : i + 8]) for i in range(0, SHARD, 8)]
-            z, image = (np.concatenate([np.asarray(part[name], np.float16) for part in parts]) for name in ("z", "image"))
-            partial = path.with_suffix(".partial.npz")
-            np.savez(partial, z=z, image=image)
-            partial.rename(path)
-        with np.load(path) as stored:
-            shards.append(_with_reversals(stored["z"], stored["image"], scenes))
-    return Clips(
-        np.concatenate([shard.z_NTHWC for shard in shards]),
-        np.concatenate([shard.image_NHWC for shard in shards]),
-        [one for shard in shards for one in shard.attributes],
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batches:
+    """The transformer's batches, each a function of its step: latents of one shape, worded captions, given frames.
 
-
-def _encoder(config: ModelConfig) -> Callable[[Params, Scenes], dict[str, jax.Array]]:
-    @jax.jit
-    def encode(codec: Params, scenes: Scenes) -> dict[str, jax.Array]:
-        """Returns latents of the clips (axis 1: forwards, backwards) and of their first frames as images."""
-        vae = unflatten(abstract_vae(config.vae), codec)
-        clip_Bthw3 = render(scenes, np.arange(NUM_FRAMES, dtype=np.float32)[None])
-        x_BtHWC = jnp.split(vae.spatial_moments(clip_Bthw3), 2, axis=-1)[0] * config.vae.spatial.scaling_factor
-        size = config.vae.micro_frame_size
-
-        def temporal(x: Float[Array, "B t H W C"]) -> Float[Array, "B T H W C"]:
-            chunks = [vae.temporal_encoder(x[:, i : i + size]) for i in range(0, x.shape[1], size)]
-            return vae.stats.normalise(jnp.split(jnp.concatenate(chunks, 1), 2, axis=-1)[0])
-
-        clips = jnp.stack([temporal(x_BtHWC), temporal(x_BtHWC[:, ::-1])], 1)
-        ends = x_BtHWC[:, [0, -1]]
-        return {"z": clips, "image": jnp.stack([temporal(ends[:, :1])[:, 0], temporal(ends[:, 1:])[:, 0]], 1)}
-
-    return encode
-
-
-def _with_reversals(z: np.ndarray, image: np.ndarray, scenes: Scenes) -> Clips:
-    """Returns the clips and those of their reversals whose combination is not kept out of training."""
-    forwards = [scenes.attributes(i) for i in range(len(scenes))]
-    backwards = [one | {"motion": _REVERSED[one["motion"]]} for one in forwards]
-    keep = [not is_unseen(one["shape"], one["colour"], one["background"], one["motion"]) for one in backwards]
-    return Clips(
-        np.concatenate([z[:, 0], z[keep, 1]]),
-        np.concatenate([image[:, 0], image[keep, 1]]),
-        forwards + [one for one, kept in zip(backwards, keep, strict=True) if kept],
-    )
-
-
-def flow_stage(
-    config: ModelConfig,
-    clips: Clips,
-    text: Params,
-    tokenizer: Tokenizer,
-    *,
-    num_steps: int,
-    batch_size: int,
-    seed: int,
-    evaluate: Callable[[Params], dict[str, float]],
-    evaluate_every: int,
-    lessons: Sequence[Lesson] = (),
-    learning_rate: float = LEARNING_RATE,
-    start: Params | None = None,
-) -> Stage:
-    """Returns the stage that trains the transformer, from nothing or from the parameters ``start``.
-
-    During a lesson all samples are whole clips of fast motion at high noise, three in four with a latent frame given: where a
+    Besides whole clips, steps are made of images, of 17-frame clips (a clip's first chunk) and of ``long_clips``.  During a
+    lesson all samples are whole clips of fast motion at high noise, three in four with a latent frame given: where a
     caption's direction decides most of the loss.
-
-    Times are ``training_times``; the target is data minus noise.  One step in eight is made of images, one of 17-frame
-    clips (a clip's first chunk).
     """
 
-    def init() -> Params:
-        return flatten(STDiT3(config.stdit3, rngs=nnx.Rngs(seed))) if start is None else start
+    clips: Clips
+    long_clips: Clips
+    tokenizer: Tokenizer
+    size: int
+    seed: int
+    lessons: Sequence[Lesson] = ()
 
-    everything = np.arange(len(clips.z_NTHWC))
-    taught = [
-        np.array(
-            [i for i, one in enumerate(clips.attributes) if one.get("speed") == "fast" and one["motion"] in lesson.motions], int
-        )
-        for lesson in lessons
-    ]
-
-    def batch(step: int) -> dict[str, Any]:
-        rng = np.random.default_rng([seed, 8, step])
-        pools = [pool for lesson, pool in zip(lessons, taught, strict=True) if lesson.start <= step < lesson.stop]
-        chosen = rng.choice(pools[0] if pools else everything, size=batch_size)
-        kind = 1.0 if pools else rng.random()
-        is_image = kind < 0.125
-        z = clips.image_NHWC[chosen][:, None] if is_image else clips.z_NTHWC[chosen]
-        if 0.125 <= kind < 0.25:
-            z = z[:, : z.shape[1] // 2]
-        shown = [clips.attributes[i] for i in chosen]
-        if is_image:
-            shown = [{name: value for name, value in one.items() if name not in ("motion", "speed")} for one in shown]
-        ids_BL, mask_BL = tokenizer.encode([caption(one, rng)[0] for one in shown], MAX_LENGTH)
+    def __call__(self, step: int) -> dict[str, Any]:
+        """Returns the batch of a step."""
+        rng = np.random.default_rng([self.seed, 8, step])
+        taught = [taught for lesson, taught in zip(self.lessons, self._taught, strict=True) if step in lesson.steps]
+        is_image, is_chunk, is_long = (False, False, False) if taught else _kind(rng)
+        source = self.long_clips if is_long else self.clips
+        chosen = rng.choice(taught[0] if taught else len(source.attributes), size=self.size)
+        z = source.image_NHWC[chosen][:, None] if is_image else source.z_NTHWC[chosen]
+        if is_chunk:
+            z = z[:, :LATENTS_PER_CHUNK]
+        ids_BL, mask_BL = self._captions([source.attributes[i] for i in chosen], rng, of_images=is_image)
         return {
             "z": z.astype(np.float32),
             "ids": ids_BL,
             "mask": mask_BL,
-            "drop": rng.random(batch_size) < CAPTION_DROP,
-            "given": _given_frames(rng, batch_size, z.shape[1], share=LESSON_MASKED_SHARE if pools else MASKED_SHARE),
-            "noisy": np.arange(batch_size) % 2 >= (0 if pools else 1),
+            "drop": rng.random(self.size) < CAPTION_DROP,
+            "given": _given_frames(rng, self.size, z.shape[1], share=LESSON_MASKED_SHARE if taught else MASKED_SHARE),
+            "noisy": np.arange(self.size) % 2 >= (0 if taught else 1),
             "fps": np.full(1, IMAGE_FPS if is_image else FPS, np.float32),
         }
 
-    def loss(params: Params, batch: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model = unflatten(abstract_stdit3(config.stdit3), params)
-        z = batch["z"]
-        caption_BLE = unflatten(abstract_t5(config.t5), text)(batch["ids"], batch["mask"])
-        caption_BLE = jnp.where(batch["drop"][:, None, None], model.null_caption_LE, jax.lax.stop_gradient(caption_BLE))
-        num_frames = 1 if z.shape[1] == 1 else z.shape[1] // 5 * 17
-        ratio = resolution_shift(height_px=SIZE_PX, width_px=SIZE_PX, num_frames=num_frames)
-        t_B = training_times(key, batch["noisy"], ratio)
-        noise = jax.random.normal(jax.random.fold_in(key, 1), z.shape)
-        active_BT = ~batch["given"]
-        t = jnp.where(active_BT, t_B[:, None], 0.0)[:, :, None, None, None]
-        size = jnp.full(1, SIZE_PX, jnp.float32)
-        out = model(
-            (1 - t) * z + t * noise,
-            t_B * 1000,
-            caption_BLE,
-            batch["mask"],
-            fps_B=batch["fps"],
-            height_px_B=size,
-            width_px_B=size,
-            frame_mask_BT=active_BT,
-        )[..., : z.shape[-1]]
-        error_BT = jnp.mean((out - (z - noise)) ** 2, axis=(2, 3, 4))
-        return jnp.sum(error_BT * active_BT) / jnp.sum(active_BT), {}
+    @functools.cached_property
+    def _taught(self) -> list[np.ndarray]:
+        """The clips of every lesson."""
+        fast = [(i, one["motion"]) for i, one in enumerate(self.clips.attributes) if one.get("speed") == "fast"]
+        return [np.array([i for i, motion in fast if motion in lesson.motions], int) for lesson in self.lessons]
+
+    def _captions(
+        self, shown: Sequence[dict[str, str]], rng: np.random.Generator, *, of_images: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns tokens and mask of captions, a few of which say nothing; those of images tell of no motion."""
+        unseen = ("motion", "speed") if of_images else ()
+        told = [{name: value for name, value in one.items() if name not in unseen} for one in shown]
+        return self.tokenizer.encode(["" if rng.random() < EMPTY_SHARE else caption(one, rng)[0] for one in told], MAX_LENGTH)
+
+
+def flow_stage(
+    config: ModelConfig,
+    text: Params,
+    batches: Batches,
+    *,
+    num_steps: int,
+    evaluate: Callable[[Params], dict[str, float]],
+    evaluate_every: int,
+    learning_rate: float = LEARNING_RATE,
+    start: Params | None = None,
+) -> Stage:
+    """Returns the stage that trains the transformer, from nothing or from the parameters ``start``."""
+
+    def init() -> Params:
+        return flatten(STDiT3(config.stdit3, rngs=nnx.Rngs(batches.seed))) if start is None else start
 
     return Stage(
         name="flow",
         num_steps=num_steps,
         init=init,
-        batch=batch,
-        loss=loss,
+        batch=batches,
+        loss=functools.partial(flow_loss, config, text),
         learning_rate=_rate(num_steps, learning_rate),
         average=0.995,
         evaluate=evaluate,
         evaluate_every=evaluate_every,
         save_every=250,
     )
+
+
+def flow_loss(
+    config: ModelConfig, text: Params, params: Params, batch: dict[str, Any], key: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the mean squared error of the velocity, data minus noise, over frames that are not given.
+
+    Times are `training_times`; given frames have time 0, as in image-to-video.
+    """
+    model, z = unflatten(abstract_stdit3(config.stdit3), params), batch["z"]
+    caption_BLE = unflatten(abstract_t5(config.t5), text)(batch["ids"], batch["mask"])
+    caption_BLE = jnp.where(batch["drop"][:, None, None], model.null_caption_LE, jax.lax.stop_gradient(caption_BLE))
+    num_frames = 1 if z.shape[1] == 1 else frames_of_latents(z.shape[1])
+    ratio = resolution_shift(height_px=SIZE_PX, width_px=SIZE_PX, num_frames=num_frames)
+    t_B = training_times(key, batch["noisy"], ratio)
+    noise = jax.random.normal(jax.random.fold_in(key, 1), z.shape)
+    active_BT = ~batch["given"]
+    t = jnp.where(active_BT, t_B[:, None], 0.0)[:, :, None, None, None]
+    size = jnp.full(1, SIZE_PX, jnp.float32)
+    out = model(
+        (1 - t) * z + t * noise,
+        t_B * 1000,
+        caption_BLE,
+        batch["mask"],
+        fps_B=batch["fps"],
+        height_px_B=size,
+        width_px_B=size,
+        frame_mask_BT=active_BT,
+    )[..., : z.shape[-1]]
+    error_BT = jnp.mean((out - (z - noise)) ** 2, axis=(2, 3, 4))
+    return jnp.sum(error_BT * active_BT) / jnp.sum(active_BT), {}
+
+
+def _kind(rng: np.random.Generator) -> tuple[bool, bool, bool]:
+    """Returns whether a step is made of images, of first chunks, of long clips; none of them: of whole clips."""
+    edges = np.cumsum((IMAGE_SHARE, CHUNK_SHARE, LONG_SHARE))
+    kind = int(np.searchsorted(edges, rng.random(), side="right"))
+    return kind == 0, kind == 1, kind == 2
 
 
 def training_times(key: jax.Array, noisy_B: Bool[Array, "B"], ratio: float | np.ndarray) -> Float[Array, "B"]:
