@@ -66,9 +66,7 @@ def report(work: Path, earlier: Mapping[str, Any] | None = None, continues: Mapp
         "arguments_from": "runs.jsonl" if runs else "the command's defaults",
         "starts": [_start(run, runs[-1]) for run in runs],
         "world": _constants(world),
-        "seconds": round(
-            sum(stage["seconds"] + stage.get("continues", {"seconds": 0})["seconds"] for stage in stages.values())
-        ),
+        "seconds": round(sum(map(_all_seconds, stages.values()))),
         "stages": stages,
         "model": model_report(work / "model"),
     }
@@ -94,6 +92,11 @@ def stage_report(lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
     if judged:
         result["best"] = max(judged, key=lambda row: [row[name] for name in BEST_BY])
     return result
+
+
+def _all_seconds(stage: Mapping[str, Any]) -> float:
+    """Returns the time of a stage and of those that it continues."""
+    return stage["seconds"] + (_all_seconds(stage["continues"]) if "continues" in stage else 0)
 
 
 def _portable(arguments: Mapping[str, Any]) -> dict[str, Any]:

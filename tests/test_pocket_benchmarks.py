@@ -147,6 +147,9 @@ def test_report_has_what_the_files_say(tmp_path, tiny_model):
     warm = json.loads((tmp_path / "warm.json").read_text())
     assert warm["stages"]["flow"]["continues"] == {"commit": made["commit"]} | made["stages"]["flow"]
     assert warm["seconds"] == 31 + 31
+    again_warm = ["--out", str(tmp_path / "again.json"), "--continues", str(tmp_path / "warm.json")]
+    pocket_report.main(["--work", str(tmp_path), *again_warm])
+    assert json.loads((tmp_path / "again.json").read_text())["seconds"] == 3 * 31
 
     stage = made["stages"]["flow"]
     assert (stage["steps"], stage["steps_done"], stage["seconds"]) == (400, 300, 31)
