@@ -125,7 +125,7 @@ def test_a_file_that_is_no_plan_of_this_model_gets_one_line(run: Run, tiny_model
     ("arguments", "message"),
     [
         (("-o", "plan.txt", "--evaluations", 2, "--prompt", "a"), "has suffix '.txt'; expected .json"),
-        (("-o", "plan.json", "--evaluations", 2), "no prompt; give a prompt"),
+        (("-o", "plan.json", "--evaluations", 2), "no prompt; give --prompt TEXT"),
         (("-o", "plan.json", "--evaluations", 5, "--prompt", "a"), "a plan of 4 steps cannot have 5 evaluations"),
         (("-o", "plan.json", "--evaluations", 0, "--prompt", "a"), "a plan of 4 steps cannot have 0 evaluations"),
         (("-o", "taken.json", "--evaluations", 2, "--prompt", "a"), "taken.json exists"),
