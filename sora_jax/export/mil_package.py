@@ -53,6 +53,7 @@ class Package:
             raise FileNotFoundError(2, "no Core ML package", str(path))
         self.path = path
         spec = load_spec(str(path))
+        self.description = spec.description
         if spec.WhichOneof("Type") != "mlProgram":
             raise MilError(f"{path.name} holds a {spec.WhichOneof('Type')}; expected an ML program.")
         self.functions: dict[str, Any] = dict(spec.mlProgram.functions)
