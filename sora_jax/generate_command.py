@@ -189,10 +189,6 @@ def plan_jobs(options: argparse.Namespace, texts: Sequence[str], *, image: bool)
     for job in jobs:
         video.check_target(job.path, 1 if image else 2, overwrite=options.overwrite)
     files.refuse_unwritable(options.output.parent if options.output else options.save_dir)
-    if options.save_latents:
-        from sora_jax.clip import check_latents_target
-
-        check_latents_target(options.save_latents, overwrite=options.overwrite)
     return jobs
 
 
