@@ -19,7 +19,7 @@ import numpy as np
 from convert_weights.readers import Array, Checkpoint, OpenFile, file_pieces
 from convert_weights.rules import LINEAR, SOURCE_DTYPES, Assignment, Plan, Transform, numpy_dtype
 from sora_jax.model_directory import STORED_DTYPES
-from sora_jax.quantisation import SCALE_SUFFIX, is_quantised, quantise_rows
+from sora_jax.quantisation import SCALE_SUFFIX, is_quantised, quantise_rows, scale_axis
 
 _SLICE_BYTES = 4 << 20
 _WORKERS = 2
@@ -74,8 +74,7 @@ def stored_shapes(plan: Plan, shapes: Mapping[str, tuple[int, ...]], dtype: str)
             continue
         shape = tuple(shapes[assignment.target])
         if dtype == "int8" and is_quantised(assignment.target, shape):
-            scale_axis = 0 if assignment.rule.transform.keeps_rows else 1
-            stored[assignment.target + SCALE_SUFFIX] = ((shape[scale_axis],), "float32")
+            stored[assignment.target + SCALE_SUFFIX] = ((shape[scale_axis(assignment.target)],), "float32")
             stored[assignment.target] = (shape, "int8")
         else:
             stored[assignment.target] = (shape, "float32" if dtype == "int8" else dtype)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from sora_jax.checkpoint import unflatten
 from sora_jax.config import ModelConfig
 from sora_jax.pocket.fit import Params
-from sora_jax.pocket.scenes import Scenes, render, sample_scenes
+from sora_jax.pocket.scenes import Scenes, all_frames, render, sample_scenes
 from sora_jax.pocket.train_codec import abstract_vae
 from sora_jax.pocket.world import NUM_FRAMES, is_unseen
 
@@ -69,13 +69,11 @@ def _encoder(config: ModelConfig, num_frames: int) -> Callable[[Params, Scenes],
     def encode(codec: Params, scenes: Scenes) -> dict[str, jax.Array]:
         """Returns latents of the clips (axis 1: forwards, backwards) and of their first frames as images."""
         vae = unflatten(abstract_vae(config.vae), codec)
-        clip_Bthw3 = render(scenes, np.arange(num_frames, dtype=np.float32)[None])
-        x_BtHWC = jnp.split(vae.spatial_moments(clip_Bthw3), 2, axis=-1)[0] * config.vae.spatial.scaling_factor
+        x_BtHWC = vae.encode_frames(render(scenes, all_frames(num_frames)))
         size = config.vae.micro_frame_size
 
         def temporal(x: Float[Array, "B t H W C"]) -> Float[Array, "B T H W C"]:
-            chunks = [vae.temporal_encoder(x[:, i : i + size]) for i in range(0, x.shape[1], size)]
-            return vae.stats.normalise(jnp.split(jnp.concatenate(chunks, 1), 2, axis=-1)[0])
+            return jnp.concatenate([vae.encode_latents(x[:, i : i + size]) for i in range(0, x.shape[1], size)], 1)
 
         clips = jnp.stack([temporal(x_BtHWC), temporal(x_BtHWC[:, ::-1])], 1)
         ends = x_BtHWC[:, [0, -1]]
