@@ -134,6 +134,9 @@ def test_some_captions_are_empty_and_none_of_images_tells_of_motion(clips, tmp_p
     nothing = tokenizer.encode([""], 32)[0][0]
     empty = np.mean([(batch["ids"] == nothing).all(axis=1).mean() for batch in batches])
     assert empty == pytest.approx(train_flow.EMPTY_SHARE, abs=0.015)
+    quiet = {float(clips.z_NTHWC[i, 0, 0, 0, 0]) for i, one in enumerate(clips.attributes) if one["motion"] == "still"}
+    shown = {float(z) for batch in batches for z in batch["z"][(batch["ids"] == nothing).all(axis=1), 0, 0, 0, 0]}
+    assert shown <= quiet
     moving = {token for word in ("moves", "slowly", "still", "grows") for token in tokenizer.encode([word], 32)[0][0][:1]}
     images = np.concatenate([batch["ids"] for batch in batches if batch["z"].shape[1] == 1])
     assert not np.isin(images, list(moving)).any()

@@ -5,7 +5,7 @@ completed.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import jax
@@ -37,6 +37,11 @@ class Clips:
     z_NTHWC: np.ndarray
     image_NHWC: np.ndarray
     attributes: list[dict[str, str]]
+
+    def where(self, **wanted: Collection[str]) -> np.ndarray:
+        """Returns the indices of the clips whose attributes are among those wanted."""
+        fits = [all(one.get(name) in values for name, values in wanted.items()) for one in self.attributes]
+        return np.flatnonzero(fits)
 
 
 def cache_clips(
