@@ -72,6 +72,7 @@ def test_caption_of_an_image_names_neither_motion_nor_speed():
             "the green triangle grows fast, white gradient background",
             {"motion": "grow", "speed": "fast", "shading": "gradient"},
         ),
+        ("a red disc climbs up and to the right on a blue backdrop", {"motion": "up-right", "shape": "circle"}),
         ("purple ball, blue background", {"colour": "magenta", "shape": "circle"}),
         ("a white box rests, the backdrop is solid black", {"background": "black", "shading": "plain", "motion": "still"}),
         ("", {}),
@@ -88,7 +89,8 @@ def test_captions_by_hand(text, expected):
     ("text", "hint"),
     [
         ("a dog runs on a beach", "does not know dog, runs, beach"),
-        ("a red circle and a blue square", "does not know and"),
+        ("a red circle and a blue square", "more than one colour and shape"),
+        ("a red circle moves up and to the left and to the right", "more than one motion"),
         ("a red circle with a red circle", "more than one object"),
         ("a red blue circle on a white background", "more than one colour"),
         ("a red circle moves left to the right", "more than one motion"),
@@ -144,5 +146,5 @@ def test_tokenizer_ignores_case_accents_and_punctuation(tokenizer):
 
 def test_too_many_words_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(vocabulary, "MAX_SIZE", 50)
-    with pytest.raises(ValueError, match="needs 103 tokens; expected at most 50"):
+    with pytest.raises(ValueError, match="needs 104 tokens; expected at most 50"):
         vocabulary.write_tokenizer(tmp_path / "tokenizer.json")

@@ -42,6 +42,12 @@ DIRECTIONS = {
     "up": ("up", "upwards"),
     "down": ("down", "downwards"),
 }
+# Both directions, with the upright one first, as in the motion's name.
+DIAGONALS = {
+    f"{upright}-{level}": (f"{upright} and to the {level}", f"{upright} and {level}", f"{upright}wards to the {level}")
+    for upright in ("up", "down")
+    for level in ("left", "right")
+}
 MOTION_VERBS = {
     "up": (("rises", "rising"), ("climbs", "climbing")),
     "down": (("falls", "falling"), ("sinks", "sinking")),
@@ -137,8 +143,9 @@ def _place(named: Mapping[str, str], rng: np.random.Generator) -> str:
 def _motion(named: Mapping[str, str], rng: np.random.Generator, *, participle: bool) -> str:
     """Returns the verb with its direction and speed."""
     motion = named["motion"]
-    if motion in DIRECTIONS and (motion not in MOTION_VERBS or rng.random() < 0.6):
-        does = f"{_pick(rng, TRAVEL_VERBS)[participle]} {_pick(rng, DIRECTIONS[motion])}"
+    directions = {**DIRECTIONS, **DIAGONALS}
+    if motion in directions and (motion not in MOTION_VERBS or rng.random() < 0.6):
+        does = f"{_pick(rng, TRAVEL_VERBS)[participle]} {_pick(rng, directions[motion])}"
     else:
         does = _pick(rng, MOTION_VERBS[motion])[participle]
     if "speed" not in named:
@@ -163,6 +170,7 @@ def words() -> list[str]:
         (PLACE_WORDS, PREPOSITIONS, OPENINGS, ("a", "an", "the", "is", "with")),
         TRAVEL_VERBS,
         *MOTION_VERBS.values(),
+        DIAGONALS.values(),  # last, so that words which were there before keep their ids
     )
     phrases = (phrase for table in tables for row in table for phrase in row)
     return list(dict.fromkeys(word for phrase in phrases for word in phrase.split()))
@@ -181,6 +189,7 @@ def parse(text: str) -> Reading:
     found = [(name, value) for token in tokens for name, table in _FREE_WORDS.items() for value in _value(table, token)]
     found += _adjectives(tokens, SHAPE_WORDS, {"colour": COLOUR_WORDS, "size": SIZE_WORDS})
     found += _adjectives(tokens, {"place": PLACE_WORDS}, {"background": COLOUR_WORDS, "shading": SHADING_WORDS})
+    found = _joined(found)
     attributes = dict(found)
     contradictory = sorted({name for name, value in found if attributes[name] != value})
     if contradictory or [name for name, _ in found].count("shape") > 1:
@@ -207,6 +216,13 @@ def _adjectives(tokens: Sequence[str], nouns: Table, adjectives: Mapping[str, Ta
     return found
 
 
+def _joined(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Returns what was found, where one upright and one level direction are one diagonal motion."""
+    motions = {value for name, value in found if name == "motion"}
+    diagonal = [one for one in DIAGONALS if set(one.split("-")) == motions]
+    return [(name, diagonal[0] if name == "motion" and diagonal else value) for name, value in found]
+
+
 def _value(table: Table, word: str) -> list[str]:
     return [value for value, synonyms in table.items() if word in synonyms]
 
@@ -215,6 +231,7 @@ _WORDS = frozenset(words())
 _FREE_WORDS: dict[str, Table] = {"shape": SHAPE_WORDS, "motion": _MOTION_KEYS, "speed": SPEED_WORDS}  # wherever they stand
 _VOCABULARY_HINT = (
     f"It knows one {' or '.join(SHAPE_WORDS)} in {', '.join(ATTRIBUTES['colour'])} on a plain or gradient "
-    "background of those colours or black, which moves left, right, up or down, stays still, grows or shrinks, slowly or fast: "
+    "background of those colours or black, which moves left, right, up, down or diagonally, stays still, grows or shrinks, "
+    "slowly or fast: "
     '"a large red circle moves right slowly on a blue background".'
 )

@@ -21,7 +21,8 @@ from sora_jax.pocket.train_codec import abstract_vae
 from sora_jax.pocket.world import NUM_FRAMES, is_unseen
 
 SHARD = 64  # clips a file of the cache
-_REVERSED = {"left": "right", "right": "left", "up": "down", "down": "up", "grow": "shrink", "shrink": "grow", "still": "still"}
+_OPPOSITES = (("left", "right"), ("up", "down"), ("grow", "shrink"), ("up-left", "down-right"), ("up-right", "down-left"))
+_REVERSED = {"still": "still"} | dict(_OPPOSITES) | {other: one for one, other in _OPPOSITES}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,8 @@ _SYMMETRY_LIMIT = 0.15
 # An object longer than wide by a third or more (order 2), or more scattered than this, has no shape.  Ideal compactness:
 # circle 1, square 0.95, triangle 0.83.
 _ELONGATION_LIMIT, _COMPACTNESS_LIMIT = 0.28, 0.7
+# Directions, an eighth of a turn apart, from the x axis towards y, which points down.
+_COMPASS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")
 _AREA = {"circle": np.pi, "square": 4 * 0.93**2, "triangle": 0.75 * np.sqrt(3) * 1.3**2}  # in squared radii
 
 
@@ -199,13 +201,15 @@ def _name_motion(frame: np.ndarray, centre_t2: np.ndarray, radii_t: np.ndarray) 
     track = np.concatenate([centre_t2, radii_t[:, None]], 1)
     when = frame - frame.mean()
     slopes = when @ (track - track.mean(0)) / (when @ when)
-    paces = slopes / np.array([TRAVEL_PX[0], TRAVEL_PX[0], GROWTH_PX[0]])
-    axis = int(abs(paces).argmax())
-    pace = float(abs(paces[axis]))
+    x, y, growth = slopes / np.array([TRAVEL_PX[0], TRAVEL_PX[0], GROWTH_PX[0]])
+    travel = float(np.hypot(x, y))
+    pace = max(travel, abs(float(growth)))
     if pace < 0.5:
         return "still", None, pace
-    words = (("left", "right"), ("up", "down"), ("shrink", "grow"))
-    return words[axis][int(paces[axis] > 0)], "slow" if pace < 1.5 else "fast", pace
+    speed = "slow" if pace < 1.5 else "fast"
+    if pace > travel:
+        return "grow" if growth > 0 else "shrink", speed, pace
+    return _COMPASS[round(float(np.arctan2(y, x)) / (np.pi / 4)) % 8], speed, pace
 
 
 def _nearest(levels_3: np.ndarray, num_colours: int) -> str:

@@ -34,7 +34,14 @@ from sora_jax.pocket.world import (
 _MARGIN_PX = 1.5  # an object stays this far inside the frame
 
 # By motion: pixels a frame along x and y, radius a frame, each to be multiplied by the speed.
-_DIRECTION = np.array([(-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, 0), (0, 0, 1), (0, 0, -1)], np.float32)
+_OBLIQUE = math.sqrt(0.5)
+_DIRECTION = np.array(
+    [
+        *((-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, 0), (0, 0, 1), (0, 0, -1)),
+        *((x * _OBLIQUE, y * _OBLIQUE, 0) for y in (-1, 1) for x in (-1, 1)),
+    ],
+    np.float32,
+)
 
 # By shape: reach to the left and right, up, down, in radii.  A square's half side is 0.93 radii; a triangle is
 # equilateral with its corners 1.3 radii from its centre.

@@ -45,9 +45,11 @@ def codec_stages(args: argparse.Namespace) -> Params:
     return train_codec.with_stats(spatial | fit(stage, args.work, seed=args.seed), pocket.vae, seed=args.seed)
 
 
-def text_encoder(args: argparse.Namespace, tokenizer: Tokenizer) -> Params:
+def text_encoder(args: argparse.Namespace, tokenizer: Tokenizer, start: Params | None) -> Params:
     """Returns the complete text encoder."""
-    stage = train_text.text_stage(pocket.t5, tokenizer, num_steps=args.text_steps, batch_size=args.text_batch, seed=args.seed)
+    stage = train_text.text_stage(
+        pocket.t5, tokenizer, num_steps=args.text_steps, batch_size=args.text_batch, seed=args.seed, start=start
+    )
     return train_text.encoder_params(fit(stage, args.work, seed=args.seed))
 
 
@@ -95,6 +97,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="stored dtype of the model")
     parser.add_argument("--base", metavar="MODEL_DIR", help="whose codec and text encoder are kept, not trained")
     parser.add_argument("--warm", action="store_true", help="start the transformer from that of --base")
+    parser.add_argument("--warm-text", action="store_true", help="train the text encoder of --base further, not keep it")
     parser.add_argument("--spatial-steps", type=int, default=2400, help="updates of the spatial autoencoder")
     parser.add_argument("--spatial-batch", type=int, default=16, help="frames in one step of the spatial autoencoder")
     parser.add_argument("--temporal-steps", type=int, default=900, help="updates of the temporal autoencoder")
@@ -117,8 +120,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--judge-every", type=int, default=500, help="steps of the transformer between evaluations")
     parser.add_argument("--judged", type=int, default=48, help="captions in one evaluation")
     args = parser.parse_args(arguments)
-    if args.warm and not args.base:
-        parser.error("--warm starts from the transformer of a model; name it with --base MODEL_DIR.")
+    if (args.warm or args.warm_text) and not args.base:
+        parser.error("--warm and --warm-text start from the networks of a model; name it with --base MODEL_DIR.")
     args.lessons = list(LESSONS) if args.lessons is None else args.lessons
     return args
 
@@ -175,7 +178,7 @@ def train(args: argparse.Namespace) -> None:
     write_tokenizer(model / "tokenizer.json")
     tokenizer = Tokenizer.from_file(model / "tokenizer.json")
     codec = base["vae"] if base else codec_stages(args)
-    text = base["t5"] if base else text_encoder(args, tokenizer)
+    text = base["t5"] if base and not args.warm_text else text_encoder(args, tokenizer, base.get("t5"))
     save_network(model, "vae", pocket.vae, codec, dtype=args.dtype, overwrite=True)
     save_network(model, "t5", pocket.t5, text, dtype=args.dtype, overwrite=True)
     update_model_file(model, tokenizer="tokenizer.json", defaults=DEFAULTS)

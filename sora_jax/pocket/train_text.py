@@ -28,6 +28,8 @@ from sora_jax.t5 import T5Encoder
 from sora_jax.tokenizer import Tokenizer
 
 MAX_LENGTH = pocket.stdit3.model_max_length  # tokens of a caption
+LEARNING_RATE = 3e-3  # the highest, from nothing
+WARM_RATE = 1e-3  # the highest, from an encoder whose features a transformer reads already
 
 
 @functools.cache
@@ -36,14 +38,19 @@ def abstract_t5(config: T5Config) -> T5Encoder:
     return jax.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0)))
 
 
-def text_stage(config: T5Config, tokenizer: Tokenizer, *, num_steps: int, batch_size: int, seed: int) -> Stage:
-    """Returns the stage that trains the encoder and its heads."""
+def text_stage(
+    config: T5Config, tokenizer: Tokenizer, *, num_steps: int, batch_size: int, seed: int, start: Params | None = None
+) -> Stage:
+    """Returns the stage that trains the encoder, from nothing or from the parameters ``start``, and its heads."""
+    rate = LEARNING_RATE if start is None else WARM_RATE
     abstract_heads = jax.eval_shape(lambda: _heads(config, nnx.Rngs(0)))
 
     def init() -> Params:
         rngs = nnx.Rngs(seed)
-        encoder = {f"encoder.{k}": v for k, v in flatten(T5Encoder(config, rngs=rngs)).items()}
-        return encoder | {f"heads.{k}": v for k, v in flatten(_heads(config, rngs)).items()}
+        encoder = flatten(T5Encoder(config, rngs=rngs)) if start is None else start
+        return {f"encoder.{k}": v for k, v in encoder.items()} | {
+            f"heads.{k}": v for k, v in flatten(_heads(config, rngs)).items()
+        }
 
     def logits(params: Params, ids_BL: Array, mask_BL: Array) -> dict[str, Float[Array, "B L K"]]:
         features_BLE = unflatten(abstract_t5(config), encoder_params(params))(ids_BL, mask_BL)
@@ -81,7 +88,7 @@ def text_stage(config: T5Config, tokenizer: Tokenizer, *, num_steps: int, batch_
         init=init,
         batch=lambda step: caption_batch(np.random.default_rng([seed, 2, step]), tokenizer, batch_size),
         loss=loss,
-        learning_rate=optax.warmup_cosine_decay_schedule(0.0, 3e-3, 50, num_steps, 3e-5),
+        learning_rate=optax.warmup_cosine_decay_schedule(0.0, rate, 50, num_steps, rate / 100),
         average=0.99,
         evaluate=evaluate,
         evaluate_every=500,

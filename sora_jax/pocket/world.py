@@ -11,7 +11,7 @@ from typing import Literal, get_args
 SHAPES = ("circle", "square", "triangle")
 COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan", "orange", "white")
 BACKGROUNDS = (*COLOURS, "black")
-MOTIONS = ("left", "right", "up", "down", "still", "grow", "shrink")
+MOTIONS = ("left", "right", "up", "down", "still", "grow", "shrink", "up-left", "up-right", "down-left", "down-right")
 SPEEDS = ("slow", "fast")
 SIZES = ("small", "large")
 SHADINGS = ("plain", "gradient")
