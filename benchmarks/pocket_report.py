@@ -3,7 +3,8 @@
 Reads the reports that training wrote (one JSON line each in ``<stage>.jsonl``), the arguments of its starts
 (``runs.jsonl``) and the manifests of its model, and writes ``benchmarks/results/pocket_training.json``: settings of every
 stage, time, loss and scores over time; stages that the folder did not train stay as the file has them.  Where the
-transformer went on from another one (``--warm``), ``--continues REPORT`` keeps that one's training under ``continues``.
+transformer or the text encoder went on from another one (``--warm``, ``--warm-text``), ``--continues REPORT`` keeps that
+one's training under ``continues``.
 Invariant: every number comes from a file or from the training code; none is typed in.  Cost: seconds, no network is run.
 """
 
@@ -42,7 +43,7 @@ def report(work: Path, earlier: Mapping[str, Any] | None = None, continues: Mapp
     """Returns everything about the training in a folder, JSON-ready.
 
     Stages that the folder has no reports of (training with ``--base``) are those of the ``earlier`` report; ``continues``
-    is the report of the training from whose transformer that of the folder started.
+    is the report of the training from whose networks those of the folder started.
 
     Raises:
       FileNotFoundError: no stage has reported anything there.
@@ -58,8 +59,9 @@ def report(work: Path, earlier: Mapping[str, Any] | None = None, continues: Mapp
     if earlier is not None:
         before = {name: {"commit": earlier["commit"]} | stage for name, stage in earlier["stages"].items()}
         stages = {name: (before | stages)[name] for name in STAGES if name in before | stages}
-    if continues is not None:
-        stages["flow"]["continues"] = {"commit": continues["commit"]} | continues["stages"]["flow"]
+    for name in STAGES:
+        if continues is not None and curves[name]:
+            stages[name]["continues"] = {"commit": continues["commit"]} | continues["stages"][name]
     return {
         "commit": _commit(),
         "arguments": {name: value for name, value in arguments.items() if name != "work"},
@@ -151,7 +153,8 @@ def stage_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         tokenizer = train_text.shipped_tokenizer(Path(folder) / "tokenizer.json")
     spatial = {"num_steps": args.spatial_steps, "batch_size": args.spatial_batch, "seed": args.seed}
     temporal = {"num_steps": args.temporal_steps, "batch_size": args.temporal_batch, "seed": args.seed}
-    text = {"num_steps": args.text_steps, "batch_size": args.text_batch, "seed": args.seed}
+    text: dict[str, Any] = {"num_steps": args.text_steps, "batch_size": args.text_batch, "seed": args.seed}
+    text |= {"start": {} if args.warm_text else None}
     flow = {"num_steps": args.flow_steps, "evaluate_every": args.judge_every, "learning_rate": args.flow_rate}
     batches = train_flow.Batches(clips=no_clips, long_clips=no_clips, tokenizer=tokenizer, size=args.batch, seed=args.seed)
     stages = {
