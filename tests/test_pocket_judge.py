@@ -132,6 +132,19 @@ def test_box_by_hand():
     assert one.radius_px == pytest.approx(10 / 0.93)
 
 
+@pytest.mark.parametrize(
+    ("step", "motion"),
+    [
+        *(((1, 0), "right"), ((5, 2), "right"), ((5, 3), "down-right"), ((3, 5), "down-right"), ((2, 5), "down")),
+        *(((-1, 1), "down-left"), ((-1, -1), "up-left"), ((1, -1), "up-right"), ((0, -1), "up"), ((-5, 2), "left")),
+    ],
+)
+def test_a_path_is_named_by_the_nearest_eighth_of_a_turn(step, motion):
+    corners = [(32 + i * step[1], 32 + i * step[0]) for i in range(4)]
+    clip = np.concatenate([drawn((slice(y - 8, y + 8), slice(x - 8, x + 8)), 1) for y, x in corners])
+    assert measure(clip).motion == motion
+
+
 def test_an_empty_clip_has_a_background_and_nothing_else():
     one = measure(drawn((slice(0), slice(0))))
     assert (one.background, one.shading) == ("blue", "plain")
