@@ -31,7 +31,13 @@ from sora_jax.pocket.fit import Stage
 from sora_jax.pocket.latents import Clips
 
 RESULTS = Path(__file__).parent / "results" / "pocket_training.json"
-STAGES: dict[str, ModuleType] = {"spatial": train_codec, "temporal": train_codec, "text": train_text, "flow": train_flow}
+STAGES: dict[str, ModuleType] = {
+    "spatial": train_codec,
+    "temporal": train_codec,
+    "decoder": train_codec,
+    "text": train_text,
+    "flow": train_flow,
+}
 POINTS = 40  # of a loss curve
 RATE_POINTS = 9  # of a learning rate's curve
 BEST_BY = ("all four", "motion", "shape")  # the best checkpoint by the first of these scores; the next ones decide ties
@@ -60,7 +66,7 @@ def report(work: Path, earlier: Mapping[str, Any] | None = None, continues: Mapp
         before = {name: {"commit": earlier["commit"]} | stage for name, stage in earlier["stages"].items()}
         stages = {name: (before | stages)[name] for name in STAGES if name in before | stages}
     for name in STAGES:
-        if continues is not None and curves[name]:
+        if continues is not None and curves[name] and name in continues["stages"]:
             stages[name]["continues"] = {"commit": continues["commit"]} | continues["stages"][name]
     return {
         "commit": _commit(),
@@ -153,6 +159,7 @@ def stage_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         tokenizer = train_text.shipped_tokenizer(Path(folder) / "tokenizer.json")
     spatial = {"num_steps": args.spatial_steps, "batch_size": args.spatial_batch, "seed": args.seed}
     temporal = {"num_steps": args.temporal_steps, "batch_size": args.temporal_batch, "seed": args.seed}
+    decoder = {"num_steps": args.decoder_steps, "batch_size": args.temporal_batch, "seed": args.seed}
     text: dict[str, Any] = {"num_steps": args.text_steps, "batch_size": args.text_batch, "seed": args.seed}
     text |= {"start": {} if args.warm_text else None}
     flow = {"num_steps": args.flow_steps, "evaluate_every": args.judge_every, "learning_rate": args.flow_rate}
@@ -163,6 +170,8 @@ def stage_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "text": (train_text.text_stage(pocket.t5, tokenizer, **text), args.text_batch),
         "flow": (train_flow.flow_stage(pocket, {}, batches, evaluate=lambda params: {}, **flow), args.batch),
     }
+    if args.decoder_steps:
+        stages["decoder"] = (train_codec.decoder_stage(pocket.vae, {}, **decoder), args.temporal_batch)
     return {name: _described(stage) | {"batch": batch} for name, (stage, batch) in stages.items()}
 
 

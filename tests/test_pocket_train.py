@@ -12,7 +12,8 @@ import optax
 import pytest
 
 from sora_jax.checkpoint import load_network
-from sora_jax.pocket import latents, train, train_flow
+from sora_jax.config import pocket
+from sora_jax.pocket import latents, train, train_codec, train_flow, train_text
 from sora_jax.pocket.fit import Stage, fit
 from sora_jax.pocket.latents import Clips
 from sora_jax.pocket.scenes import sample_scenes
@@ -162,10 +163,40 @@ def test_a_warm_start_begins_with_the_transformer_of_the_base(clips, tiny_model,
     assert [float(stage.learning_rate(1000)) for stage in stages] == pytest.approx([2e-3, 5e-4])
 
 
-def test_a_warm_start_needs_a_base(capsys):
+@pytest.mark.parametrize("option", ["--warm", "--warm-text"])
+def test_a_warm_start_needs_a_base(option, capsys):
     with pytest.raises(SystemExit):
-        train.parse(["--warm"])
-    assert "name it with --base MODEL_DIR" in capsys.readouterr().err
+        train.parse([option])
+    assert "name them with --base MODEL_DIR" in capsys.readouterr().err
+
+
+def test_a_warm_text_encoder_begins_with_that_of_the_base(tmp_path):
+    tokenizer = shipped_tokenizer(tmp_path / "tokenizer.json")
+    new = train_text.text_stage(pocket.t5, tokenizer, num_steps=99, batch_size=2, seed=0)
+    start = {name: value + 1 for name, value in train_text.encoder_params(new.init()).items()}
+    warm = train_text.text_stage(pocket.t5, tokenizer, num_steps=99, batch_size=2, seed=0, start=start)
+    assert train_text.encoder_params(warm.init()) == start
+    assert warm.init().keys() == new.init().keys()  # heads, which are not kept, are always new
+    assert max(map(float, map(warm.learning_rate, range(100)))) < max(map(float, map(new.learning_rate, range(100))))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"), [([], train.DECODER_STEPS), (["--base", "x"], 0), (["--base", "x", "--decoder-steps", "7"], 7)]
+)
+def test_decoders_are_trained_again_with_the_codec_or_when_told(arguments, steps):
+    assert train.parse(arguments).decoder_steps == steps
+
+
+def test_decoders_are_trained_behind_frozen_encoders(tiny_model):
+    config, codec = load_network(tiny_model, "vae", dtype="float32")
+    stage = train_codec.decoder_stage(config, jax.device_put(codec), num_steps=99, batch_size=1, seed=0)
+    params = stage.init()
+    assert {name.split(".")[0] for name in params} == {"spatial_decoder", "temporal_decoder"}
+    loss = jax.jit(jax.value_and_grad(lambda params: stage.loss(params, stage.batch(0), jax.random.key(0))[0]))
+    before, gradient = loss(params)
+    after, _ = loss(jax.tree.map(lambda value, slope: value - 1e-3 * slope, params, gradient))
+    assert after < before
+    assert all(jnp.abs(slope).max() > 0 for slope in gradient.values())
 
 
 def test_a_lesson_that_is_none_is_one_line(capsys):

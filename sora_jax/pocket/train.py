@@ -1,9 +1,9 @@
 """Trains the pocket model from nothing: ``python -m sora_jax.pocket.train --work DIR``.
 
-Stages, in order: the spatial autoencoder, the temporal one, the text encoder, the transformer.  Each resumes from its
-last checkpoint; a stage that is complete is read back and not repeated.  The model directory ``DIR/model`` is written
-again at every evaluation of the transformer.  Invariant: the outcome is a function of the arguments alone, not of
-interruptions.
+Stages, in order: the spatial autoencoder, the temporal one, both decoders again, the text encoder, the transformer.  Each
+resumes from its last checkpoint; a stage that is complete is read back and not repeated.  The model directory ``DIR/model``
+is written again at every evaluation of the transformer.  Invariant: the outcome is a function of the arguments alone, not
+of interruptions.
 """
 
 import argparse
@@ -32,17 +32,26 @@ from sora_jax.tokenizer import Tokenizer
 
 DEFAULTS = {"num_steps": 30, "guidance": 3.0, "height": SIZE_PX, "width": SIZE_PX, "num_frames": NUM_FRAMES, "fps": FPS}
 LESSONS = ("4500:5700:left,right,up,down,grow,shrink", "7000:7400:left,right")
+DECODER_STEPS = 1500  # where the codec is trained from nothing
 TRAINING_SEED = 1_000_000  # of the captions that watch training, apart from those of published figures
 
 
 def codec_stages(args: argparse.Namespace) -> Params:
-    """Returns the complete codec: both autoencoders and the statistics of its latents."""
+    """Returns the codec after its first two stages: both autoencoders and the statistics of its latents."""
     stage = train_codec.spatial_stage(pocket.vae, num_steps=args.spatial_steps, batch_size=args.spatial_batch, seed=args.seed)
     spatial = train_codec.unit_variance(fit(stage, args.work, seed=args.seed), pocket.vae, seed=args.seed)
     stage = train_codec.temporal_stage(
         pocket.vae, spatial, num_steps=args.temporal_steps, batch_size=args.temporal_batch, seed=args.seed
     )
     return train_codec.with_stats(spatial | fit(stage, args.work, seed=args.seed), pocket.vae, seed=args.seed)
+
+
+def with_decoders(args: argparse.Namespace, codec: Params) -> Params:
+    """Returns the codec with decoders that were trained further."""
+    stage = train_codec.decoder_stage(
+        pocket.vae, codec, num_steps=args.decoder_steps, batch_size=args.temporal_batch, seed=args.seed
+    )
+    return codec | fit(stage, args.work, seed=args.seed)
 
 
 def text_encoder(args: argparse.Namespace, tokenizer: Tokenizer, start: Params | None) -> Params:
@@ -101,7 +110,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--spatial-steps", type=int, default=2400, help="updates of the spatial autoencoder")
     parser.add_argument("--spatial-batch", type=int, default=16, help="frames in one step of the spatial autoencoder")
     parser.add_argument("--temporal-steps", type=int, default=900, help="updates of the temporal autoencoder")
-    parser.add_argument("--temporal-batch", type=int, default=8, help="chunks in one step of the temporal autoencoder")
+    parser.add_argument(
+        "--temporal-batch", type=int, default=8, help="chunks in one step of the temporal autoencoder and the decoders"
+    )
+    parser.add_argument(
+        "--decoder-steps", type=int, help=f"updates of both decoders again (default {DECODER_STEPS}, with --base none)"
+    )
     parser.add_argument("--text-steps", type=int, default=1000, help="updates of the text encoder")
     parser.add_argument("--text-batch", type=int, default=128, help="captions in one step of the text encoder")
     parser.add_argument("--clips", type=int, default=6144, help="clips in the cache of latents")
@@ -121,7 +135,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--judged", type=int, default=48, help="captions in one evaluation")
     args = parser.parse_args(arguments)
     if (args.warm or args.warm_text) and not args.base:
-        parser.error("--warm and --warm-text start from the networks of a model; name it with --base MODEL_DIR.")
+        parser.error("--warm and --warm-text start from the networks of a model; name them with --base MODEL_DIR.")
+    args.decoder_steps = args.decoder_steps if args.decoder_steps is not None else 0 if args.base else DECODER_STEPS
     args.lessons = list(LESSONS) if args.lessons is None else args.lessons
     return args
 
@@ -178,6 +193,7 @@ def train(args: argparse.Namespace) -> None:
     write_tokenizer(model / "tokenizer.json")
     tokenizer = Tokenizer.from_file(model / "tokenizer.json")
     codec = base["vae"] if base else codec_stages(args)
+    codec = with_decoders(args, codec) if args.decoder_steps else codec
     text = base["t5"] if base and not args.warm_text else text_encoder(args, tokenizer, base.get("t5"))
     save_network(model, "vae", pocket.vae, codec, dtype=args.dtype, overwrite=True)
     save_network(model, "t5", pocket.t5, text, dtype=args.dtype, overwrite=True)

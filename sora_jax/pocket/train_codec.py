@@ -1,8 +1,8 @@
-"""Training of pocket's codec: first the spatial autoencoder on frames, then the temporal one on 17-frame chunks.
+"""Training of pocket's codec: the spatial autoencoder on frames, the temporal one on 17-frame chunks, both decoders again.
 
-Invariant: the complete spatial stage ends with latents of unit variance (times the codec's scaling factor) and the
-complete temporal stage with exact ``stats``, so that what the next stage sees is normalised whatever the seed.  Scenes
-are drawn anew for every step, nothing is stored.
+Invariant: the last stage leaves latents as they are, so that a transformer stays right.  The complete spatial stage ends
+with latents of unit variance (times the codec's scaling factor) and the complete temporal stage with exact ``stats``, so
+that what the next stage sees is normalised whatever the seed.  Scenes are drawn anew for every step, nothing is stored.
 """
 
 import functools
@@ -27,7 +27,9 @@ from sora_jax.vae import VAE, split_moments
 SPATIAL_KL, TEMPORAL_KL = 1e-4, 1e-3
 PIXELS_FROM = 200  # step of the temporal stage at which the pixel loss sets in; its full weight comes as many steps later
 FIRST_LOGVAR = -5.0  # of the temporal posterior: at 0 its noise hides the signal for the first hundreds of steps
-_SPATIAL, _TEMPORAL = ("spatial_encoder", "spatial_decoder"), ("temporal_encoder", "temporal_decoder", "spatial_decoder")
+DECODED_FRAMES = 2  # of each chunk, whose pixels the decoders' own stage compares
+_ENCODERS, _DECODERS = ("spatial_encoder", "temporal_encoder"), ("spatial_decoder", "temporal_decoder")
+_SPATIAL, _TEMPORAL = ("spatial_encoder", "spatial_decoder"), ("temporal_encoder", *_DECODERS)
 
 
 @functools.cache
@@ -78,7 +80,6 @@ def spatial_stage(config: VAEConfig, *, num_steps: int, batch_size: int, seed: i
 def temporal_stage(config: VAEConfig, spatial: Params, *, num_steps: int, batch_size: int, seed: int) -> Stage:
     """Returns the stage that trains the temporal autoencoder, the spatial decoder along, behind the frozen encoder."""
     encoder = {k: v for k, v in spatial.items() if k.startswith("spatial_encoder")}
-    factor = config.spatial.scaling_factor
     rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 50, num_steps, 2e-5)
 
     def init() -> Params:
@@ -94,12 +95,7 @@ def temporal_stage(config: VAEConfig, spatial: Params, *, num_steps: int, batch_
         target_BtHWC = jax.lax.stop_gradient(spatial_latents(encoder, config, clip_Bthw3))
         mean, logvar = split_moments(parts["temporal_encoder"](target_BtHWC))
         z_BTHWC = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-        decoded_BtHWC = parts["temporal_decoder"](z_BTHWC, clip_Bthw3.shape[1])
-        latent = reconstruction_error(decoded_BtHWC, target_BtHWC)
-        chosen = jax.random.randint(jax.random.fold_in(key, 1), (clip_Bthw3.shape[0], 1), 0, clip_Bthw3.shape[1])
-        rows = jnp.arange(clip_Bthw3.shape[0])[:, None]
-        frames = parts["spatial_decoder"](jnp.concatenate(decoded_BtHWC[rows, chosen] / factor))
-        error = reconstruction_error(frames, jnp.concatenate(clip_Bthw3[rows, chosen]))
+        latent, error = _decoding_error(parts, config, z_BTHWC, target_BtHWC, clip_Bthw3, key, num_frames=1)
         kl = divergence(mean, logvar)
         pixels = batch["pixel_weight"] * (error["l1"] + 2 * error["mse"])
         total = latent["l1"] + latent["mse"] + pixels + TEMPORAL_KL * kl
@@ -121,12 +117,69 @@ def temporal_stage(config: VAEConfig, spatial: Params, *, num_steps: int, batch_
         batch=batch,
         loss=loss,
         learning_rate=rate,
-        # the last convolution reads 864 numbers: AdamW at Muon's rate would move its output by more than the signal
-        adam_rate=lambda step: 0.15 * rate(step),
+        adam_rate=_adam_rate(rate),
         average=0.995,
         evaluate=evaluate,
         evaluate_every=250,
     )
+
+
+def decoder_stage(config: VAEConfig, codec: Params, *, num_steps: int, batch_size: int, seed: int) -> Stage:
+    """Returns the stage that trains both decoders of a codec further, behind its frozen encoders."""
+    encoders = {k: v for k, v in codec.items() if k.startswith(_ENCODERS)}
+    rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 50, num_steps, 1e-5)
+
+    def loss(params: Params, batch: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        clip_Bthw3 = render(batch["scenes"], batch["frames"])
+        target_BtHWC = spatial_latents(encoders, config, clip_Bthw3)
+        mean, logvar = split_moments(modules(encoders, config, ("temporal_encoder",))["temporal_encoder"](target_BtHWC))
+        z_BTHWC = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+        parts = modules(params, config, _DECODERS)
+        latent, error = _decoding_error(parts, config, z_BTHWC, target_BtHWC, clip_Bthw3, key, num_frames=DECODED_FRAMES)
+        return latent["l1"] + latent["mse"] + error["l1"] + 2 * error["mse"], error | {"latent_mse": latent["mse"]}
+
+    def evaluate(params: Params) -> dict[str, float]:
+        scenes = sample_scenes(np.random.default_rng([seed, 3]), 24, split="unseen")
+        return {"psnr": codec_psnr(config, encoders | params, scenes)}
+
+    return Stage(
+        name="decoder",
+        num_steps=num_steps,
+        init=lambda: {k: v for k, v in codec.items() if k.startswith(_DECODERS)},
+        batch=lambda step: chunk_batch(np.random.default_rng([seed, 9, step]), batch_size),
+        loss=loss,
+        learning_rate=rate,
+        adam_rate=_adam_rate(rate),
+        average=0.995,
+        evaluate=evaluate,
+        evaluate_every=250,
+        save_every=250,
+    )
+
+
+def _adam_rate(rate: optax.Schedule) -> optax.Schedule:
+    """Returns AdamW's rate: at Muon's, the last convolution, which reads 864 numbers, would move by more than the signal."""
+    return lambda step: 0.15 * rate(step)
+
+
+def _decoding_error(
+    parts: dict[str, Any],
+    config: VAEConfig,
+    z_BTHWC: Array,
+    target_BtHWC: Array,
+    clip_Bthw3: Array,
+    key: jax.Array,
+    *,
+    num_frames: int,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Returns the errors of all frames' spatial latents, decoded, and of the pixels of some frames of every clip."""
+    num, length = clip_Bthw3.shape[:2]
+    decoded_BtHWC = parts["temporal_decoder"](z_BTHWC, length)
+    latent = reconstruction_error(decoded_BtHWC, target_BtHWC)
+    chosen = jax.random.randint(jax.random.fold_in(key, 1), (num, num_frames), 0, length)
+    rows = jnp.arange(num)[:, None]
+    frames = parts["spatial_decoder"](jnp.concatenate(decoded_BtHWC[rows, chosen] / config.spatial.scaling_factor))
+    return latent, reconstruction_error(frames, jnp.concatenate(clip_Bthw3[rows, chosen]))
 
 
 def frame_batch(rng: np.random.Generator, num: int, *, split: Any = "training") -> dict[str, Any]:
@@ -200,7 +253,7 @@ def codec_psnr(config: VAEConfig, params: Params, scenes: Scenes) -> float:
     neutral = {"stats.shift": jnp.zeros(config.temporal.embed_dim), "stats.scale": jnp.ones(config.temporal.embed_dim)}
     params = neutral | params
     errors = [_codec_error(config, params, scenes[i : i + 8]) for i in range(0, len(scenes), 8)]
-    return decibels(float(np.mean(errors)), peak=2)
+    return decibels(float(np.mean(errors)), peak=2.0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -211,7 +264,7 @@ def _codec_error(config: VAEConfig, params: Params, scenes: Scenes) -> jax.Array
 
 
 def _spatial_psnr(config: VAEConfig, params: Params, scenes: Scenes, frames: np.ndarray) -> float:
-    return decibels(float(_spatial_error(config, params, scenes, frames)), peak=2)
+    return decibels(float(_spatial_error(config, params, scenes, frames)), peak=2.0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
