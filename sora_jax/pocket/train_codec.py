@@ -106,10 +106,6 @@ def temporal_stage(config: VAEConfig, spatial: Params, *, num_steps: int, batch_
         weight = np.float32(np.clip((step - PIXELS_FROM) / PIXELS_FROM, 0, 1))
         return chunk_batch(np.random.default_rng([seed, 4, step]), batch_size) | {"pixel_weight": weight}
 
-    def evaluate(params: Params) -> dict[str, float]:
-        scenes = sample_scenes(np.random.default_rng([seed, 3]), 24, split="unseen")
-        return {"psnr": codec_psnr(config, encoder | params, scenes)}
-
     return Stage(
         name="temporal",
         num_steps=num_steps,
@@ -119,7 +115,7 @@ def temporal_stage(config: VAEConfig, spatial: Params, *, num_steps: int, batch_
         learning_rate=rate,
         adam_rate=_adam_rate(rate),
         average=0.995,
-        evaluate=evaluate,
+        evaluate=functools.partial(_unseen_psnr, config, encoder, seed),
         evaluate_every=250,
     )
 
@@ -138,10 +134,6 @@ def decoder_stage(config: VAEConfig, codec: Params, *, num_steps: int, batch_siz
         latent, error = _decoding_error(parts, config, z_BTHWC, target_BtHWC, clip_Bthw3, key, num_frames=DECODED_FRAMES)
         return latent["l1"] + latent["mse"] + error["l1"] + 2 * error["mse"], error | {"latent_mse": latent["mse"]}
 
-    def evaluate(params: Params) -> dict[str, float]:
-        scenes = sample_scenes(np.random.default_rng([seed, 3]), 24, split="unseen")
-        return {"psnr": codec_psnr(config, encoders | params, scenes)}
-
     return Stage(
         name="decoder",
         num_steps=num_steps,
@@ -151,10 +143,16 @@ def decoder_stage(config: VAEConfig, codec: Params, *, num_steps: int, batch_siz
         learning_rate=rate,
         adam_rate=_adam_rate(rate),
         average=0.995,
-        evaluate=evaluate,
+        evaluate=functools.partial(_unseen_psnr, config, encoders, seed),
         evaluate_every=250,
         save_every=250,
     )
+
+
+def _unseen_psnr(config: VAEConfig, frozen: Params, seed: int, params: Params) -> dict[str, float]:
+    """Returns the scores of a codec whose trained parts are ``params``."""
+    scenes = sample_scenes(np.random.default_rng([seed, 3]), 24, split="unseen")
+    return {"psnr": codec_psnr(config, frozen | params, scenes)}
 
 
 def _adam_rate(rate: optax.Schedule) -> optax.Schedule:
