@@ -139,7 +139,7 @@ def read_prompts(options: argparse.Namespace, how: str = "a prompt in quotes") -
     """Returns the prompts of the command line or of the file; ``how`` tells how the command line takes them.
 
     Raises:
-      ValueError: there is none, or one is empty or no text.
+      ValueError: there is none, or one is no text, or a line of the file is empty.
     """
     if options.prompts and options.prompt_path:
         raise ValueError("got prompts and --prompt-path; give one of them.")
@@ -158,8 +158,8 @@ def read_prompts(options: argparse.Namespace, how: str = "a prompt in quotes") -
         raise ValueError(f"no prompt{where}; give {how}, or --prompt-path FILE.")
     for index, text in enumerate(texts, start=options.start_index):
         which = f"prompt {index}{where and f' of {options.prompt_path}'}"
-        if not text.strip():
-            raise ValueError(f"{which} is empty; write one.")
+        if options.prompt_path and not text.strip():
+            raise ValueError(f"{which} is empty; write one, or give an empty prompt as '' on the command line.")
         if not files.is_utf8(text):
             raise ValueError(f"{which} is not text in UTF-8: {text!r}.")
     return texts
@@ -175,7 +175,7 @@ def plan_jobs(options: argparse.Namespace, texts: Sequence[str], *, image: bool)
     """
     references = _each("--reference-path", options.reference_path, texts)
     strategies = _each("--mask-strategy", options.mask_strategy, texts)
-    _check_names(options, len(texts) * options.num_sample)
+    _check_names(options, texts)
     jobs: list[Job] = []
     planned: set[Path] = set()
     for i, (text, reference, strategy) in enumerate(zip(texts, references, strategies, strict=True)):
@@ -192,14 +192,17 @@ def plan_jobs(options: argparse.Namespace, texts: Sequence[str], *, image: bool)
     return jobs
 
 
-def _check_names(options: argparse.Namespace, num_clips: int) -> None:
+def _check_names(options: argparse.Namespace, texts: Sequence[str]) -> None:
     """Refuses options that name too few files for the clips, or none that can be."""
+    num_clips = len(texts) * options.num_sample
     if options.num_sample < 1 or options.batch_size < 1:
         raise ValueError("--num-sample and --batch-size must be at least 1.")
     if num_clips > _MAX_CLIPS:
         raise ValueError(f"{num_clips} clips are asked for; expected at most {_MAX_CLIPS} in a run: lower --num-sample.")
     if options.output and num_clips > 1:
         raise ValueError(f"--output names one file, but {num_clips} clips are asked for; use --save-dir.")
+    if options.prompt_as_path and not options.output and not all(text.strip() for text in texts):
+        raise ValueError("--prompt-as-path names clips by their prompts, of which one is empty; leave it out or use --output.")
     if os.sep in (options.sample_name or ""):
         raise ValueError(f"--sample-name {options.sample_name!r} holds {os.sep!r}; name the folder with --save-dir.")
     if options.save_latents and num_clips > options.batch_size:

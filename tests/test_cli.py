@@ -71,6 +71,10 @@ def test_a_prompt_beyond_the_embedded_model_gets_a_hint_and_a_clip(
         assert len([line for line in notes if "does not know ein, hund, läuft" in line]) == num_hints
 
 
+def test_an_empty_prompt_is_a_prompt_without_a_hint(generate: Run) -> None:
+    assert generate("", "-o", "nothing.png", "--num-frames", 1, "--steps", 1) == (0, [], "nothing.png\n")
+
+
 @pytest.mark.slow
 def test_equal_prompts_named_by_themselves_are_made_once(generate: Run) -> None:
     arguments = ("a", "a", "--prompt-as-path", "--num-frames", 1, "--steps", 1)
@@ -174,7 +178,7 @@ def test_the_compile_cache_is_filled_and_can_be_off(run: Run, tiny_model: Path, 
     ("arguments", "code", "message"),
     [
         ((), 2, "no prompt; give a prompt in quotes, or --prompt-path FILE"),
-        (("",), 2, "prompt 0 is empty"),
+        (("", "--prompt-as-path"), 2, "--prompt-as-path names clips by their prompts, of which one is empty"),
         ((PROMPT, "--prompt-path", "prompts.txt"), 2, "got prompts and --prompt-path"),
         (("--prompt-path", "gone.txt"), 2, "gone.txt: No such file or directory"),
         (("--prompt-path", "empty.txt"), 2, "no prompt in empty.txt"),
