@@ -88,7 +88,7 @@ class Batches:
         source = self.long_clips if is_long else self.clips
         chosen = rng.choice(taught[0] if taught else len(source.attributes), size=self.size)
         empty = (rng.random(self.size) < EMPTY_SHARE) & (not taught)
-        chosen[empty] = rng.choice(source.where(**QUIET), size=int(empty.sum()))
+        chosen[empty] = rng.choice(self._quiet[is_long], size=int(empty.sum()))
         z = source.image_NHWC[chosen][:, None] if is_image else source.z_NTHWC[chosen]
         if is_chunk:
             z = z[:, :LATENTS_PER_CHUNK]
@@ -111,6 +111,11 @@ class Batches:
     def _taught(self) -> list[np.ndarray]:
         """The clips of every lesson."""
         return [self.clips.where(motion=lesson.motions, speed=("fast",)) for lesson in self.lessons]
+
+    @functools.cached_property
+    def _quiet(self) -> tuple[np.ndarray, np.ndarray]:
+        """What empty captions show, of the clips and of the long ones."""
+        return self.clips.where(**QUIET), self.long_clips.where(**QUIET)
 
     def _captions(
         self, shown: Sequence[dict[str, str]], rng: np.random.Generator, *, of_images: bool
