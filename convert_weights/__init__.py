@@ -19,7 +19,11 @@ from convert_weights.rules import ConversionError, Header, Plan, Rule, convert_a
 __all__ = ["ConversionError", "convert", "parameter_shapes", "plan", "table"]
 
 _DEPTHS = {"t5": "num_layers", "stdit3": "depth"}
-_NETWORKS = {"t5": ("sora_jax.t5", "T5Encoder"), "stdit3": ("sora_jax.stdit3", "STDiT3"), "vae": ("sora_jax.vae.codec", "VAE")}
+_NETWORKS = {
+    "t5": ("sora_jax.networks.t5", "T5Encoder"),
+    "stdit3": ("sora_jax.networks.stdit3", "STDiT3"),
+    "vae": ("sora_jax.networks.vae.codec", "VAE"),
+}
 
 
 def convert(
@@ -66,7 +70,7 @@ def parameter_shapes(network: str, config: Any) -> Mapping[str, tuple[int, ...]]
     import jax
     from flax import nnx
 
-    from sora_jax.checkpoint import flatten
+    from sora_jax.storage.checkpoint import flatten
 
     module_name, class_name = _module(network)
     build = getattr(importlib.import_module(module_name), class_name)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; an interrupt is one line also while its modules are imported."""
     try:
-        from convert_weights.command import main as run
+        from sora_jax.commands.convert import main as run
     except KeyboardInterrupt:
         print("sora-jax convert: interrupted.", file=sys.stderr)
         return 130

@@ -12,7 +12,7 @@ from typing import Any
 
 from convert_weights.rules import ConversionError
 from sora_jax.config import SpatialVAEConfig, STDiT3Config, T5Config, TemporalVAEConfig, VAEConfig, open_sora_1_2
-from sora_jax.model_directory import CONFIGS
+from sora_jax.storage.directory import CONFIGS
 
 
 @dataclasses.dataclass(frozen=True)

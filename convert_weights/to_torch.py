@@ -17,8 +17,8 @@ from convert_weights import table
 from convert_weights.readers import SAFETENSORS_DTYPES
 from convert_weights.rules import Header, Rule, common_prefix, numpy_dtype, sources_of
 from convert_weights.source_config import to_upstream
-from sora_jax.model_directory import Manifest, ModelDirectoryError, read_array
-from sora_jax.quantisation import SCALE_SUFFIX, dequantise, is_scale
+from sora_jax.storage.directory import Manifest, ModelDirectoryError, read_array
+from sora_jax.storage.quantisation import SCALE_SUFFIX, dequantise, is_scale
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 

@@ -1,4 +1,4 @@
-"""The weight table of the video autoencoder: Open-Sora 1.2's VideoAutoencoderPipeline to ``sora_jax.vae``.
+"""The weight table of the video autoencoder: Open-Sora 1.2's VideoAutoencoderPipeline to ``sora_jax.networks.vae``.
 
 Invariant: one line per array of the PyTorch module tree, with placeholders for its lists; which indices exist is decided
 by the configuration.  The spatial part is diffusers' AutoencoderKL, whose attention layers have had two spellings.

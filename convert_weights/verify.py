@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from convert_weights import parameter_shapes
-from convert_weights.files import DEFAULTS, Options, Source, open_source
+from convert_weights.checkpoint import DEFAULTS, Options, Source, open_source
 from convert_weights.readers import file_pieces, open_checkpoint
 from convert_weights.rules import common_prefix
-from convert_weights.stream import Checksums, Write, convert_values
 from convert_weights.torch_zip import SourceError
-from sora_jax.model_directory import (
+from convert_weights.values import Checksums, Write, convert_values
+from sora_jax.storage.directory import (
     NETWORK_FILE,
     Manifest,
     ModelDirectoryError,
@@ -29,7 +29,7 @@ from sora_jax.model_directory import (
     open_network,
     present_networks,
 )
-from sora_jax.quantisation import SCALE_SUFFIX, is_quantised, scale_axis
+from sora_jax.storage.quantisation import SCALE_SUFFIX, is_quantised, scale_axis
 
 
 def verify(

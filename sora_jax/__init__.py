@@ -8,27 +8,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sora_jax.calibration import calibrate
-    from sora_jax.clip import Clip
-    from sora_jax.leap import Leap
-    from sora_jax.merging import Merge
-    from sora_jax.pipeline import Pipeline
-    from sora_jax.plans import Plan
-    from sora_jax.sampler import sample
-    from sora_jax.schedule import Schedule
+    from sora_jax.networks.merging import Merge
+    from sora_jax.pipeline.clip import Clip
+    from sora_jax.pipeline.pipeline import Pipeline
+    from sora_jax.sampling.calibration import calibrate
+    from sora_jax.sampling.leap import Leap
+    from sora_jax.sampling.reuse import Plan
+    from sora_jax.sampling.sampler import sample
+    from sora_jax.sampling.schedule import Schedule
 
 __version__ = "0.1.0"
 __all__ = ["Clip", "Leap", "Merge", "Pipeline", "Plan", "Schedule", "__version__", "calibrate", "sample"]
 
 _MODULES = {
-    "Clip": "clip",
-    "Leap": "leap",
-    "Merge": "merging",
-    "Pipeline": "pipeline",
-    "Plan": "plans",
-    "Schedule": "schedule",
-    "calibrate": "calibration",
-    "sample": "sampler",
+    "Clip": "pipeline.clip",
+    "Leap": "sampling.leap",
+    "Merge": "networks.merging",
+    "Pipeline": "pipeline.pipeline",
+    "Plan": "sampling.reuse",
+    "Schedule": "sampling.schedule",
+    "calibrate": "sampling.calibration",
+    "sample": "sampling.sampler",
 }
 
 

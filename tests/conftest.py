@@ -13,17 +13,17 @@ import jax
 import jaxtyping
 import pytest
 
-import tests.typecheck  # noqa: F401  # the import hook finds the checker by this name
+import tests.support.typecheck  # noqa: F401  # the import hook finds the checker by this name
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-pytest.register_assert_rewrite("tests.sources")
-jaxtyping.install_import_hook("sora_jax", "tests.typecheck.check")
+pytest.register_assert_rewrite("tests.support.sources")
+jaxtyping.install_import_hook("sora_jax", "tests.support.typecheck.check")
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model directory at toy width; tests that damage a model copy it first."""
-    from tests.tiny_model import write_model
+    from tests.support.tiny_model import write_model
 
     return write_model(tmp_path_factory.mktemp("model"))
 
@@ -31,9 +31,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversion takes several slices for most matrices of a toy network, as at full size."""
-    import convert_weights.stream
+    import convert_weights.values
 
-    monkeypatch.setattr(convert_weights.stream, "_SLICE_BYTES", 16384)
+    monkeypatch.setattr(convert_weights.values, "_SLICE_BYTES", 16384)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

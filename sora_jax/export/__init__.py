@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sora_jax.export.check import CheckError
     from sora_jax.export.exporter import ExportError, export
-    from sora_jax.export.run_exported import ExportedModel
+    from sora_jax.export.host_program import ExportedModel
     from sora_jax.export.size import Size
 
 __all__ = ["CheckError", "ExportError", "ExportedModel", "Size", "export"]
@@ -17,7 +17,7 @@ __all__ = ["CheckError", "ExportError", "ExportedModel", "Size", "export"]
 _MODULES = {
     "CheckError": "check",
     "ExportError": "exporter",
-    "ExportedModel": "run_exported",
+    "ExportedModel": "host_program",
     "Size": "size",
     "export": "exporter",
 }

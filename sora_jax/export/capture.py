@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax import noise, prompt, sizes
 from sora_jax.config import ModelConfig
 from sora_jax.export.size import Size
 from sora_jax.export.stages import Function, Stage
-from sora_jax.sampling import make_schedule
-from sora_jax.schedule import OPEN_SORA_TIMESTEPS
-from sora_jax.settings import Settings
-from sora_jax.tokenizer import Tokenizer
+from sora_jax.inputs import prompt, sizes
+from sora_jax.inputs.tokenizer import Tokenizer
+from sora_jax.pipeline.sampling import make_schedule
+from sora_jax.pipeline.settings import Settings
+from sora_jax.sampling import noise
+from sora_jax.sampling.schedule import OPEN_SORA_TIMESTEPS
 
 CAPTION = "a red circle moves right on a blue background"
 

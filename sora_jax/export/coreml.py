@@ -26,10 +26,10 @@ import jax
 import numpy as np
 
 from sora_jax.config import FLOAT32, DTypePolicy
+from sora_jax.export.palettes import nearest_table
 from sora_jax.export.stages import Function, Stage
-from sora_jax.export.tables import nearest_table
 from sora_jax.export.targets import Artefact, Options, Precision, Runner, Weights, require
-from sora_jax.quantisation import is_quantised
+from sora_jax.storage.quantisation import is_quantised
 
 SUFFIX = ".mlpackage"
 OUTPUT_SUFFIX = "_out"

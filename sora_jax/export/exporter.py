@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sora_jax import files, merging, model_directory
+from sora_jax import files
 from sora_jax.config import ModelConfig
 from sora_jax.export import capture, manifest, worker
 from sora_jax.export.check import CheckError
@@ -22,9 +22,11 @@ from sora_jax.export.job import WORK, Job, groups, parameter_bytes, save_values
 from sora_jax.export.size import Size
 from sora_jax.export.stages import DEFAULT_PARTS, Stage, check_parts
 from sora_jax.export.targets import Options, Precision, TargetName, Weights, target_module
-from sora_jax.model_directory import Manifest
-from sora_jax.pipeline import POCKET, Pipeline, tokenizer_path
-from sora_jax.settings import Settings
+from sora_jax.networks import merging
+from sora_jax.pipeline.pipeline import POCKET, Pipeline, tokenizer_path
+from sora_jax.pipeline.settings import Settings
+from sora_jax.storage import directory as model_directory
+from sora_jax.storage.directory import Manifest
 
 GROUP_BYTES = 256_000_000  # float32 weights that one process exports; a stage of a large model has more
 _SPARE_BYTES = 200_000_000

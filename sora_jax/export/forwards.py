@@ -10,10 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from sora_jax.checkpoint import unflatten
-from sora_jax.layers import lifted
-from sora_jax.merging import Merge
-from sora_jax.stdit3 import Conditioning
+from sora_jax.networks.layers import lifted
+from sora_jax.networks.merging import Merge
+from sora_jax.networks.stdit3 import Conditioning
+from sora_jax.storage.checkpoint import unflatten
 
 Modules = Mapping[str, Any]
 Outputs = dict[str, Array]

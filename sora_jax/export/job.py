@@ -15,7 +15,7 @@ from sora_jax.config import FLOAT32, NETWORKS, ModelConfig
 from sora_jax.export.size import Size
 from sora_jax.export.stages import PARTS, Stage, list_stages
 from sora_jax.export.targets import Options, target_module
-from sora_jax.model_directory import Manifest, open_network
+from sora_jax.storage.directory import Manifest, open_network
 
 WORK = ".work"  # inside the unfinished folder: captured arrays, entries of finished stages, compiled references
 

@@ -15,17 +15,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from sora_jax import __version__, schedule, sizes
+from sora_jax import __version__
 from sora_jax.config import NETWORKS, ModelConfig
 from sora_jax.export.size import Size
 from sora_jax.export.stages import MERGE, Function, Stage
 from sora_jax.export.targets import require
-from sora_jax.leap import Leap
-from sora_jax.model_directory import NETWORK_FILE, Manifest
-from sora_jax.sampling import leap_rule, make_schedule
-from sora_jax.schedule import OPEN_SORA_TIMESTEPS
-from sora_jax.settings import Settings
-from sora_jax.vae.codec import chunks
+from sora_jax.inputs import sizes
+from sora_jax.networks.vae.codec import chunks
+from sora_jax.pipeline.sampling import leap_rule, make_schedule
+from sora_jax.pipeline.settings import Settings
+from sora_jax.sampling import schedule
+from sora_jax.sampling.leap import Leap
+from sora_jax.sampling.schedule import OPEN_SORA_TIMESTEPS
+from sora_jax.storage.directory import NETWORK_FILE, Manifest
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")

@@ -19,7 +19,7 @@ from sora_jax.config import FLOAT32, DTypePolicy
 from sora_jax.export import weight_file
 from sora_jax.export.stages import Function, Stage
 from sora_jax.export.targets import Artefact, Options, Runner, refuse_weights, require, rounded
-from sora_jax.quantisation import SCALE_SUFFIX, scale_axis
+from sora_jax.storage.quantisation import SCALE_SUFFIX, scale_axis
 
 PACKAGES = ("jax2onnx", "onnx", "onnxruntime")
 NOTE = "Every graph was run after saving by onnxruntime on the CPU, which computes some float16 operations in float32."

@@ -3,7 +3,7 @@
 import dataclasses
 
 from sora_jax.config import VAEConfig
-from sora_jax.vae.codec import latent_size
+from sora_jax.networks.vae.codec import latent_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,19 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sora_jax.checkpoint import unflatten
 from sora_jax.config import DTypePolicy, ModelConfig
 from sora_jax.export import weight_file
 from sora_jax.export.size import Size
 from sora_jax.export.stablehlo import SUFFIX, deserialised, serialise
 from sora_jax.export.stages import MERGE, Function, Stage
 from sora_jax.export.targets import Artefact, rounded
-from sora_jax.leap import LeapRule, Mode
-from sora_jax.sampler import Sampler, as_partial
-from sora_jax.schedule import OPEN_SORA_TIMESTEPS, Schedule, capacity
-from sora_jax.stdit3 import STDiT3
+from sora_jax.networks.stdit3 import STDiT3
+from sora_jax.pipeline.velocity import Velocity
+from sora_jax.sampling.leap import LeapRule, Mode
+from sora_jax.sampling.sampler import Sampler, as_partial
+from sora_jax.sampling.schedule import OPEN_SORA_TIMESTEPS, Schedule, capacity
+from sora_jax.storage.checkpoint import unflatten
 from sora_jax.streaming.retention import give_back_freed
-from sora_jax.velocity import Velocity
 
 MODES: tuple[Mode, ...] = ("static", "dynamic")
 CAPACITY = capacity(1)

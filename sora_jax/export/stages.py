@@ -20,17 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sora_jax import merging, settings
-from sora_jax.checkpoint import flatten, read_layer
 from sora_jax.config import FLOAT32, DTypePolicy, ModelConfig
 from sora_jax.export import forwards
 from sora_jax.export.size import Size
-from sora_jax.layers import RMSNorm
-from sora_jax.model_directory import Manifest, verify_layer
-from sora_jax.sizes import is_listed
-from sora_jax.stdit3 import Embed, Final, STDiT3Block
-from sora_jax.t5 import T5Block, T5Embed
-from sora_jax.vae.codec import VAE, chunks
+from sora_jax.inputs.sizes import is_listed
+from sora_jax.networks import merging
+from sora_jax.networks.layers import RMSNorm
+from sora_jax.networks.stdit3 import Embed, Final, STDiT3Block
+from sora_jax.networks.t5 import T5Block, T5Embed
+from sora_jax.networks.vae.codec import VAE, chunks
+from sora_jax.pipeline import settings
+from sora_jax.storage.checkpoint import flatten, read_layer
+from sora_jax.storage.directory import Manifest, verify_layer
 
 PARTS = ("t5", "stdit3", "vae_decoder", "vae_encoder")
 DEFAULT_PARTS = PARTS[:3]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sora_jax.quantisation import SCALE_SUFFIX, is_quantised, quantise, scale_axis
+from sora_jax.storage.quantisation import SCALE_SUFFIX, is_quantised, quantise, scale_axis
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8}
 

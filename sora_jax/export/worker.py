@@ -21,12 +21,12 @@ import numpy as np
 
 from sora_jax.config import ModelConfig
 from sora_jax.export import capture, check, manifest, stablehlo, stablehlo_sampler
+from sora_jax.export.host_program import stage_function
 from sora_jax.export.job import WORK, Job, load_values, save_values
-from sora_jax.export.run_exported import stage_function
 from sora_jax.export.size import Size
 from sora_jax.export.stages import Function, Stage, load_parameters
 from sora_jax.export.targets import Runner, target_module
-from sora_jax.schedule import OPEN_SORA_TIMESTEPS
+from sora_jax.sampling.schedule import OPEN_SORA_TIMESTEPS
 
 SAMPLER = "sampler"  # the name of the group that writes the sampler programs
 _STATUS = Path("/proc/self/status")  # Linux

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from sora_jax import files
-from sora_jax.cli_options import parse_leap
-from sora_jax.command_line import BAD_INPUT, INTERRUPTED, Parser, describe
-from sora_jax.pocket import kinds
-from sora_jax.pocket.faithfulness import Sampling
-from sora_jax.pocket.scores import Rate, confusions_text, rates_text
-from sora_jax.pocket.world import ATTRIBUTES, NUM_FRAMES
+from sora_jax.commands.options import parse_leap
+from sora_jax.pocket.judging import tables as kinds
+from sora_jax.pocket.judging.cases import Sampling
+from sora_jax.pocket.judging.scores import Rate, confusions_text, rates_text
+from sora_jax.pocket.world.words import ATTRIBUTES, NUM_FRAMES
+from sora_jax.shell import BAD_INPUT, INTERRUPTED, Parser, describe
 
 LENGTHS = (1, 17, NUM_FRAMES, 51)  # frames of a clip: an image, and whole chunks of the codec
 KINDS = ("captions", "given_frame", "given_clip", "extension", "variety", "empty", "codec", "real")

@@ -18,17 +18,20 @@ from pathlib import Path
 import jax
 
 import sora_jax
-from sora_jax.checkpoint import load_network, save_network
-from sora_jax.command_line import BAD_INPUT, INTERRUPTED, Parser, describe
 from sora_jax.config import pocket
-from sora_jax.network_writer import update_model_file
-from sora_jax.pocket import faithfulness, latents, train_codec, train_flow, train_text
-from sora_jax.pocket.fit import Params, fit
-from sora_jax.pocket.measure import measure
-from sora_jax.pocket.scores import score
-from sora_jax.pocket.vocabulary import write_tokenizer
-from sora_jax.pocket.world import FPS, MOTIONS, NUM_FRAMES, SIZE_PX
-from sora_jax.tokenizer import Tokenizer
+from sora_jax.inputs.tokenizer import Tokenizer
+from sora_jax.pocket.judging import cases
+from sora_jax.pocket.judging.measure import measure
+from sora_jax.pocket.judging.scores import score
+from sora_jax.pocket.training import codec as train_codec
+from sora_jax.pocket.training import flow, latents
+from sora_jax.pocket.training import text as train_text
+from sora_jax.pocket.training.fit import Params, fit
+from sora_jax.pocket.world.vocabulary import write_tokenizer
+from sora_jax.pocket.world.words import FPS, MOTIONS, NUM_FRAMES, SIZE_PX
+from sora_jax.shell import BAD_INPUT, INTERRUPTED, Parser, describe
+from sora_jax.storage.checkpoint import load_network, save_network
+from sora_jax.storage.writer import update_model_file
 
 DEFAULTS = {"num_steps": 30, "guidance": 3.0, "height": SIZE_PX, "width": SIZE_PX, "num_frames": NUM_FRAMES, "fps": FPS}
 LESSONS = ("4500:5700:left,right,up,down,grow,shrink", "7000:7400:left,right")
@@ -71,13 +74,13 @@ def transformer(args: argparse.Namespace, model: Path, codec: Params, text: Para
 
     def evaluate(params: Params) -> dict[str, float]:
         save_network(model, "stdit3", pocket.stdit3, params, dtype=args.dtype, overwrite=True)
-        asked = faithfulness.captions(args.judged, seed=TRAINING_SEED)
-        seen = [measure(made.frames_thw3) for made in faithfulness.clips(model, asked)]
+        asked = cases.captions(args.judged, seed=TRAINING_SEED)
+        seen = [measure(made.frames_thw3) for made in cases.clips(model, asked)]
         return {name: rate.share for name, rate in score(seen, [one.attributes for one in asked]).items()}
 
     cached = functools.partial(latents.cache_clips, codec, pocket)
-    long_frames = train_flow.LONG_FRAMES
-    batches = train_flow.Batches(
+    long_frames = flow.LONG_FRAMES
+    batches = flow.Batches(
         clips=cached(args.work / "latents", num_clips=args.clips, seed=args.seed),
         long_clips=cached(args.work / "long_latents", num_clips=args.long_clips, seed=args.seed + 1, num_frames=long_frames),
         tokenizer=tokenizer,
@@ -85,7 +88,7 @@ def transformer(args: argparse.Namespace, model: Path, codec: Params, text: Para
         seed=args.seed,
         lessons=[_lesson(text) for text in args.lessons],
     )
-    stage = train_flow.flow_stage(
+    stage = flow.flow_stage(
         pocket,
         text,
         batches,
@@ -121,7 +124,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=6144, help="clips in the cache of latents")
     parser.add_argument("--long-clips", type=int, default=1024, help="longer clips in a cache of their own")
     parser.add_argument("--flow-steps", type=int, default=8200, help="updates of the transformer")
-    parser.add_argument("--flow-rate", type=float, default=train_flow.LEARNING_RATE, help="its highest learning rate")
+    parser.add_argument("--flow-rate", type=float, default=flow.LEARNING_RATE, help="its highest learning rate")
     parser.add_argument(
         "--lesson",
         type=_checked_lesson,
@@ -141,9 +144,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _lesson(text: str) -> train_flow.Lesson:
+def _lesson(text: str) -> flow.Lesson:
     start, stop, motions = text.split(":")
-    return train_flow.Lesson(start=int(start), stop=int(stop), motions=tuple(motions.split(",")))
+    return flow.Lesson(start=int(start), stop=int(stop), motions=tuple(motions.split(",")))
 
 
 def _checked_lesson(text: str) -> str:

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sora_jax.checkpoint import unflatten
-from sora_jax.merging import Merge
-from sora_jax.quantisation import SCALE_SUFFIX, is_scale, scale_axis
-from sora_jax.stdit3 import Conditioning
+from sora_jax.networks.merging import Merge
+from sora_jax.networks.stdit3 import Conditioning
+from sora_jax.storage.checkpoint import unflatten
+from sora_jax.storage.quantisation import SCALE_SUFFIX, is_scale, scale_axis
 
 ROW_TOKENS = 2048  # with more tokens in a row of the batch, the activations of a block outweigh its parameters
 

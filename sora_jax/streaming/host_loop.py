@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sora_jax.segments import Segment, within
+from sora_jax.networks.segments import Segment, within
+from sora_jax.networks.t5 import T5Encoder, position_bias
+from sora_jax.networks.vae.codec import LatentStats, chunks, split_moments
+from sora_jax.networks.vae.spatial import SpatialDecoder, SpatialEncoder
+from sora_jax.networks.vae.temporal import TemporalDecoder, TemporalEncoder
 from sora_jax.streaming.rows import read_rows, read_whole
 from sora_jax.streaming.segment_loop import SegmentLoop
 from sora_jax.streaming.staging import Verified
-from sora_jax.t5 import T5Encoder, position_bias
-from sora_jax.vae.codec import LatentStats, chunks, split_moments
-from sora_jax.vae.spatial import SpatialDecoder, SpatialEncoder
-from sora_jax.vae.temporal import TemporalDecoder, TemporalEncoder
 
 FRAME_PIXELS = 2**16  # pixels that a spatial network takes at a time; its activations are kilobytes for each
 

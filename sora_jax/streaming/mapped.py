@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sora_jax.config import DTypePolicy
-from sora_jax.merging import Merge
-from sora_jax.stdit3 import Conditioning
+from sora_jax.networks.merging import Merge
+from sora_jax.networks.stdit3 import Conditioning
 from sora_jax.streaming.blocks import run_block
 from sora_jax.streaming.callbacks import PASSED, Outputs, opened
 from sora_jax.streaming.prefetch import Slot

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sora_jax.config import ModelConfig
-from sora_jax.model_directory import STORED_DTYPES, Manifest
-from sora_jax.quantisation import SCALE_SUFFIX
-from sora_jax.segments import Segment, within
+from sora_jax.networks.segments import Segment, within
+from sora_jax.networks.t5 import T5Encoder
+from sora_jax.networks.vae.codec import chunks, latent_size
+from sora_jax.networks.vae.temporal import TemporalDecoder, TemporalEncoder
+from sora_jax.storage.directory import STORED_DTYPES, Manifest
+from sora_jax.storage.quantisation import SCALE_SUFFIX
 from sora_jax.streaming import activations
 from sora_jax.streaming.host_loop import frame_batches
 from sora_jax.streaming.staging import group_bytes
 from sora_jax.streaming.stream import ENDS
-from sora_jax.t5 import T5Encoder
-from sora_jax.vae.codec import chunks, latent_size
-from sora_jax.vae.temporal import TemporalDecoder, TemporalEncoder
 
 BASELINE_BYTES = 215_000_000  # Python with JAX, measured
 COMPILER_BYTES = {"text": 80_000_000, "encode": 110_000_000, "denoise": 150_000_000, "decode": 110_000_000}  # measured

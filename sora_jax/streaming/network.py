@@ -14,12 +14,12 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sora_jax.checkpoint import unflatten
 from sora_jax.config import policy_of
-from sora_jax.merging import Merge
-from sora_jax.model_directory import Manifest, ModelDirectoryError, open_network
-from sora_jax.quantisation import dequantise
-from sora_jax.stdit3 import Conditioning, Embed, Final
+from sora_jax.networks.merging import Merge
+from sora_jax.networks.stdit3 import Conditioning, Embed, Final
+from sora_jax.storage.checkpoint import unflatten
+from sora_jax.storage.directory import Manifest, ModelDirectoryError, open_network
+from sora_jax.storage.quantisation import dequantise
 from sora_jax.streaming.blocks import dequantised
 from sora_jax.streaming.hosted import HostedBlocks
 from sora_jax.streaming.mapped import MAP_FROM_BYTES, MappedBlocks, can_map

@@ -9,8 +9,8 @@ import threading
 import numpy as np
 from jaxtyping import Float, Int
 
-from sora_jax.model_directory import STORED_DTYPES, Manifest, damaged
-from sora_jax.quantisation import SCALE_SUFFIX, dequantise
+from sora_jax.storage.directory import STORED_DTYPES, Manifest, damaged
+from sora_jax.storage.quantisation import SCALE_SUFFIX, dequantise
 from sora_jax.streaming.staging import Verified, parameter_file, read_parameter
 
 

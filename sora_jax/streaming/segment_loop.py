@@ -14,14 +14,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sora_jax.checkpoint import flatten
-from sora_jax.clip import Timings
 from sora_jax.config import DTypePolicy
-from sora_jax.int8_matrix import Int8Matrix
-from sora_jax.layers import precision_chosen
-from sora_jax.model_directory import Manifest, ModelDirectoryError
-from sora_jax.quantisation import SCALE_SUFFIX
-from sora_jax.segments import Segment, part
+from sora_jax.networks.kernels import Int8Matrix
+from sora_jax.networks.layers import precision_chosen
+from sora_jax.networks.segments import Segment, part
+from sora_jax.pipeline.clip import Timings
+from sora_jax.storage.checkpoint import flatten
+from sora_jax.storage.directory import Manifest, ModelDirectoryError
+from sora_jax.storage.quantisation import SCALE_SUFFIX
 from sora_jax.streaming.profile import Lane, Profile
 from sora_jax.streaming.retention import give_back_freed
 from sora_jax.streaming.source import Around

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax.model_directory import STORED_DTYPES, Manifest, ModelDirectoryError, damaged
+from sora_jax.storage.directory import STORED_DTYPES, Manifest, ModelDirectoryError, damaged
 from sora_jax.streaming.staging import ALIGNMENT
 
 Identity = tuple[int, int, int]  # modification time in ns, inode, device

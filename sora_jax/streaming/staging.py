@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from sora_jax.model_directory import STORED_DTYPES, Manifest, damaged, layer_of
+from sora_jax.storage.directory import STORED_DTYPES, Manifest, damaged, layer_of
 
 ALIGNMENT = 64  # bytes; XLA takes aligned host memory without copying it
 STALL_S = 300.0  # a group that takes longer to read is an error: a disk, or a network file system, that hangs

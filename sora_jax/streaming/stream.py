@@ -18,9 +18,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sora_jax.config import DTypePolicy
-from sora_jax.merging import Merge
-from sora_jax.model_directory import ModelDirectoryError
-from sora_jax.stdit3 import Conditioning, STDiT3Block
+from sora_jax.networks.merging import Merge
+from sora_jax.networks.stdit3 import Conditioning, STDiT3Block
+from sora_jax.storage.directory import ModelDirectoryError
 from sora_jax.streaming.callbacks import PASSED
 from sora_jax.streaming.prefetch import Prefetcher, Slot
 from sora_jax.streaming.profile import Profile

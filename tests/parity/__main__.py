@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from sora_jax.command_line import BAD_INPUT, INTERRUPTED, Parser
+from sora_jax.shell import BAD_INPUT, INTERRUPTED, Parser
 from tests.parity.fixtures import FixtureError
 from tests.parity.runner import FAIL, PASS, PENDING, Row, run_folder
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from sora_jax.leap import Leap
-from sora_jax.merging import Merge
-from sora_jax.sampler import Carry, Sampler
-from sora_jax.schedule import Schedule
-from sora_jax.velocity import Velocity
+from sora_jax.networks.merging import Merge
+from sora_jax.pipeline.velocity import Velocity
+from sora_jax.sampling.leap import Leap
+from sora_jax.sampling.sampler import Carry, Sampler
+from sora_jax.sampling.schedule import Schedule
 from tests.parity import limits, stdit3
 from tests.parity.fixtures import read_json, read_tensors
 

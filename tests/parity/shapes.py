@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sora_jax import config, sizes
-from sora_jax.vae.codec import latent_size
+from sora_jax import config
+from sora_jax.inputs import sizes
+from sora_jax.networks.vae.codec import latent_size
 from tests.parity.fixtures import read_json
 
 

@@ -18,10 +18,10 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from sora_jax import positions, stdit3, stdit3_block
 from sora_jax.config import STDiT3Config
-from sora_jax.layers import Linear, RMSNorm
-from sora_jax.merging import Merge
+from sora_jax.networks import positions, stdit3, stdit3_block
+from sora_jax.networks.layers import Linear, RMSNorm
+from sora_jax.networks.merging import Merge
 from tests.parity.fixtures import FixtureError, is_input, read_json, read_tensors
 from tests.parity.weights import build
 

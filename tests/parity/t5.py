@@ -11,7 +11,7 @@ import numpy as np
 import convert_weights
 from convert_weights.rules import Header
 from sora_jax.config import T5Config
-from sora_jax.t5 import T5Encoder, position_buckets
+from sora_jax.networks.t5 import T5Encoder, position_buckets
 from tests.parity.fixtures import read_json, read_tensors
 from tests.parity.weights import build
 

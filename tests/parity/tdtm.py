@@ -9,7 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from sora_jax.merging import Merge, merge, unmerge
+from sora_jax.networks.merging import Merge, merge, unmerge
 from tests.parity import stdit3
 from tests.parity.fixtures import is_input, read_json, read_tensors
 

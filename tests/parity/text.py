@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax import conditioning, config, prompt, sizes
-from sora_jax.tokenizer import Tokenizer
+from sora_jax import config
+from sora_jax.inputs import prompt, sizes
+from sora_jax.inputs import references as conditioning
+from sora_jax.inputs.tokenizer import Tokenizer
 from tests.parity.fixtures import FixtureError, read_json, read_tensors
 
 _Triples = Iterator[tuple[str, Any, Any]]  # what, got, expected

@@ -17,7 +17,7 @@ import numpy as np
 from einops import rearrange
 
 from sora_jax.config import SpatialVAEConfig, TemporalVAEConfig, VAEConfig
-from sora_jax.vae import VAE, chunks, latent_size, split_moments
+from sora_jax.networks.vae import VAE, chunks, latent_size, split_moments
 from tests.parity.fixtures import is_input, read_json, read_tensors
 from tests.parity.weights import build
 

@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 
 import convert_weights
-from sora_jax.checkpoint import unflatten
-from sora_jax.stdit3 import STDiT3
-from sora_jax.t5 import T5Encoder
-from sora_jax.vae import VAE
+from sora_jax.networks.stdit3 import STDiT3
+from sora_jax.networks.t5 import T5Encoder
+from sora_jax.networks.vae import VAE
+from sora_jax.storage.checkpoint import unflatten
 
 _CLASSES: dict[str, Any] = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
 

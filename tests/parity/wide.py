@@ -16,8 +16,8 @@ import numpy as np
 import convert_weights
 from sora_jax import config as presets
 from sora_jax.config import STDiT3Config, T5Config
-from sora_jax.merging import Merge
-from sora_jax.stdit3 import STDiT3
+from sora_jax.networks.merging import Merge
+from sora_jax.networks.stdit3 import STDiT3
 from tests.parity.fixtures import FixtureError, read_json, read_tensors
 from tests.parity.weights import build
 

@@ -1,0 +1,164 @@
+"""The ways of sampling that `sampler_study` compares: names, settings, and which of them share their first steps.
+
+A method that forks from another one takes over its state after so many steps, which is what it would have computed itself:
+a leap at step N of 30 is the plain sampling until then.  So the leaps of a whole row cost one sampling and one step each.
+Invariant: ``evaluations`` is the number asked for; what a clip really took is what the sampler reports.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sora_jax.sampling.leap import Leap
+from sora_jax.sampling.reuse import Plan
+
+EVALUATIONS = (8, 10, 12, 16, 18, 21, 23, 25, 30)
+STEPS = 30
+LONG_STEPS = 200
+REFERENCE, LONG_REFERENCE = f"Euler {STEPS}", f"Euler {LONG_STEPS}"
+MERGED_STEPS = (30, 25, 20, 15, 10)  # of the paper's table 4
+LEAP_EVALUATIONS = (16, 21, 23, 25, 30)  # of the paper's table 3
+# Of the times, on top of the model's own: 6 takes the embedded model's (0.4 times) to Open-Sora's at 51 frames of 240p (2.4).
+OPEN_SORA_SHIFT = 6.0
+SHIFTS = (2.0, 4.0, OPEN_SORA_SHIFT)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way of sampling.
+
+    Attributes:
+      name: unique.
+      family: methods that differ in their number of evaluations only.
+      evaluations: asked for; None where the rule decides.
+      changes: of `Settings`, from Open-Sora's.
+      calibrated: evaluations of the calibrated plan that it samples by; None: none.
+      fork: name of the method whose state after so many steps this one takes over, and the number of steps.
+    """
+
+    name: str
+    family: str
+    evaluations: float | None
+    changes: Mapping[str, Any]
+    calibrated: int | None = None
+    fork: tuple[str, int] | None = None
+
+
+def methods() -> list[Method]:
+    """Returns all methods; one that another forks from comes first."""
+    return [*references(), *leaps(), *solvers(), *plans(), *merges()]
+
+
+def plain(num_steps: int) -> dict[str, Any]:
+    """Returns the settings of a plain sampling; its last step "leaps" to where it goes anyway, which saves a program."""
+    return {"num_steps": num_steps, "leap": Leap.static(num_steps - 1)}
+
+
+def references() -> list[Method]:
+    """Returns the samplings that all others are compared with."""
+    return [
+        Method(name=REFERENCE, family="Euler", evaluations=STEPS, changes=plain(STEPS)),
+        Method(name=LONG_REFERENCE, family="reference", evaluations=LONG_STEPS, changes=plain(LONG_STEPS)),
+    ]
+
+
+def leaps() -> list[Method]:
+    """Returns linear proportional leaps out of 30 steps: static, extrapolated, dynamic and as released."""
+    out = []
+    for extrapolate, family in ((False, "LPL"), (True, "LPL extrapolated")):
+        for count in EVALUATIONS[:-1]:
+            leap = Leap.static(count - 1, extrapolate=extrapolate)
+            changes = {"num_steps": STEPS, "leap": leap}
+            fork = (REFERENCE, count - 1)
+            out.append(Method(name=f"{family} {count}", family=family, evaluations=count, changes=changes, fork=fork))
+    for extrapolate, family in ((False, "LPL dynamic"), (True, "LPL dynamic extrapolated")):
+        rule = Leap.dynamic(extrapolate=extrapolate)
+        first = int(rule.rule(STEPS).first)  # until then every rule does the same
+        changes = {"num_steps": STEPS, "leap": rule}
+        out.append(Method(name=family, family=family, evaluations=None, changes=changes, fork=(REFERENCE, first)))
+    released = {"num_steps": STEPS, "leap": Leap.released()}
+    return [*out, Method(name="LPL released", family="LPL released", evaluations=None, changes=released)]
+
+
+def solvers() -> list[Method]:
+    """Returns multistep solvers and re-shifted times, each with as many steps as evaluations, and leaps of both."""
+    rows: list[tuple[str, dict[str, Any]]] = [("Euler", {}), ("AB2", {"solver": "ab2"}), ("DPM++", {"solver": "dpmpp"})]
+    rows += [(f"Euler shift {shift:g}", {"shift": shift}) for shift in SHIFTS]
+    rows += [(f"AB2 shift {shift:g}", {"solver": "ab2", "shift": shift}) for shift in SHIFTS]
+    out = []
+    for family, changes in rows:
+        for count in EVALUATIONS:
+            if f"{family} {count}" != REFERENCE:
+                given = {**changes, **plain(count)}
+                out.append(Method(name=f"{family} {count}", family=family, evaluations=count, changes=given))
+    leaping: list[tuple[str, str, dict[str, Any], bool]] = [
+        ("AB2 LPL extrapolated", "AB2", {"solver": "ab2"}, True),
+        (f"LPL shift {OPEN_SORA_SHIFT:g}", f"Euler shift {OPEN_SORA_SHIFT:g}", {"shift": OPEN_SORA_SHIFT}, False),
+    ]
+    for family, full, changes, extrapolate in leaping:
+        for count in EVALUATIONS[:-1]:
+            given = {"num_steps": STEPS, **changes, "leap": Leap.static(count - 1, extrapolate=extrapolate)}
+            fork = (f"{full} {STEPS}", count - 1)
+            out.append(Method(name=f"{family} {count}", family=family, evaluations=count, changes=given, fork=fork))
+    return out
+
+
+def plans() -> list[Method]:
+    """Returns reuse of the block stack by calibrated plans of 30 steps, and of the guidance difference."""
+    out = []
+    moved = {"shift": OPEN_SORA_SHIFT}
+    rows: list[tuple[str, dict[str, Any]]] = [("reuse", {}), ("reuse AB2", {"solver": "ab2"})]
+    rows += [(f"{family} shift {OPEN_SORA_SHIFT:g}", {**given, **moved}) for family, given in rows]
+    for family, given in rows:
+        for count in EVALUATIONS[:-1]:
+            changes = {"num_steps": STEPS, **given}
+            name = f"{family} {count}"
+            out.append(Method(name=name, family=family, evaluations=count, changes=changes, calibrated=count))
+    family = "guidance reuse"
+    for count in EVALUATIONS[:-1]:
+        plan = guidance_plan(count)
+        changes = {"num_steps": len(plan.codes), "plan": plan}
+        out.append(Method(name=f"{family} {count}", family=family, evaluations=plan.evaluations, changes=changes))
+    return out
+
+
+def guidance_plan(evaluations: int) -> Plan:
+    """Returns full steps, then steps that reuse the guidance difference, as many evaluations together.
+
+    30 steps where two full ones suffice for that, fewer steps below 16 evaluations.
+    """
+    num_steps = min(STEPS, 2 * evaluations - 2)
+    return Plan.evaluate_at(range(num_steps), num_steps).with_half_steps(2 * evaluations - num_steps)
+
+
+def merges() -> list[Method]:
+    """Returns temporal token merging in the first steps of 30, alone and before a leap."""
+    first = f"TDTM {MERGED_STEPS[0]}"
+    out = [Method(name=first, family="TDTM", evaluations=STEPS, changes={"num_steps": STEPS, "merge_steps": MERGED_STEPS[0]})]
+    for count in MERGED_STEPS[1:]:
+        changes = {"num_steps": STEPS, "merge_steps": count}
+        out.append(Method(name=f"TDTM {count}", family="TDTM", evaluations=STEPS, changes=changes, fork=(first, count)))
+    for count in (10, 15):
+        changes = {"num_steps": STEPS, "merge_steps": count, "leap": Leap.static(15)}
+        out.append(Method(name=f"LPL 16, TDTM {count}", family="LPL and TDTM", evaluations=16, changes=changes))
+    return out
+
+
+def chosen(all_methods: Iterable[Method], names: Iterable[str]) -> list[Method]:
+    """Returns the methods of those names, the references, and what they fork from, in their order."""
+    by_name = {method.name: method for method in all_methods}
+    wanted = {*names, REFERENCE, LONG_REFERENCE}
+    wanted |= {fork[0] for name in wanted if name in by_name and (fork := by_name[name].fork)}
+    return [method for method in by_name.values() if method.name in wanted]
+
+
+def frontier(rows: Iterable[Mapping[str, Any]], measure: str) -> list[str]:
+    """Returns the names of the methods that no other one beats: fewer or equal evaluations and a higher median."""
+    ordered = sorted(rows, key=lambda row: (row["evaluations"], -row[measure]["median"]))
+    best, out = -math.inf, []
+    for row in ordered:
+        if row[measure]["median"] > best:
+            best = row[measure]["median"]
+            out.append(row["name"])
+    return out

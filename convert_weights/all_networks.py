@@ -1,0 +1,86 @@
+"""All three networks at once, from a folder that holds their checkpoints.
+
+Each network stays an atomic unit of its own: what is converted stays when a later one fails.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from convert_weights.checkpoint import DEFAULTS, SPATIAL_PREFIX, Options, convert_checkpoint
+from convert_weights.readers import open_checkpoint
+from convert_weights.source_config import network_of
+from convert_weights.torch_zip import SourceError
+from sora_jax.config import NETWORKS
+from sora_jax.storage.directory import Manifest, present_networks
+from sora_jax.storage.writer import check_dtype
+
+
+def find_networks(source: str | os.PathLike[str]) -> dict[str, Path]:
+    """Returns the folder of each network (and of ``spatial``, if there) below ``source``, by their config.json files.
+
+    Raises:
+      SourceError: a network is missing, or there are two of it.
+    """
+    root = Path(source)
+    if not root.is_dir():
+        raise SourceError(f"{root} is not a folder; expected one that holds the folders of {', '.join(NETWORKS)}.")
+    found: dict[str, list[Path]] = {}
+    for folder in sorted({file.parent for pattern in ("*", "*/*") for file in root.glob(f"{pattern}/config.json")}):
+        found.setdefault(network_of(folder) or "other", []).append(folder)
+    problems = [f"no {network}" for network in NETWORKS if network not in found]
+    problems += [
+        f"{len(found[network])} of {network} ({', '.join(map(str, found[network]))})"
+        for network in (*NETWORKS, "spatial")
+        if len(found.get(network, ())) > 1
+    ]
+    if problems:
+        raise SourceError(f"{root} holds {'; '.join(problems)} (told by their config.json); convert the networks one by one.")
+    return {network: folders[0] for network, folders in found.items() if network != "other"}
+
+
+def convert_pipeline(
+    source: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    dtypes: Mapping[str, str],
+    overwrite: bool = False,
+    options: Options = DEFAULTS,
+    progress: Callable[[str, int, int], None] = lambda network, done, total: None,
+) -> dict[str, Manifest]:
+    """Converts the three networks below ``source`` one after another and returns their manifests.
+
+    Networks that an interrupted run has finished are left as they are unless ``overwrite`` is given.
+
+    Args:
+      source: a folder of three checkpoint folders, and possibly the VAE's AutoencoderKL.
+      directory: the model directory.
+      dtypes: stored dtype of each network.
+      overwrite: replace existing networks.
+      options: how the sources are read.
+      progress: called with the network, its source bytes converted so far, and all.
+    """
+    for network in NETWORKS:
+        check_dtype(network, dtypes[network])
+    folders = find_networks(source)
+    present = () if overwrite else present_networks(directory)
+    manifests = {}
+    for network in NETWORKS:
+        if network in present:
+            continue
+        own = options
+        if network == "vae" and "spatial" in folders and options.spatial is None and not _has_spatial(folders["vae"], options):
+            own = dataclasses.replace(options, spatial=folders["spatial"])
+
+        def report(done: int, total: int, network: str = network) -> None:
+            progress(network, done, total)
+
+        manifests[network] = convert_checkpoint(
+            network, folders[network], directory, dtype=dtypes[network], overwrite=overwrite, options=own, progress=report
+        )
+    return manifests
+
+
+def _has_spatial(folder: Path, options: Options) -> bool:
+    return any(SPATIAL_PREFIX in name for name in open_checkpoint(folder, section=options.section).arrays)

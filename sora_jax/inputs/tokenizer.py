@@ -1,0 +1,111 @@
+"""T5 token ids of texts, from a ``tokenizer.json`` or a ``spiece.model``.
+
+Both files give the same ids: special tokens written in the text (``</s>``, ``<extra_id_7>``) are recognised with either.
+The one known exception is a combining mark right behind a character that normalisation replaces (U+2026 U+0301), which the
+``tokenizers`` library drops and SentencePiece keeps.  Text is tokenised as it is given; cleaning captions is the business
+of ``sora_jax.inputs.prompt``.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import sentencepiece
+import tokenizers
+from jaxtyping import Bool, Int
+
+from sora_jax import files
+
+PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
+NUM_EXTRA_IDS = 100  # T5's sentinels <extra_id_0..99>, numbered downwards behind the SentencePiece vocabulary
+
+
+class Tokenizer:
+    """Holds the open vocabulary; ``from_file`` is the usual way to get one."""
+
+    def __init__(self, split: Callable[[str], list[int]], *, pad_id: int, eos_id: int, vocab_size: int):
+        """``split`` returns the ids of a text without EOS and without padding; ids are below ``vocab_size``."""
+        self._split = split
+        self.pad_id, self.eos_id, self.vocab_size = pad_id, eos_id, vocab_size
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Returns the tokenizer stored in a ``tokenizer.json`` or ``spiece.model`` file.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: the file is neither, is damaged, or has no padding and end tokens.
+        """
+        path = Path(path)
+        readers = {".json": _read_json, ".model": _read_sentencepiece}
+        if path.suffix not in readers:
+            raise ValueError(
+                f"{path} is not a tokenizer file: got suffix {path.suffix!r}, expected tokenizer.json or spiece.model."
+            )
+        files.refuse_missing(path, "Tokenizer file")
+        split, pad_id, eos_id, vocab_size = readers[path.suffix](path)
+        return cls(split, pad_id=pad_id, eos_id=eos_id, vocab_size=vocab_size)
+
+    def encode(self, texts: Sequence[str], max_length: int) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
+        """Returns int32 ids padded to ``max_length`` and a mask that is True on text and end token.
+
+        A text that is too long is cut so that the end token still fits.
+
+        Source: Open-Sora v1.2 opensora/models/text_encoder/t5.py T5Embedder.get_text_embeddings.
+
+        Raises:
+          TypeError: a single text is given in place of a sequence.
+          ValueError: there is no room for the end token.
+        """
+        if isinstance(texts, str):
+            raise TypeError(f"texts is a single string {texts[:40]!r}; expected a sequence of strings: pass [text].")
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}; expected at least 1, for the end token.")
+        ids_BL = np.full((len(texts), max_length), self.pad_id, np.int32)
+        mask_BL = np.zeros((len(texts), max_length), np.bool_)
+        for row, text in enumerate(texts):
+            ids = [*self._split(text)[: max_length - 1], self.eos_id]
+            ids_BL[row, : len(ids)] = ids
+            mask_BL[row, : len(ids)] = True
+        return ids_BL, mask_BL
+
+
+def _read_json(path: Path) -> tuple[Callable[[str], list[int]], int, int, int]:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more specific
+        raise ValueError(f"{path} is not a readable tokenizer.json: {error}.") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    pad_id, eos_id = (_present(tokenizer.token_to_id(token), token, path) for token in (PAD, EOS))
+
+    def split(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    return split, pad_id, eos_id, tokenizer.get_vocab_size(with_added_tokens=True)
+
+
+def _read_sentencepiece(path: Path) -> tuple[Callable[[str], list[int]], int, int, int]:
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} is not a readable SentencePiece model: {error}.") from error
+    pad_id, eos_id = (_present(index, token, path) for index, token in ((processor.pad_id(), PAD), (processor.eos_id(), EOS)))
+    vocab_size = processor.get_piece_size() + NUM_EXTRA_IDS
+    special = {PAD: pad_id, EOS: eos_id, UNK: processor.unk_id()}
+    special |= {f"<extra_id_{i}>": vocab_size - 1 - i for i in range(NUM_EXTRA_IDS)}
+    boundary = re.compile("(" + "|".join(map(re.escape, special)) + ")")
+
+    def split(text: str) -> list[int]:
+        parts = boundary.split(text.replace("\x85", " "))  # "next line": white space for the other library only
+        return [index for part in parts for index in ([special[part]] if part in special else processor.encode(part))]
+
+    return split, pad_id, eos_id, vocab_size
+
+
+def _present(index: int | None, token: str, path: Path) -> int:
+    if index is None or index < 0:
+        raise ValueError(f"{path} has no {token} token; expected a T5 vocabulary with {PAD} and {EOS}.")
+    return index

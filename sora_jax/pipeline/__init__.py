@@ -1,0 +1,1 @@
+"""The stages put together: from settings and a model directory to a clip in a file."""

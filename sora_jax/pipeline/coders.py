@@ -1,0 +1,128 @@
+"""The networks around the transformer as functions of host arrays: captions to features, videos to latents and back.
+
+Invariant: each call takes and returns host arrays.  Without a memory budget a network is in memory while a call runs; with
+one it runs from its files (``streaming.host_loop``).  Features found in the caption cache need no text encoder at all.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sora_jax.config import policy_of
+from sora_jax.networks.t5 import T5Encoder
+from sora_jax.networks.vae.codec import VAE, chunks
+from sora_jax.pipeline.clip import Timings
+from sora_jax.pipeline.open_model import Networks, call
+from sora_jax.storage.directory import NETWORK_FILE
+from sora_jax.streaming import host_loop
+from sora_jax.streaming.memory_plan import MemoryPlan
+from sora_jax.streaming.segment_loop import SegmentLoop
+
+FRAME_PIXELS = 2**19  # pixels that the spatial autoencoder holds at a time; its activations are hundreds of bytes for each
+
+
+class Coders:
+    """The text encoder and the autoencoder of opened networks.
+
+    Args:
+      networks: where they are.
+      dtype: compute dtype.
+      timings: what takes the times.
+      plan: of the memory, where there is a budget.
+    """
+
+    def __init__(self, networks: Networks, dtype: str, timings: Timings, plan: MemoryPlan | None):
+        self._networks, self._dtype, self._timings, self._plan = networks, dtype, timings, plan
+
+    def encode_text(self, ids_BL: Int[np.ndarray, "B L"], mask_BL: Bool[np.ndarray, "B L"]) -> Float[np.ndarray, "B L E"]:
+        """Returns the features of padded captions; of each that the cache does not hold, once.
+
+        Raises:
+          ModelDirectoryError: a parameter is missing or damaged.
+        """
+        cache = self._networks.caption_cache
+        if cache is None:
+            return self._encode_text(ids_BL, mask_BL)
+        model = hashlib.sha256((self._networks.directory / "t5" / NETWORK_FILE).read_bytes()).hexdigest()
+        found = [cache.find(model, self._dtype, ids_L) for ids_L in ids_BL]
+        missing = [b for b, features in enumerate(found) if features is None]
+        if missing:
+            encoded = self._encode_text(ids_BL[missing], mask_BL[missing])
+            for b, features in zip(missing, encoded, strict=True):
+                cache.keep(model, self._dtype, ids_BL[b], features)
+                found[b] = features
+        return np.stack([features for features in found if features is not None])
+
+    def encode_videos(self, videos: Sequence[Float[np.ndarray, "_ _ _ _ 3"]]) -> list[Float[np.ndarray, "_ _ _ _ _"]]:
+        """Returns the latents of videos [B, t, h, w, 3].
+
+        Raises:
+          ModelDirectoryError: a parameter is missing or damaged.
+        """
+        if self._plan is not None:
+            loop = self._loop("vae", "encode", VAE)
+            return [host_loop.encode(loop, video) for video in videos]
+        with self._networks.use("vae", self._dtype, self._timings) as vae:
+            return [self._encode_video(vae, video) for video in videos]
+
+    def decode(self, z_BTHWC: Float[np.ndarray, "B T H W C"], num_frames: int) -> Float[np.ndarray, "B t h w 3"]:
+        """Returns the ``num_frames`` frames of latents.
+
+        Raises:
+          ModelDirectoryError: a parameter is missing or damaged.
+        """
+        if self._plan is not None:
+            return host_loop.decode(self._loop("vae", "decode", VAE), z_BTHWC, num_frames)
+        config = self._networks.config.vae
+        side = config.spatial.downsampling
+        batch = _frame_batch(z_BTHWC.shape[2] * side, z_BTHWC.shape[3] * side)
+        clips = []
+        with self._networks.use("vae", self._dtype, self._timings) as vae:
+            for chunk in chunks(config, num_frames):
+                given = (chunk.num_frames, batch), vae, z_BTHWC[:, chunk.latents]
+                clips.append(np.asarray(call("decode", self._timings, _decode_chunk, *given)))
+        return np.concatenate(clips, axis=1)
+
+    def _encode_text(self, ids_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
+        if self._plan is not None:
+            return host_loop.encode_text(self._loop("t5", "text", T5Encoder), ids_BL, mask_BL)
+        with self._networks.use("t5", self._dtype, self._timings) as t5:
+            return np.asarray(call("text", self._timings, _encode_text, (), t5, ids_BL, mask_BL))
+
+    def _encode_video(self, vae: VAE, video_Bthw3: np.ndarray) -> np.ndarray:
+        batch = _frame_batch(*video_Bthw3.shape[2:4])
+        clips = [
+            call("encode", self._timings, _encode_chunk, (batch,), vae, video_Bthw3[:, chunk.frames])
+            for chunk in chunks(self._networks.config.vae, video_Bthw3.shape[1])
+        ]
+        return np.concatenate([np.asarray(clip) for clip in clips], axis=1)
+
+    def _loop(self, network: str, stage: str, build: type[VAE] | type[T5Encoder]) -> SegmentLoop:
+        networks, planned = self._networks, [s for s in self._plan.stages if s.name == stage] if self._plan else []
+        return SegmentLoop(
+            networks.manifests[network],
+            build,
+            policy_of(self._dtype),
+            self._timings,
+            num_slots=planned[0].num_slots if planned else 1,
+            verified=networks.verified,
+            profile=networks.profile,
+        )
+
+
+def _frame_batch(height: int, width: int) -> int:
+    return max(1, FRAME_PIXELS // (height * width))
+
+
+def _encode_text(t5: T5Encoder, ids_BL: Int[Array, "B L"], mask_BL: Bool[Array, "B L"]) -> Float[Array, "B L E"]:
+    return t5(ids_BL, mask_BL)
+
+
+def _encode_chunk(frame_batch: int, vae: VAE, video_Bthw3: Float[Array, "B t h w 3"]) -> Float[Array, "B T H W C"]:
+    return vae.encode_chunk(video_Bthw3, frame_batch=frame_batch)
+
+
+def _decode_chunk(num_frames: int, frame_batch: int, vae: VAE, z_BTHWC: Float[Array, "B T H W C"]) -> Float[Array, "B t h w 3"]:
+    return vae.decode_chunk(z_BTHWC, num_frames, frame_batch=frame_batch)

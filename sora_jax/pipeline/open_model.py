@@ -1,0 +1,167 @@
+"""The three networks of an opened model directory: loaded when a stage begins, freed when it ends.
+
+Invariant: with ``keep=False`` at most one network is in memory at a time, provided the caller drops its reference at the end
+of the ``with`` block.  Programs compile once per configuration, dtype and shapes, and that time is measured apart.  With a
+memory budget the transformer is streamed: `Networks.transformer` yields it either way.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+from flax import nnx
+
+from sora_jax.config import NETWORKS, ModelConfig, policy_of
+from sora_jax.networks.layers import precision_chosen
+from sora_jax.networks.stdit3 import STDiT3
+from sora_jax.networks.t5 import T5Encoder
+from sora_jax.networks.vae.codec import VAE
+from sora_jax.pipeline.caption_cache import CaptionCache
+from sora_jax.pipeline.clip import Timings
+from sora_jax.storage import directory as model_directory
+from sora_jax.storage.checkpoint import load_network, unflatten
+from sora_jax.storage.directory import Manifest, ModelDirectoryError
+from sora_jax.streaming.network import STDiT3Stream
+from sora_jax.streaming.profile import Profile
+from sora_jax.streaming.staging import Verified
+
+KEEP_BYTES = 1_000_000_000  # models up to this size stay loaded between stages and calls
+
+_CLASSES: Mapping[str, Any] = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
+
+
+class Networks:
+    """The open model directory; ``keep`` says whether networks stay in memory after their stage.
+
+    With a ``budget`` in bytes networks are streamed; ``profile`` then takes the times of their layers.  ``manifests`` say
+    what is on disk, ``verified`` which of its files were compared with them, ``caption_cache`` where features are kept.
+    """
+
+    def __init__(self, manifests: Mapping[str, Manifest], *, keep: bool, budget: int | None = None):
+        self.manifests = manifests
+        self.config = ModelConfig(**{network: manifest.config for network, manifest in manifests.items()})
+        self.directory = manifests["stdit3"].path.parent
+        self.keep = keep
+        self.profile: Profile | None = None
+        self.caption_cache: CaptionCache | None = None
+        self.verified = Verified()
+        self._budget = budget
+        self._streams: dict[str, STDiT3Stream] = {}
+        self._loaded: dict[tuple[str, str], Any] = {}
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str], *, keep: bool | None, budget: int | None = None) -> Self:
+        """Returns the networks of a complete model directory, none of them loaded.
+
+        ``keep=None`` keeps models of up to 1 GB, and none where a budget in bytes is given.
+
+        Raises:
+          ModelDirectoryError: a network is missing or damaged.
+        """
+        missing = [network for network in NETWORKS if not (Path(directory) / network).exists()]
+        if 1 < len(missing) < len(NETWORKS):
+            commands = " and ".join(f"sora-jax convert {network} SOURCE {directory}" for network in missing)
+            raise ModelDirectoryError(f"{directory} has no {' and no '.join(missing)}; add them with: {commands}")
+        manifests = {network: model_directory.open_network(directory, network) for network in NETWORKS}
+        num_bytes = sum(_checked_size(manifest) for manifest in manifests.values())
+        keep = num_bytes <= KEEP_BYTES and budget is None if keep is None else keep
+        return cls(manifests, keep=keep, budget=budget)
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that the process may hold; a change takes effect at the next block, also during a run.
+
+        Raises:
+          ValueError: one is set where none was given before, or it is too small for what runs.
+        """
+        return self._budget
+
+    @budget.setter
+    def budget(self, budget: int) -> None:
+        if self._budget is None:
+            raise ValueError("memory_budget was not given when the model was opened; open it again with memory_budget=...")
+        for stream in self._streams.values():
+            stream.retention.budget = budget
+        self._budget = budget
+
+    @contextmanager
+    def transformer(self, dtype: str, timings: Timings, *, fixed_bytes: int) -> Iterator[Any]:
+        """Yields the transformer: streamed if there is a budget, of which ``fixed_bytes`` are taken whatever is retained.
+
+        Raises:
+          ModelDirectoryError: a parameter is missing, damaged, or changed while it was streamed.
+          ValueError: the budget is too small for this size.
+        """
+        if self._budget is None:
+            with self.use("stdit3", dtype, timings) as network:
+                yield network
+            return
+        if dtype not in self._streams:
+            self._streams[dtype] = STDiT3Stream(self.directory, dtype=dtype, budget=self._budget)
+        stream = self._streams[dtype]
+        stream.profile = self.profile
+        stream.retention.fixed_bytes = fixed_bytes
+        with ExitStack() as resources:
+            with timings.measure("load"):
+                network = resources.enter_context(stream.open())
+            yield network
+
+    @contextmanager
+    def use(self, network: str, dtype: str, timings: Timings) -> Iterator[Any]:
+        """Yields a network that computes in ``dtype``, on the device.
+
+        Raises:
+          ModelDirectoryError: a parameter is missing or damaged.
+        """
+        key = (network, dtype)
+        if key not in self._loaded:
+            with timings.measure("load"):
+                self._loaded[key] = self._load(network, dtype)
+        try:
+            yield self._loaded[key]
+        finally:
+            if not self.keep:
+                del self._loaded[key]
+
+    def _load(self, network: str, dtype: str) -> Any:
+        config, flat = load_network(self.directory, network)
+        policy, build = policy_of(dtype), _CLASSES[network]
+        abstract = jax.eval_shape(lambda: build(config, policy=policy, rngs=nnx.Rngs(0)))
+        try:
+            return jax.block_until_ready(jax.device_put(unflatten(abstract, flat)))
+        except ValueError as error:
+            raise ModelDirectoryError(f"{self.directory / network} does not fit its configuration: {error}") from error
+
+
+def call(stage: str, timings: Timings, function: Callable[..., Any], static: tuple[Any, ...], *args: Any) -> Any:
+    """Returns ``function(*static, *args)``, compiled once for the shapes of ``args``; compile time counts as such."""
+    leaves, structure = jax.tree.flatten(args)
+    with timings.measure("compile"):
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        executable = _compiled(function, static, structure, shapes, precision_chosen())
+    with timings.measure(stage):
+        return jax.block_until_ready(executable(*args))
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(
+    function: Callable[..., Any], static: tuple[Any, ...], structure: Any, leaves: tuple[Any, ...], _precision: str | None
+) -> Any:
+    """Returns a program that holds no arrays; `jax.jit` would do the same, without telling how long compiling took."""
+    args = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaves])
+    return jax.jit(functools.partial(function, *static)).lower(*args).compile()
+
+
+def _checked_size(manifest: Manifest) -> int:
+    """Returns a network's bytes, having seen that every parameter has a file of the right size."""
+    for name, parameter in manifest.parameters.items():
+        path = manifest.chunk_path(name)
+        found = path.stat().st_size if path.is_file() else None
+        if found != parameter.nbytes:
+            state = "is missing" if found is None else f"has {found} bytes, expected {parameter.nbytes}"
+            raise ModelDirectoryError(f"{path} {state}; convert {manifest.network} again with --overwrite.")
+    return sum(parameter.nbytes for parameter in manifest.parameters.values())

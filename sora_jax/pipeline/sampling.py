@@ -1,0 +1,65 @@
+"""From settings to a sampler: schedule, guidance and leap as the settings name them.
+
+Invariant: whoever samples with a model goes through `make_sampler`, so that the same settings mean the same sampling in the
+pipeline, in calibration and in the studies.  Nothing here computes.
+"""
+
+import numpy as np
+
+from sora_jax.pipeline.settings import OFF, Settings
+from sora_jax.sampling.leap import Leap
+from sora_jax.sampling.sampler import Sampler, VelocityFn
+from sora_jax.sampling.schedule import Schedule
+
+
+def make_schedule(settings: Settings) -> Schedule:
+    """Returns the times that the settings ask for."""
+    return Schedule.open_sora(
+        settings.num_steps,
+        height_px=settings.height,
+        width_px=settings.width,
+        num_frames=settings.num_frames,
+        shift=settings.shift,
+    )
+
+
+def guidance_scale(settings: Settings) -> float | None:
+    """Returns the guidance scale, or None where the caption alone is followed."""
+    return settings.guidance if settings.guided else None
+
+
+def make_sampler(
+    velocity_fn: VelocityFn, settings: Settings, *, frame_weights: np.ndarray | None = None, seed: int = 0
+) -> Sampler:
+    """Returns the sampler that the settings ask for.
+
+    Raises:
+      ValueError: solver, leap, plan and merging do not go together, or not with the number of steps.
+    """
+    return Sampler.create(
+        velocity_fn,
+        make_schedule(settings),
+        guidance=guidance_scale(settings),
+        solver=settings.solver,
+        leap=leap_rule(settings.leap),
+        plan=settings.plan,
+        merge_steps=settings.merge_steps or None,
+        frame_weights=frame_weights,
+        seed=seed,
+    )
+
+
+def leap_rule(leap: int | str | Leap) -> Leap | None:
+    """Returns the leap a setting names: ``"off"``, a step, ``"dynamic"`` or ``"released"``.
+
+    Raises:
+      ValueError: it names none.
+    """
+    if isinstance(leap, Leap):
+        return leap
+    if isinstance(leap, int) and not isinstance(leap, bool):
+        return Leap.static(leap)
+    named = {OFF: None, "dynamic": Leap.dynamic(), "released": Leap.released()}
+    if not isinstance(leap, str) or leap not in named:
+        raise ValueError(f"leap is {leap!r}; expected off, dynamic, released, or the number of the step that leaps.")
+    return named[leap]

@@ -1,0 +1,1 @@
+"""The judge of the embedded model: what clips show, measured from pixels without any network."""

@@ -1,0 +1,127 @@
+"""Training of pocket's text encoder: every token of a caption learns to tell what the whole caption says.
+
+The encoder is trained alone, on an endless stream of captions, by linear heads that are thrown away; the transformer then
+reads frozen features.  Trained together from scratch, the two paint the right pair of colours on the wrong places.
+Invariant: a head's last class means "not named", so what a caption leaves open stays open.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sora_jax.storage.checkpoint import flatten, unflatten
+from sora_jax.config import FLOAT32, T5Config, pocket
+from sora_jax.networks.layers import Linear
+from sora_jax.pocket.world.captions import caption
+from sora_jax.pocket.training.fit import Params, Stage
+from sora_jax.pocket.world.scenes import sample_scenes
+from sora_jax.pocket.world.vocabulary import write_tokenizer
+from sora_jax.pocket.world.words import ATTRIBUTES, Split
+from sora_jax.networks.t5 import T5Encoder
+from sora_jax.inputs.tokenizer import Tokenizer
+
+MAX_LENGTH = pocket.stdit3.model_max_length  # tokens of a caption
+LEARNING_RATE = 3e-3  # the highest, from nothing
+WARM_RATE = 1e-3  # the highest, from an encoder whose features a transformer reads already
+
+
+@functools.cache
+def abstract_t5(config: T5Config) -> T5Encoder:
+    """Returns the encoder's shapes without arrays."""
+    return jax.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0)))
+
+
+def text_stage(
+    config: T5Config, tokenizer: Tokenizer, *, num_steps: int, batch_size: int, seed: int, start: Params | None = None
+) -> Stage:
+    """Returns the stage that trains the encoder, from nothing or from the parameters ``start``, and its heads."""
+    rate = LEARNING_RATE if start is None else WARM_RATE
+    abstract_heads = jax.eval_shape(lambda: _heads(config, nnx.Rngs(0)))
+
+    def init() -> Params:
+        rngs = nnx.Rngs(seed)
+        encoder = flatten(T5Encoder(config, rngs=rngs)) if start is None else start
+        return {f"encoder.{k}": v for k, v in encoder.items()} | {
+            f"heads.{k}": v for k, v in flatten(_heads(config, rngs)).items()
+        }
+
+    def logits(params: Params, ids_BL: Array, mask_BL: Array) -> dict[str, Float[Array, "B L K"]]:
+        features_BLE = unflatten(abstract_t5(config), encoder_params(params))(ids_BL, mask_BL)
+        heads = unflatten(abstract_heads, _below("heads", params))
+        return {name: head(features_BLE) for name, head in heads.items()}
+
+    def loss(params: Params, batch: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        mask_BL = batch["mask"]
+        losses = [
+            optax.softmax_cross_entropy_with_integer_labels(
+                out, jnp.broadcast_to(batch["labels"][name][:, None], out.shape[:2])
+            )
+            for name, out in logits(params, batch["ids"], mask_BL).items()
+        ]
+        total = sum(jnp.sum(one * mask_BL) / jnp.sum(mask_BL) for one in losses)
+        return jnp.asarray(total), {}
+
+    @jax.jit
+    def correct(params: Params, batch: dict[str, Any]) -> jax.Array:
+        mask_BL = batch["mask"]
+        right = [
+            (jnp.argmax(out, -1) == batch["labels"][name][:, None]) | ~mask_BL
+            for name, out in logits(params, batch["ids"], mask_BL).items()
+        ]
+        return jnp.stack([jnp.sum(jnp.all(jnp.stack(right), 0) & mask_BL), jnp.sum(mask_BL)])
+
+    def evaluate(params: Params) -> dict[str, float]:
+        batch = caption_batch(np.random.default_rng([seed, 1]), tokenizer, 1024, split="unseen")
+        right, tokens = correct(params, batch)
+        return {"tokens_all_attributes_right": float(right / tokens)}
+
+    return Stage(
+        name="text",
+        num_steps=num_steps,
+        init=init,
+        batch=lambda step: caption_batch(np.random.default_rng([seed, 2, step]), tokenizer, batch_size),
+        loss=loss,
+        learning_rate=optax.warmup_cosine_decay_schedule(0.0, rate, 50, num_steps, rate / 100),
+        average=0.99,
+        evaluate=evaluate,
+        evaluate_every=500,
+    )
+
+
+def encoder_params(params: Params) -> Params:
+    """Returns the encoder's flat parameters without the heads."""
+    return _below("encoder", params)
+
+
+def caption_batch(rng: np.random.Generator, tokenizer: Tokenizer, num: int, *, split: Split = "training") -> dict[str, Any]:
+    """Returns tokens of captions and the class of each attribute, ``len(values)`` where the caption does not name it."""
+    scenes = sample_scenes(rng, num, split=split)
+    texts, named = zip(*(caption(scenes.attributes(i), rng) for i in range(num)), strict=True)
+    ids_BL, mask_BL = tokenizer.encode(texts, MAX_LENGTH)
+    labels = {
+        name: np.array([values.index(one[name]) if name in one else len(values) for one in named], np.int32)
+        for name, values in ATTRIBUTES.items()
+    }
+    return {"ids": ids_BL, "mask": mask_BL, "labels": labels}
+
+
+def _heads(config: T5Config, rngs: nnx.Rngs) -> dict[str, Linear]:
+    return {name: Linear(config.d_model, len(values) + 1, policy=FLOAT32, rngs=rngs) for name, values in ATTRIBUTES.items()}
+
+
+def _below(prefix: str, params: Params) -> Params:
+    return {name.removeprefix(f"{prefix}."): value for name, value in params.items() if name.startswith(f"{prefix}.")}
+
+
+def shipped_tokenizer(path: Path) -> Tokenizer:
+    """Returns the tokenizer of the grammar, written to ``path`` first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(path)
+    return Tokenizer.from_file(path)

@@ -1,0 +1,1 @@
+"""The embedded model's world: its words, captions, scenes and their rendering."""

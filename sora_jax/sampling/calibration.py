@@ -1,0 +1,155 @@
+"""Calibration: measure on one full sampling what reuse would cost at each step, and choose plans by it.
+
+Invariant: a plan from a calibration evaluates exactly the number of steps asked for, and in full wherever reuse is not
+allowed (the first step, the end of merging, frames that join).  It minimises the measured sum of errors, nothing else: how
+the result looks is for a study to say.
+
+Source: LeMiCa (arXiv 2511.00090), a shortest path over measured errors; here the sum of errors, not the largest.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sora_jax.sampling import joining
+from sora_jax.sampling.evaluation import reused_velocity
+from sora_jax.sampling.reuse import REUSE, Keep, Plan
+from sora_jax.sampling.sampler import Sampler, VelocityFn
+from sora_jax.sampling.schedule import Schedule
+from sora_jax.sampling.state import Carry, Inputs, Kept
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What reuse costs.
+
+    Attributes:
+      error_NN: ``error_NN[i, j]`` is the root-mean-square shift of the latents that step j would suffer, in that step alone,
+        from what step i kept; infinite where j may not reuse it.
+      keep: what was kept.
+    """
+
+    error_NN: np.ndarray
+    keep: Keep
+
+    def plan(self, evaluations: int) -> Plan:
+        """Returns the plan of ``evaluations`` full steps with the smallest sum of errors.
+
+        Raises:
+          ValueError: more evaluations than steps, or fewer than the steps that must be evaluated.
+        """
+        segment = self._segments()
+        num_steps = len(self.error_NN)
+        best = np.full((evaluations + 1, num_steps + 1), np.inf)
+        came_from = np.zeros((evaluations + 1, num_steps + 1), np.int64)
+        best[0, 0] = 0.0
+        for used in range(1, evaluations + 1):
+            totals = best[used - 1, :num_steps, None] + segment
+            came_from[used], best[used] = totals.argmin(axis=0), totals.min(axis=0)
+        if not np.isfinite(best[evaluations, num_steps]):
+            counts = [used for used in range(1, num_steps + 1) if self._feasible(used)]
+            raise ValueError(f"no plan has {evaluations} evaluations; expected {counts[0]} to {counts[-1]}.")
+        steps, at = [], num_steps
+        for used in range(evaluations, 0, -1):
+            at = int(came_from[used, at])
+            steps.append(at)
+        return Plan.evaluate_at(steps, num_steps, keep=self.keep)
+
+    def error(self, plan: Plan) -> float:
+        """Returns the sum of the errors of the plan's reused steps; a half step counts as evaluated.
+
+        Raises:
+          ValueError: the plan is for another number of steps.
+        """
+        if len(plan.codes) != len(self.error_NN):
+            raise ValueError(f"plan has {len(plan.codes)} steps; expected the {len(self.error_NN)} of the calibration.")
+        total, source = 0.0, 0
+        for step, code in enumerate(plan.codes):
+            source = step if code != REUSE else source
+            total += float(self.error_NN[source, step]) if code == REUSE else 0.0
+        return total
+
+    def _segments(self) -> np.ndarray:
+        """Returns [N, N + 1]: the error of all steps after i and before j, were i and j evaluated and none between."""
+        num_steps = len(self.error_NN)
+        segment = np.full((num_steps, num_steps + 1), np.inf)
+        for i in range(num_steps):
+            segment[i, i + 1 :] = np.append(0.0, np.cumsum(self.error_NN[i, i + 1 :]))
+        return segment
+
+    def _feasible(self, evaluations: int) -> bool:
+        """Says whether a plan may have so many evaluations: all steps, or enough for every step that must be evaluated."""
+        barred = ~np.isfinite(self.error_NN[np.arange(len(self.error_NN) - 1), np.arange(1, len(self.error_NN))])
+        return 1 + int(barred.sum()) <= evaluations <= len(self.error_NN)
+
+
+def calibrate(
+    velocity_fn: VelocityFn,
+    z: Float[Array, "B ..."],
+    schedule: Schedule,
+    *,
+    keep: Keep = "residual",
+    guidance: float | None = None,
+    merge_steps: int | None = None,
+    frame_weights: Array | np.ndarray | None = None,
+    seed: int = 0,
+    callback: Callable[[Carry], Any] | None = None,
+) -> Calibration:
+    """Returns the errors of reuse along the full sampling of a batch; the arguments are those of `sampler.sample`.
+
+    Costs one full sampling, the memory of one residual for each step, and with ``keep="residual"`` half the square of the
+    number of steps in reused velocities, each an embedding and a final layer.
+    """
+    num_steps = int(schedule.num_steps)
+    sampler = Sampler.create(
+        velocity_fn,
+        schedule,
+        guidance=guidance,
+        plan=Plan.evaluate_at(range(num_steps), num_steps, keep=keep),
+        merge_steps=merge_steps,
+        frame_weights=frame_weights,
+        seed=seed,
+    )
+    carries, carry = [], sampler.start(z)
+    for step in range(num_steps):
+        carry = jax.block_until_ready(sampler.run(carry, step + 1))  # the step is over when the callback sees it
+        carries.append(carry)
+        if callback is not None:
+            callback(carry)
+    sizes = -np.diff(np.append(schedule.visited, 0.0)) / schedule.num_timesteps
+    error_NN = np.full((num_steps, num_steps), np.inf)
+    starts = _must_evaluate(sampler, num_steps)
+    for i in range(num_steps):
+        for j in range(i + 1, num_steps):
+            if j in starts:
+                break
+            error_NN[i, j] = sizes[j] * float(_error(sampler, carries[i], carries[j]))
+    return Calibration(error_NN=error_NN, keep=keep)
+
+
+def _must_evaluate(inputs: Inputs, num_steps: int) -> set[int]:
+    starts = {0} if inputs.merge_steps is None else {0, int(inputs.merge_steps)}
+    if inputs.weight_BT is not None:
+        times, scale = inputs.schedule.visited, inputs.schedule.num_timesteps
+        starts |= set(np.flatnonzero(joining.joining_steps(np.asarray(inputs.weight_BT), times, scale)).tolist())
+    return starts & set(range(num_steps))
+
+
+def _error(inputs: Inputs, source: Carry, target: Carry) -> Array:
+    held = inputs.plan is not None and inputs.plan.keep == "velocity"
+    return _distance(source.v, target.v) if held else _reuse_error(inputs, source.kept, target)
+
+
+@jax.jit
+def _reuse_error(inputs: Inputs, kept: Kept, target: Carry) -> Array:
+    t = jnp.asarray(inputs.schedule.times)[target.step - 1]
+    return _distance(reused_velocity(inputs, kept, target.z_in, t, target.active_BT), target.v)
+
+
+def _distance(v: Array, truth: Array) -> Array:
+    return jnp.sqrt(jnp.mean((v - truth) ** 2))

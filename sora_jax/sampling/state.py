@@ -1,0 +1,130 @@
+"""The data of a sampling: inputs that stay, the carry that changes, the trace that grows.
+
+Invariant: these are pytrees of arrays without behaviour.  Python values in them (static fields, inputs that are None)
+decide what is compiled; arrays never do.
+"""
+
+import dataclasses
+from typing import no_type_check
+
+import jax
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int
+
+from sora_jax.sampling.leap import LeapRule, LeapState
+from sora_jax.sampling.reuse import PlanRule
+from sora_jax.sampling.schedule import Schedule
+
+Scalar = np.ndarray | jax.Array
+
+# Classes marked no_type_check hold shapes or paths in place of arrays whenever JAX maps over their trees.
+
+
+@jax.tree_util.register_dataclass
+@no_type_check
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a sampling needs besides its latents.
+
+    Runtime inputs: the arrays of ``velocity_fn`` and every array below.  Static: shapes and dtypes, ``solver``, the modes of
+    leap and plan, which of the optional inputs are None, the function inside ``velocity_fn``, ``schedule.num_timesteps``.
+
+    Attributes:
+      velocity_fn: see `sampler`.
+      schedule: times and number of steps.
+      guidance: scale of classifier-free guidance, float32; None evaluates without it, on the batch itself.
+      merge_steps: steps below this index merge temporal tokens, int32; None never passes ``merge``.
+      weight_BT: frame weights in [0, 1] of masked sampling (see `frames`).
+      seed: of the noise that joining frames get, uint32.
+      noise_NBX: recorded noise for joining frames, one per step, in place of the seed's.
+      leap: when to leap.
+      plan: which steps evaluate.
+      solver: one of `solvers.SOLVERS`.
+    """
+
+    velocity_fn: Partial
+    schedule: Schedule
+    guidance: Scalar | None
+    merge_steps: Scalar | None
+    weight_BT: Array | np.ndarray | None
+    seed: Scalar
+    noise_NBX: Array | np.ndarray | None
+    leap: LeapRule | None
+    plan: PlanRule | None
+    solver: str = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@no_type_check
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a plan keeps from its last evaluation.
+
+    Attributes:
+      residual: of every row the last evaluation computed (the others are older); None where the velocity is kept.
+      difference: conditional minus unconditional velocity of the last full step; None without half steps.
+      half: whether the last evaluation was a half step.
+    """
+
+    residual: Float[Array, "R ..."] | None
+    difference: Float[Array, "B ..."] | None
+    half: Bool[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@no_type_check
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What each step did; rows from the number of steps taken on are zero.
+
+    Attributes:
+      time_N: the step's time.
+      evaluations_N: velocity evaluations the step cost.
+      cosine_NB: cosine of this velocity and the one before; NaN where the two cannot be compared.
+      reused_N: whether the step reused anything: a residual, a velocity or a guidance difference.
+      merged_N: whether temporal tokens were merged.
+      leapt_NB: whether the sample leapt to the end in this step.
+    """
+
+    time_N: Float[Array, "N"]
+    evaluations_N: Float[Array, "N"]
+    cosine_NB: Float[Array, "N B"]
+    reused_N: Bool[Array, "N"]
+    merged_N: Bool[Array, "N"]
+    leapt_NB: Bool[Array, "N B"]
+
+
+@jax.tree_util.register_dataclass
+@no_type_check
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Carry:
+    """The state between two steps.
+
+    Attributes:
+      step: index of the next step.
+      z: latents [B, ...].
+      done_B: samples that reached the end; their latents no longer change.
+      z_in: latents the last step evaluated (after joining frames got their noise): the history of multistep solvers.
+      v: velocity of the last step, after guidance.
+      fresh: whether ``v`` was evaluated in full.
+      active_BT: frames that the last step sampled; None without frame weights.
+      leap: state of the leap rule; None without a leap.
+      kept: what the plan keeps; None without a plan.
+      evaluations_B: velocity evaluations that went into each sample.
+      batch_evaluations: velocity evaluations computed so far, for whatever sample.
+      trace: record of every step.
+    """
+
+    step: Int[Array, ""]
+    z: Float[Array, "B ..."]
+    done_B: Bool[Array, "B"]
+    z_in: Float[Array, "B ..."]
+    v: Float[Array, "B ..."]
+    fresh: Bool[Array, ""]
+    active_BT: Bool[Array, "B T"] | None
+    leap: LeapState | None
+    kept: Kept | None
+    evaluations_B: Float[Array, "B"]
+    batch_evaluations: Float[Array, ""]
+    trace: Trace

@@ -1,0 +1,170 @@
+"""One step of a sampling: join frames, evaluate, decide the leap, move, record.
+
+Invariant: a sample that is done and a frame that is not active keep their bits, and history (reused values, multistep
+solvers, cosines) never crosses the step in which merging ends or, for its frame, the step in which a frame joins.  The leap
+comes last: it moves along whatever velocity the step has.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from sora_jax.sampling import joining, noise, solvers
+from sora_jax.sampling.evaluation import Evaluation, evaluate, guided_velocity
+from sora_jax.sampling.joining import expand
+from sora_jax.sampling.leap import LeapState, latent_cosine, released_cosine
+from sora_jax.sampling.state import Carry, Inputs, Trace
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Frames:
+    """Latents to evaluate [B, T, ...], frames sampled in this step, and those of them that were not before."""
+
+    z_in: Array
+    active_BT: Array | None
+    joining_BT: Array | None
+
+
+def take_step(inputs: Inputs, carry: Carry, *, merged: bool) -> Carry:
+    """Returns the carry after one step; ``merged`` is static."""
+    schedule, step = inputs.schedule, carry.step
+    t = jnp.asarray(schedule.times)[step]
+    restart = jnp.asarray(False) if inputs.merge_steps is None else step == inputs.merge_steps
+    continues = (step > 0) & ~restart
+
+    now = _join_frames(inputs, carry, t)
+    evaluation = evaluate(inputs, carry, now.z_in, t, now.active_BT, merged=merged, continues=continues)
+    comparable = continues & evaluation.fresh & carry.fresh
+    cosine_B = _cosine(inputs, carry, evaluation.v, now.active_BT, comparable)
+    leap, leaps_B = _decide_leap(inputs, carry, cosine_B, now, comparable, restart)
+    has_history = continues & _at_own_times(inputs, carry, evaluation)
+    moved, solver_cost = _move(inputs, carry, now, evaluation.v, leaps_B, has_history, merged=merged)
+    if now.active_BT is not None:
+        moved = jnp.where(expand(now.active_BT, moved), moved, carry.z)
+
+    cost = evaluation.cost + solver_cost
+    cost_B = evaluation.cost + jnp.where(leaps_B, 0, solver_cost)
+    last = step + 1 >= schedule.num_steps
+    return dataclasses.replace(
+        carry,
+        step=step + 1,
+        z=jnp.where(expand(carry.done_B, moved), carry.z, moved),
+        done_B=carry.done_B | leaps_B | last,
+        z_in=now.z_in,
+        v=evaluation.v,
+        fresh=evaluation.fresh,
+        active_BT=now.active_BT,
+        leap=leap,
+        kept=evaluation.kept,
+        evaluations_B=carry.evaluations_B + jnp.where(carry.done_B, 0, cost_B),
+        batch_evaluations=carry.batch_evaluations + cost,
+        trace=_record(carry, t, cost, cosine_B, evaluation, leaps_B & ~carry.done_B & ~last, merged=merged),
+    )
+
+
+def _join_frames(inputs: Inputs, carry: Carry, t: Array) -> _Frames:
+    if inputs.weight_BT is None or carry.active_BT is None:
+        return _Frames(z_in=carry.z, active_BT=None, joining_BT=None)
+    num_timesteps = inputs.schedule.num_timesteps
+    active_BT = joining.active_frames(jnp.asarray(inputs.weight_BT), t, num_timesteps)
+    joining_BT = active_BT & ~carry.active_BT
+
+    def draw() -> Array:
+        if inputs.noise_NBX is not None:
+            return jnp.asarray(inputs.noise_NBX)[carry.step]
+        return noise.draw(jnp.asarray(inputs.seed), carry.z.shape, carry.step.astype(jnp.uint32) + 1, carry.z.dtype)
+
+    z_in = joining.join(carry.z, joining_BT, t / num_timesteps, draw)
+    return _Frames(z_in=z_in, active_BT=active_BT, joining_BT=joining_BT)
+
+
+def _cosine(inputs: Inputs, carry: Carry, v: Array, active_BT: Array | None, comparable: Array) -> Array:
+    if inputs.leap is not None and inputs.leap.mode == "released":
+        return jnp.where(carry.step > 0, released_cosine(v, carry.v), jnp.nan)
+    return jnp.where(comparable, latent_cosine(v, carry.v, active_BT), jnp.nan)
+
+
+def _decide_leap(
+    inputs: Inputs, carry: Carry, cosine_B: Array, now: _Frames, comparable: Array, restart: Array
+) -> tuple[LeapState | None, Array]:
+    """Returns the leap rule's state and which samples leap in this step."""
+    if inputs.leap is None or carry.leap is None:
+        return None, jnp.zeros(cosine_B.shape, bool)
+    comparable_B = may_leap_B = jnp.ones(cosine_B.shape, bool)
+    if now.active_BT is not None and now.joining_BT is not None:
+        may_leap_B = joining.all_joined(jnp.asarray(inputs.weight_BT), now.active_BT)
+        comparable_B = ~jnp.any(now.joining_BT, axis=1)
+    return inputs.leap.decide(
+        carry.leap,
+        cosine_B,
+        step=carry.step,
+        comparable_B=comparable_B & comparable,
+        may_leap_B=may_leap_B,
+        restart=restart,
+    )
+
+
+def _at_own_times(inputs: Inputs, carry: Carry, evaluation: Evaluation) -> Array:
+    """Returns whether this velocity and the one before belong to the times of their steps; one that is held does not."""
+    if inputs.plan is None or inputs.plan.keep == "residual":
+        return jnp.asarray(True)
+    return evaluation.fresh & carry.fresh
+
+
+def _move(
+    inputs: Inputs, carry: Carry, now: _Frames, v: Array, leaps_B: Array, has_history: Array, *, merged: bool
+) -> tuple[Array, Array]:
+    """Returns the latents one step on, or at the end where a sample leaps, and the evaluations of the solver's own."""
+    times = jnp.asarray(inputs.schedule.times) / inputs.schedule.num_timesteps
+    t_before, t, t_next = times[carry.step - 1], times[carry.step], times[carry.step + 1]
+    leaps = expand(leaps_B, v)
+    moved = now.z_in + v * jnp.where(leaps, t, t - t_next)
+    if now.joining_BT is not None:
+        has_history = expand(has_history & ~now.joining_BT, v)
+
+    correction, cost = jnp.zeros_like(v), jnp.asarray(0.0, jnp.float32)
+    if inputs.solver == "ab2":
+        correction = solvers.ab2_correction(v, carry.v, t_before=t_before, t=t, t_next=t_next)
+        correction = jnp.where(has_history, correction, 0)
+    elif inputs.solver == "dpmpp":
+        data, data_before = now.z_in + t * v, carry.z_in + t_before * carry.v
+        correction = solvers.dpmpp_correction(data, data_before, t_before=t_before, t=t, t_next=t_next)
+        correction = jnp.where(has_history, correction, 0)
+    elif inputs.solver == "heun":
+        correction, cost = _heun_correction(inputs, now, v, t, t_next, carry.done_B | leaps_B, merged=merged)
+
+    to_end = jnp.zeros_like(v)
+    if inputs.leap is not None and inputs.leap.extrapolate:
+        to_end = solvers.ab2_correction(v, carry.v, t_before=t_before, t=t, t_next=jnp.zeros_like(t))
+        to_end = jnp.where(has_history, to_end, 0)
+    return moved + jnp.where(leaps, to_end, correction), cost
+
+
+def _heun_correction(
+    inputs: Inputs, now: _Frames, v: Array, t: Array, t_next: Array, idle_B: Array, *, merged: bool
+) -> tuple[Array, Array]:
+    """Returns the trapezoid's term and its further evaluation; the last step, to t = 0, is Euler's and costs none."""
+
+    def corrected() -> Array:
+        euler = now.z_in + v * (t - t_next)
+        v_next = guided_velocity(inputs, euler, t_next * inputs.schedule.num_timesteps, now.active_BT, merged=merged)
+        return (v_next - v) * ((t - t_next) / 2)
+
+    wanted = (t_next > 0) & ~jnp.all(idle_B)
+    return jax.lax.cond(wanted, corrected, lambda: jnp.zeros_like(v)), wanted.astype(jnp.float32)
+
+
+def _record(
+    carry: Carry, t: Array, cost: Array, cosine_B: Array, evaluation: Evaluation, leapt_B: Array, *, merged: bool
+) -> Trace:
+    trace, step = carry.trace, carry.step
+    return Trace(
+        time_N=trace.time_N.at[step].set(t),
+        evaluations_N=trace.evaluations_N.at[step].set(cost),
+        cosine_NB=trace.cosine_NB.at[step].set(cosine_B),
+        reused_N=trace.reused_N.at[step].set(~evaluation.fresh),
+        merged_N=trace.merged_N.at[step].set(merged),
+        leapt_NB=trace.leapt_NB.at[step].set(leapt_B),
+    )

@@ -1,0 +1,1 @@
+"""The model directory, the one weight format: written, read, verified, quantised."""

@@ -1,0 +1,355 @@
+"""Writes one network into a model directory, atomically and so that an interrupted writer can go on.
+
+Invariant: at every moment ``DIR/<network>`` is absent or complete.  Arrays go to ``DIR/.<network>.partial``; each is
+recorded in ``DIR/.<network>.journal`` after it has reached the disk; the finished directory is renamed.  One process at
+a time holds the lock ``DIR/.<network>.lock``, which the kernel lets go of when the process dies.  Conversion and dtypes
+are decided elsewhere.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from sora_jax.storage.directory import (
+    CONFIGS,
+    FORMAT_VERSION,
+    MODEL_FILE,
+    NETWORK_FILE,
+    STORED_DTYPES,
+    Manifest,
+    ModelDirectoryError,
+    Parameter,
+    array_location,
+    array_metadata,
+    chunk_name,
+    layer_of,
+    read_model_file,
+)
+
+_BATCH_BYTES = 64 << 20  # what may be lost and is written again after a power failure
+_BATCH_ARRAYS = 128
+_LARGE_BYTES = 1 << 20
+
+_log = logging.getLogger(__name__)
+
+
+def check_dtype(network: str, dtype: str) -> None:
+    """Refuses a network that there is not, or that cannot be stored as ``dtype``."""
+    if network not in CONFIGS:
+        raise ValueError(f"unknown network {network!r}; expected one of {', '.join(CONFIGS)}.")
+    if dtype not in STORED_DTYPES or (network == "vae" and dtype == "int8"):
+        allowed = [name for name in STORED_DTYPES if network != "vae" or name != "int8"]
+        raise ValueError(f"{network} cannot be stored as {dtype!r}; expected one of {', '.join(allowed)}.")
+
+
+class NetworkWriter:
+    """An open, locked ``.partial`` directory; use as a context manager and end with ``finish``.
+
+    ``identity`` (JSON values) says what is being written: an interrupted attempt of the same identity is continued, any
+    other is discarded; None always starts anew.  ``recorded`` holds the parameters that are already on disk.
+
+    Raises:
+      ModelDirectoryError: the network exists and ``overwrite`` is False, or another process is writing it.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        network: str,
+        config: Any,
+        *,
+        dtype: str,
+        overwrite: bool = False,
+        identity: Mapping[str, Any] | None = None,
+    ):
+        check_dtype(network, dtype)
+        self.network, self.config, self.dtype, self.overwrite = network, config, dtype, overwrite
+        self.directory = Path(directory)
+        self.final = self.directory / network
+        self.partial = self.directory / f".{network}.partial"
+        self.journal = self.directory / f".{network}.journal"
+        self.recorded: dict[str, Parameter] = {}
+        # Through JSON and back, so that tuples compare equal to what the journal gives.
+        self._identity = json.loads(
+            json.dumps({"format_version": FORMAT_VERSION, "config": config.to_dict(), "dtype": dtype, "identity": identity})
+        )
+        self._resumable = identity is not None
+        self._pending: list[tuple[str, Parameter]] = []
+        self._pending_bytes = 0
+        self._made: set[Path] = set()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        self._is_new = not self.directory.exists()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._resources = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_locked(self.directory / f".{self.network}.lock", f"{self.network} in {self.directory}"))
+            self._restore_replaced()
+            if self.final.exists() and not self.overwrite:
+                raise ModelDirectoryError(f"{self.final} exists; pass --overwrite (overwrite=True) to replace it.")
+            self._open_journal()
+            self._committer = stack.enter_context(ThreadPoolExecutor(1))
+            self._resources = stack.pop_all()
+        self._commit_done: Future[None] | None = None
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            # After a failure (a full disk), what can still be recorded is; the first error is the one to report.
+            with self._resources, contextlib.suppress(*(() if kind is None else (OSError,))):
+                self._commit()
+                self._wait()
+        finally:
+            if self._is_new:
+                with contextlib.suppress(OSError):  # not empty: something is there to go on with
+                    self.directory.rmdir()
+
+    def write(self, name: str, array: np.ndarray, *, source: Mapping[str, Any] | None = None) -> None:
+        """Stores one array of float32, bfloat16 or int8."""
+        array = np.ascontiguousarray(array)
+        with self.open_array(name, tuple(array.shape), array.dtype.name, source=source) as write:
+            write(array)
+
+    @contextlib.contextmanager
+    def open_array(
+        self, name: str, shape: tuple[int, ...], dtype: str, *, source: Mapping[str, Any] | None = None
+    ) -> Iterator[Callable[[np.ndarray], None]]:
+        """Yields a function that takes an array's values, C-contiguous piece after piece; threads may each have one open.
+
+        The array is recorded when the block ends without an exception, and is on the disk with the batch it falls in or
+        after ``finish``.
+
+        Raises:
+          ValueError: too few or too many bytes were handed over.
+        """
+        location = self.partial / array_location(name, self.config.layers)
+        chunk = location / chunk_name(shape)
+        self._make(chunk.parent)
+        (location / "zarr.json").write_text(json.dumps(array_metadata(shape, dtype), separators=(",", ":")))
+        digest, count = hashlib.sha256(), 0
+        with open(chunk, "wb", buffering=0) as file:
+
+            def write(piece: np.ndarray) -> None:
+                nonlocal count
+                raw = piece.reshape(-1).view(np.uint8).data
+                digest.update(raw)
+                _write_all(file.fileno(), raw)
+                count += len(raw)
+
+            yield write
+        parameter = Parameter(shape, dtype, digest.hexdigest(), source)
+        if count != parameter.nbytes:
+            raise ValueError(f"{name}: {count} bytes were written, expected {parameter.nbytes}.")
+        self._record(name, parameter)
+
+    def _record(self, name: str, parameter: Parameter) -> None:
+        with self._lock:
+            if not self._resumable:
+                self.recorded[name] = parameter
+                return
+            self._pending.append((name, parameter))
+            self._pending_bytes += parameter.nbytes
+            if self._pending_bytes >= _BATCH_BYTES or len(self._pending) >= _BATCH_ARRAYS:
+                self._commit()
+
+    def finish(self, origin: Mapping[str, Any] | None = None) -> Manifest:
+        """Makes the network visible and returns its manifest; ``origin`` is recorded in it.
+
+        Raises:
+          ModelDirectoryError: a layer of the configuration has no parameter.
+        """
+        self._wait()
+        self.recorded.update(self._pending)
+        self._pending = []
+        order = {layer: i for i, layer in enumerate(self.config.layers)}
+        names = sorted(self.recorded, key=lambda name: (order[layer_of(name, self.config.layers)], name))
+        parameters = {name: self.recorded[name] for name in names}
+        manifest = Manifest(self.final, self.network, self.config, self.dtype, parameters, dict(origin or {}))
+        empty = [layer for layer in manifest.layers if not manifest.names(layer)]
+        if empty:
+            raise ModelDirectoryError(f"{self.network}: nothing was written for layers {', '.join(empty)}.")
+        (self.partial / NETWORK_FILE).write_text(_manifest_text(manifest), "utf-8")
+        _sync_all([*self._files(parameters.items()), self.partial / NETWORK_FILE, *sorted(self._made), self.partial])
+        self._replace()
+        self.journal.unlink(missing_ok=True)
+        update_model_file(self.directory)
+        return manifest
+
+    def discard(self) -> None:
+        """Removes everything written so far; the writer cannot be used afterwards."""
+        self._wait()
+        self._pending.clear()
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.journal.unlink(missing_ok=True)
+
+    @property
+    def _replaced(self) -> Path:
+        return self.directory / f".{self.network}.replaced"
+
+    def _replace(self) -> None:
+        if self.final.exists():
+            self.final.rename(self._replaced)
+        self.partial.rename(self.final)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def _restore_replaced(self) -> None:
+        """Undoes a replacement that was interrupted between its two renames, and removes what a finished one left."""
+        if self._replaced.exists() and not self.final.exists():
+            self._replaced.rename(self.final)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def _open_journal(self) -> None:
+        entries = _read_journal(self.journal) if self._resumable else []
+        if entries and entries[0] == self._identity:
+            for entry in entries[1:]:
+                parameter = Parameter(tuple(entry["shape"]), entry["dtype"], entry["sha256"], entry.get("source"))
+                _, chunk = self._files([(entry["name"], parameter)])
+                if chunk.is_file() and chunk.stat().st_size == parameter.nbytes:
+                    self.recorded[entry["name"]] = parameter
+                    self._made |= {chunk.parent, *(p for p in chunk.parents if self.partial in p.parents)}
+            _log.info("%s: going on; %d arrays are already written", self.network, len(self.recorded))
+        elif self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(exist_ok=True)
+        if self._resumable:
+            lines = [self._identity, *({"name": name, **entry.to_dict()} for name, entry in self.recorded.items())]
+            _write_durably(self.journal, "".join(json.dumps(line) + "\n" for line in lines))
+        else:
+            self.journal.unlink(missing_ok=True)
+
+    def _make(self, folder: Path) -> None:
+        if folder not in self._made:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._made |= {folder, *(parent for parent in folder.parents if self.partial in parent.parents)}
+
+    def _commit(self) -> None:
+        """Hands the pending arrays to the thread that waits for the disk."""
+        self._wait()
+        if self._pending:
+            batch, self._pending, self._pending_bytes = self._pending, [], 0
+            self._commit_done = self._committer.submit(self._journal_batch, batch)
+
+    def _wait(self) -> None:
+        if self._commit_done is not None:
+            done, self._commit_done = self._commit_done, None
+            done.result()
+
+    def _files(self, arrays: Iterable[tuple[str, Parameter]]) -> list[Path]:
+        files = []
+        for name, parameter in arrays:
+            location = self.partial / array_location(name, self.config.layers)
+            files += [location / "zarr.json", location / chunk_name(parameter.shape)]
+        return files
+
+    def _journal_batch(self, batch: list[tuple[str, Parameter]]) -> None:
+        _sync_all(self._files(batch))
+        lines = "".join(json.dumps({"name": name, **parameter.to_dict()}) + "\n" for name, parameter in batch)
+        with open(self.journal, "ab", buffering=0) as journal:
+            _write_all(journal.fileno(), memoryview(lines.encode()))
+            os.fsync(journal.fileno())
+        self.recorded.update(batch)
+
+
+def update_model_file(directory: str | os.PathLike[str], **fields: Any) -> None:
+    """Rewrites ``model.json`` with the networks now present; ``tokenizer`` and ``defaults`` may be given, others are kept.
+
+    Raises:
+      ValueError: another field is given.
+      ModelDirectoryError: what is there cannot be read.
+    """
+    unknown = fields.keys() - {"tokenizer", "defaults"}
+    if unknown:
+        raise ValueError(f"model.json has no fields {sorted(unknown)}; expected tokenizer or defaults.")
+    with _locked(Path(directory) / ".model.lock", f"{MODEL_FILE} in {directory}", wait=True):
+        _write_durably(Path(directory) / MODEL_FILE, json.dumps(read_model_file(directory) | fields, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _locked(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ModelDirectoryError(f"another process is writing {what}; wait for it to end.") from None
+        # The holder before us may have removed the file between our open and our lock.
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _manifest_text(manifest: Manifest) -> str:
+    """Returns ``network.json`` with one line for each parameter."""
+    fields = manifest.to_dict()
+    entries = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in fields.pop("parameters").items())
+    return json.dumps(fields, indent=1).removesuffix("\n}") + f',\n "parameters": {{\n{entries}\n }}\n}}\n'
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    """Returns the journal's entries up to the first line that was not written completely."""
+    entries = []
+    try:
+        for line in path.read_text("utf-8").splitlines(keepends=True):
+            if not line.endswith("\n"):
+                break
+            entries.append(json.loads(line))
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        _log.warning("%s is damaged after %d entries; the rest is written again", path, len(entries))
+    return entries
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Replaces a small file so that it has its old or its new content whatever happens."""
+    temporary = path.with_name(f".{path.name}.new")
+    with open(temporary, "wb", buffering=0) as file:
+        _write_all(file.fileno(), memoryview(text.encode()))
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync_all(paths: Sequence[Path]) -> None:
+    """Waits until files and folders are on the disk.
+
+    Linux's ``sync`` waits for everything, which for hundreds of small files takes a tenth of the time of ``fsync`` on each;
+    large files are synchronised one by one all the same, because only ``fsync`` reports a failure.
+    """
+    for path in paths:
+        if sys.platform != "linux" or path.stat().st_size >= _LARGE_BYTES:
+            _sync(path)
+    if sys.platform == "linux":
+        os.sync()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

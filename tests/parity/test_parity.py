@@ -1,0 +1,38 @@
+"""Every fixture of the PyTorch reference in tests/golden: the cases of ``python -m tests.parity tests/golden``."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.parity import runner
+from tests.parity.fixtures import SUITES, find_suites
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FOLDERS = find_suites(GOLDEN)
+
+
+def every_case() -> list[object]:
+    return [
+        pytest.param(case, id=f"{case.suite}/{case.name}", marks=[pytest.mark.slow] if suite == "wide" else [])
+        for suite, folder in FOLDERS.items()
+        for case in runner.list_cases(suite, folder)
+    ]
+
+
+def test_every_suite_is_there():
+    assert set(SUITES) <= FOLDERS.keys()
+
+
+@pytest.mark.parametrize("suite", FOLDERS)
+def test_every_file_belongs_to_a_case(suite):
+    assert runner.orphans(suite, FOLDERS[suite], runner.list_cases(suite, FOLDERS[suite])) == []
+
+
+@pytest.mark.parametrize("case", every_case())
+def test_fixture(case):
+    rows = runner.run_case(case)
+    pending = [row.note for row in rows if row.verdict == runner.PENDING]
+    if pending:
+        pytest.skip(pending[0])
+    assert rows
+    assert [row for row in rows if row.verdict != runner.PASS] == []

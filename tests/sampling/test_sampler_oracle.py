@@ -1,0 +1,176 @@
+"""The compiled sampler against a plain Python loop: many random values over few compiled structures."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+from sora_jax.sampling.joining import smallest_legal_leap
+from sora_jax.sampling.leap import Leap
+from sora_jax.sampling.reuse import Plan
+from sora_jax.sampling.sampler import Sampler, finish
+from sora_jax.sampling.schedule import Schedule
+from tests.support import sampler_oracle
+from tests.support.sampler_oracle import FULL, HALF, REUSE, Case
+
+SHAPE = (2, 4, 3, 4, 2)
+DRAWS = 18
+TRACES = {"count": 0}
+
+# Each line is one compiled program; everything else is drawn.
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "euler": {},
+    "guided": {"guided": True},
+    "guided_static": {"guided": True, "leap_mode": "static"},
+    "guided_dynamic": {"guided": True, "leap_mode": "dynamic"},
+    "guided_dynamic_merged": {"guided": True, "leap_mode": "dynamic", "merged": True},
+    "released_merged": {"leap_mode": "released", "merged": True},
+    "masked_static": {"solver": "dpmpp", "leap_mode": "static", "masked": True, "merged": True},
+    "masked_released": {"guided": True, "leap_mode": "released", "masked": True},
+    "masked_dynamic": {"guided": True, "leap_mode": "dynamic", "masked": True},
+    "masked_merged_ab2": {"solver": "ab2", "masked": True, "merged": True},
+    "ab2_extrapolated": {"solver": "ab2", "leap_mode": "static", "extrapolate": True},
+    "dpmpp_dynamic": {"solver": "dpmpp", "guided": True, "leap_mode": "dynamic"},
+    "dpmpp_masked": {"solver": "dpmpp", "masked": True},
+    "heun_dynamic_merged": {"solver": "heun", "leap_mode": "dynamic", "merged": True},
+    "heun_masked": {"solver": "heun", "guided": True, "masked": True},
+    "plan": {"guided": True, "plan": "residual"},
+    "plan_velocity_ab2": {"plan": "velocity", "solver": "ab2"},
+    "plan_halves_merged": {"guided": True, "plan": "residual", "halves": True, "merged": True},
+    "plan_halves_dpmpp": {"guided": True, "plan": "velocity", "halves": True, "solver": "dpmpp"},
+    "everything": {
+        "guided": True, "plan": "residual", "halves": True, "merged": True, "masked": True, "solver": "ab2",
+        "leap_mode": "dynamic", "extrapolate": True,
+    },
+}  # fmt: skip
+
+
+def counted_velocity(bias_R: Any, z: Any, t_R: Any, **options: Any) -> Any:
+    TRACES["count"] += 1
+    return sampler_oracle.velocity(jnp, bias_R, z, t_R, **options)
+
+
+def draw_case(rng: np.random.Generator, structure: dict[str, Any]) -> Case:
+    steps = int(rng.integers(1, 26))
+    schedule = Schedule.uniform(steps, shift=float(rng.uniform(0.5, 4)))
+    case = Case(
+        times=schedule.visited, solver=structure.get("solver", "euler"), extrapolate=structure.get("extrapolate", False)
+    )
+    if structure.get("guided"):
+        case.guidance = float(rng.uniform(1, 4))
+    if structure.get("merged"):
+        case.merge_steps = int(rng.integers(0, steps + 2))
+    if structure.get("masked"):
+        case.weights = rng.choice([0.0, 0.3, 0.77, 1.0], SHAPE[:2], p=[0.2, 0.2, 0.2, 0.4]).astype(np.float32)
+        case.noise = rng.standard_normal((30, *SHAPE)).astype(np.float32)
+    case.leap_mode = structure.get("leap_mode")
+    legal = 0 if case.weights is None else smallest_legal_leap(case.weights, case.times, 1000.0)
+    case.leap_index = int(rng.integers(legal, steps))
+    if case.leap_mode == "dynamic":
+        case.tolerance = float(10 ** rng.uniform(-5, -2))
+        case.min_share, case.patience = float(rng.uniform(0, 0.8)), int(rng.integers(1, 4))
+    if case.leap_mode == "released":
+        case.tolerance = 1e-3
+    if "plan" in structure:
+        case.keep = structure["plan"]
+        odds = [0.6, 0.2, 0.2] if structure.get("halves") else [0.6, 0.4, 0.0]
+        codes = rng.choice([FULL, REUSE, HALF], steps, p=odds)
+        codes[0] = FULL
+        if case.weights is not None:
+            codes[_joining(case)] = FULL
+        case.codes = tuple(int(code) for code in codes)
+    return case
+
+
+def _joining(case: Case) -> np.ndarray:
+    active = case.weights.ravel() * np.float32(1000) >= case.times[:, None]
+    before = np.concatenate([case.weights.reshape(1, -1) == 1, active[:-1]])
+    return (active & ~before).any(axis=1)
+
+
+def make_sampler(case: Case, bias: np.ndarray, structure: dict[str, Any]) -> Sampler:
+    leap = None
+    if case.leap_mode == "static":
+        leap = Leap.static(case.leap_index, extrapolate=case.extrapolate)
+    elif case.leap_mode == "dynamic":
+        leap = Leap.dynamic(
+            tolerance=case.tolerance, min_share=case.min_share, patience=case.patience, extrapolate=case.extrapolate
+        )
+    elif case.leap_mode == "released":
+        leap = Leap.released()
+    plan = None
+    if case.codes is not None:
+        plan = Plan(codes=case.codes, keep=case.keep, halves=structure.get("halves", False))
+    return Sampler.create(
+        Partial(counted_velocity, jnp.asarray(bias)),
+        Schedule.from_times(case.times),
+        guidance=case.guidance,
+        solver=case.solver,
+        leap=leap,
+        plan=plan,
+        merge_steps=case.merge_steps,
+        frame_weights=case.weights,
+        noise_per_step=case.noise,
+    )
+
+
+@dataclasses.dataclass
+class Tally:
+    draws: int = 0
+    ties: int = 0
+    leaps: int = 0
+
+
+TALLY = Tally()
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_compiled_equals_plain_loop(name: str) -> None:
+    structure = STRUCTURES[name]
+    rng = np.random.default_rng([7, *name.encode()])
+    traces = []
+    for _ in range(DRAWS):
+        case = draw_case(rng, structure)
+        z = rng.standard_normal(SHAPE).astype(np.float32)
+        bias = rng.uniform(-1, 1, 2 * SHAPE[0]).astype(np.float32)
+        sampler = make_sampler(case, bias, structure)
+        carry = sampler.start(jnp.asarray(z))
+        started = TRACES["count"]
+        result = finish(sampler.run(carry, len(case.times)))
+        traces.append(TRACES["count"] - started)
+        expected = sampler_oracle.run(case, z, bias)
+        TALLY.draws += 1
+        if expected.near_ties:
+            TALLY.ties += 1
+            continue
+        TALLY.leaps += any(step is not None for step in expected.leapt_at)
+        compare(result, expected, case.times)
+    assert not any(traces[1:]), "changed values compiled anew"
+
+
+def compare(result: Any, expected: sampler_oracle.Outcome, times: np.ndarray) -> None:
+    trace, taken = result.trace, len(expected.reused)
+    np.testing.assert_array_equal(trace.time_N, times[:taken])
+    np.testing.assert_array_equal(trace.evaluations_N, expected.costs)
+    assert trace.reused_N.tolist() == expected.reused
+    assert trace.merged_N.tolist() == expected.merged
+    leapt = [int(column.argmax()) if column.any() else None for column in trace.leapt_NB.T]
+    assert leapt == expected.leapt_at
+    np.testing.assert_array_equal(result.evaluations_B, expected.evaluations)
+    assert result.batch_evaluations == sum(expected.costs)
+    np.testing.assert_allclose(trace.cosine_NB, np.stack(expected.cosines), rtol=0, atol=1e-5)
+    scale = max(1.0, float(np.abs(expected.z).max()))
+    np.testing.assert_allclose(np.asarray(result.z), expected.z, rtol=0, atol=1e-5 * scale)
+
+
+def test_there_were_enough_draws_and_few_ties() -> None:
+    """Runs last in this file: a tie is a comparison within 2e-6 of its threshold, which float32 may decide either way."""
+    if TALLY.draws < DRAWS * len(STRUCTURES):
+        pytest.skip("the structures ran in other processes or were deselected")
+    assert len(STRUCTURES) <= 20
+    assert TALLY.draws >= 300
+    assert TALLY.ties < 0.01 * TALLY.draws
+    assert TALLY.leaps >= 80, "few draws leapt: the decisions were hardly tested"
