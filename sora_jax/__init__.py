@@ -7,6 +7,8 @@ Invariant: importing the package imports neither JAX nor a network; a name is lo
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sora_jax.version import __version__
+
 if TYPE_CHECKING:
     from sora_jax.networks.merging import Merge
     from sora_jax.pipeline.clip import Clip
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from sora_jax.sampling.sampler import sample
     from sora_jax.sampling.schedule import Schedule
 
-__version__ = "0.1.0"
 __all__ = ["Clip", "Leap", "Merge", "Pipeline", "Plan", "Schedule", "__version__", "calibrate", "sample"]
 
 _MODULES = {

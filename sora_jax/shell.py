@@ -20,6 +20,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
+def whole_number_or_word(text: str) -> int | str:
+    """Returns the number that an option's value is, or the word as it stands."""
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
 def describe(error: BaseException) -> str:
     """Returns an error in one line."""
     if isinstance(error, OSError) and error.strerror:

@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-import sora_jax
+from sora_jax.process import status_bytes
+from sora_jax.version import __version__
 
 
 def environment() -> dict[str, Any]:
@@ -24,7 +25,7 @@ def environment() -> dict[str, Any]:
     return {
         "device": f"{jax.devices()[0].device_kind}: {cpu}",
         "threads": len(os.sched_getaffinity(0)),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "sora_jax": sora_jax.__version__},
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "sora_jax": __version__},
         "commit": commit,
         "load": os.getloadavg(),
     }
@@ -62,6 +63,5 @@ def compact(value: Any) -> str:
 
 def memory() -> dict[str, int]:
     """Returns bytes of this process: its high-water mark, and what it holds now of its own and of file pages (Linux)."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     names = {"peak_bytes": "VmHWM", "anonymous_bytes": "RssAnon", "file_bytes": "RssFile"}
-    return {name: int(fields[field].split()[0]) * 1024 for name, field in names.items()}
+    return {name: status_bytes(field) or 0 for name, field in names.items()}

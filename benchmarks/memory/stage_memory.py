@@ -31,8 +31,8 @@ from benchmarks._support.random_network import RandomParameters
 from benchmarks._support.streaming_model import CLASSES, planned
 from sora_jax.config import ModelConfig, open_sora_1_2, pocket
 from sora_jax.networks.vae.codec import latent_size
-from sora_jax.pipeline.clip import Timings
 from sora_jax.pipeline.open_model import policy_of
+from sora_jax.process import Timings
 from sora_jax.storage.checkpoint import save_network
 from sora_jax.storage.directory import NETWORK_FILE, Manifest, open_network
 from sora_jax.streaming import host_loop

@@ -24,7 +24,7 @@ import jax
 from benchmarks._support import streaming_model
 from benchmarks._support.machine import environment, memory, write_report
 from sora_jax.config import open_sora_1_2
-from sora_jax.pipeline.clip import Timings
+from sora_jax.process import Timings
 from sora_jax.streaming.budget import parse_budget
 from sora_jax.streaming.memory_plan import Workload
 from sora_jax.streaming.network import STDiT3Stream

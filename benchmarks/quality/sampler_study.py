@@ -34,12 +34,12 @@ from benchmarks._support import study_report
 from benchmarks._support.study_clips import Prompt, References, calibration_prompts, read_lines, read_prompts, scores
 from benchmarks._support.study_methods import LONG_REFERENCE, REFERENCE, Method, chosen, frontier, methods
 from sora_jax.pipeline import video
-from sora_jax.pipeline.clip import Timings
 from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.pipeline.run import Generation, read_inputs
 from sora_jax.pipeline.sampling import make_sampler
 from sora_jax.pipeline.settings import Settings
 from sora_jax.pipeline.velocity import Velocity
+from sora_jax.process import Timings
 from sora_jax.sampling.calibration import Calibration
 from sora_jax.sampling.sampler import Carry
 from sora_jax.shell import describe

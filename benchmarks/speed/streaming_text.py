@@ -27,7 +27,7 @@ from benchmarks._support.random_network import RandomParameters
 from benchmarks._support.streaming_figures import LimitedReader, draw, listed, predictions, saving
 from sora_jax.config import FLOAT32, open_sora_1_2
 from sora_jax.networks.t5 import T5Encoder, position_bias
-from sora_jax.pipeline.clip import Timings
+from sora_jax.process import Timings
 from sora_jax.storage.checkpoint import save_network
 from sora_jax.storage.directory import Manifest, open_network
 from sora_jax.streaming.profile import Profile

@@ -5,7 +5,6 @@ It parses, calls and prints; a failure is one line (or one report of faults) on 
 
 import argparse
 import errno
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from convert_weights.checkpoint import Options, Source, convert_checkpoint
 from convert_weights.to_torch import to_torch
 from convert_weights.verify import verify
 from sora_jax.config import NETWORKS
+from sora_jax.process import peak_bytes
 from sora_jax.shell import BAD_INPUT, FAILED, INTERRUPTED, OK, Parser
 from sora_jax.storage.directory import STORED_DTYPES, Manifest, open_network, present_networks
 
@@ -198,11 +198,9 @@ def _to_torch(options: argparse.Namespace) -> int:
 
 def _summary(manifest: Manifest, seconds: float) -> str:
     nbytes = sum(parameter.nbytes for parameter in manifest.parameters.values())
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return (
         f"{manifest.path}: {len(manifest.parameters)} arrays, {nbytes / 1e9:.3f} GB as {manifest.dtype}, "
-        f"{seconds:.1f} s, peak memory {peak / 1e9:.2f} GB"
+        f"{seconds:.1f} s, peak memory {peak_bytes() / 1e9:.2f} GB"
     )
 
 

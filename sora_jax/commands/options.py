@@ -8,8 +8,8 @@ import argparse
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sora_jax import __version__
-from sora_jax.shell import Parser
+from sora_jax.shell import Parser, whole_number_or_word
+from sora_jax.version import __version__
 
 Number = TypeVar("Number", int, float)
 
@@ -96,7 +96,7 @@ def _add_sampler(group: Any) -> None:
     )
     group.add_argument("--solver", metavar="NAME", help="euler, ab2, dpmpp or heun (two evaluations a step)")
     group.add_argument("--shift", metavar="S", type=float, help="of the times; above 1: more steps at high noise (default 1)")
-    group.add_argument("--leap", metavar="off|N|dynamic|released", type=parse_leap, help="linear proportional leap")
+    group.add_argument("--leap", metavar="off|N|dynamic|released", type=whole_number_or_word, help="linear proportional leap")
     group.add_argument("--leap-extrapolate", action="store_true", help="leap along the line through the last two velocities")
     group.add_argument("--plan", metavar="JSON", type=Path, help="reuse plan written by sora-jax calibrate")
     group.add_argument("--merge-steps", metavar="K", type=int, help="first steps with merged temporal tokens")
@@ -227,7 +227,7 @@ def _add_host_loop(group: Any) -> None:
     group.add_argument("--steps", dest="num_steps", metavar="N", type=int, help="sampling steps")
     group.add_argument("--guidance", metavar="G", type=float, help="weight of the caption")
     group.add_argument("--merge-steps", metavar="K", type=int, help="first steps with merged temporal tokens")
-    group.add_argument("--leap", metavar="off|N|dynamic", type=parse_leap, help="linear proportional leap")
+    group.add_argument("--leap", metavar="off|N|dynamic", type=whole_number_or_word, help="linear proportional leap")
 
 
 def _add_dtype(group: Any) -> None:
@@ -249,11 +249,6 @@ def _add_compile_cache(group: Any) -> None:
     group.add_argument(
         "--compile-cache", metavar="DIR|off", help="where compiled programs are kept (default: the user's cache)"
     )
-
-
-def parse_leap(text: str) -> int | str:
-    """Returns the step that leaps, or a word as it stands."""
-    return int(text) if text.lstrip("-").isdecimal() else text
 
 
 def _score(text: str) -> float | str:

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from sora_jax import __version__
 from sora_jax.config import NETWORKS, ModelConfig
 from sora_jax.export.size import Size
 from sora_jax.export.stages import MERGE, Function, Stage
@@ -28,6 +27,7 @@ from sora_jax.sampling import schedule
 from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.schedule import OPEN_SORA_TIMESTEPS
 from sora_jax.storage.directory import NETWORK_FILE, Manifest
+from sora_jax.version import __version__
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")

@@ -31,11 +31,11 @@ from sora_jax.export.stages import MERGE, Function, Stage
 from sora_jax.export.targets import Artefact, rounded
 from sora_jax.networks.stdit3 import STDiT3
 from sora_jax.pipeline.velocity import Velocity
+from sora_jax.process import return_freed_memory
 from sora_jax.sampling.leap import LeapRule, Mode
 from sora_jax.sampling.sampler import Sampler, as_partial
 from sora_jax.sampling.schedule import OPEN_SORA_TIMESTEPS, Schedule, capacity
 from sora_jax.storage.checkpoint import unflatten
-from sora_jax.streaming.retention import give_back_freed
 
 MODES: tuple[Mode, ...] = ("static", "dynamic")
 CAPACITY = capacity(1)
@@ -103,7 +103,7 @@ def read_params(folder: Path, artefact: Artefact) -> dict[str, jax.Array]:
     params: dict[str, jax.Array] = {}
     for file in sorted(folder.glob(artefact["weights"])):
         params |= {f"{file.stem}/{name}": jax.device_put(array) for name, array in weight_file.read(file).items()}
-        give_back_freed()  # what was read and copied to the device: else an eighth of the weights stays allocated
+        return_freed_memory()  # what was read and copied to the device: else an eighth of the weights stays allocated
     return params
 
 
@@ -127,7 +127,7 @@ def _compiled(path: Path, _modified_ns: int) -> tuple[Callable[..., Any], dict[s
     exported, params, inputs = deserialised(path)
     options = LEAST_MEMORY if jax.default_backend() == "cpu" else None
     compiled = jax.jit(exported.call).lower(params, inputs).compile(compiler_options=options)
-    give_back_freed()
+    return_freed_memory()
     return compiled, {name: aval.dtype for name, aval in inputs.items()}
 
 

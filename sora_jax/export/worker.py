@@ -9,7 +9,6 @@ Invariant: an entry for the manifest is written only for a stage whose every fun
 import functools
 import json
 import os
-import resource
 import sys
 import traceback
 from collections.abc import Mapping
@@ -26,10 +25,10 @@ from sora_jax.export.job import WORK, Job, load_values, save_values
 from sora_jax.export.size import Size
 from sora_jax.export.stages import Function, Stage, load_parameters
 from sora_jax.export.targets import Runner, target_module
+from sora_jax.process import peak_bytes
 from sora_jax.sampling.schedule import OPEN_SORA_TIMESTEPS
 
 SAMPLER = "sampler"  # the name of the group that writes the sampler programs
-_STATUS = Path("/proc/self/status")  # Linux
 
 Cases = dict[str, tuple[capture.Values, dict[str, Any]]]  # inputs and reference outputs by case
 
@@ -100,7 +99,7 @@ def _export_stage(
         run = target.open_function(folder, artefact)
         checks = _checked(f"{stage.name} {function.name}", run, cases[function.name], limits)
         functions.append(manifest.function_entry(function, artefact, checks))
-    return manifest.stage_entry(stage, job.options.precision_of(stage), functions, _peak_rss_bytes())
+    return manifest.stage_entry(stage, job.options.precision_of(stage), functions, peak_bytes())
 
 
 def _checked(where: str, run: Runner, cases: Cases, limits: check.Limits) -> list[dict[str, Any]]:
@@ -134,7 +133,7 @@ def _export_sampler(
         run = functools.partial(opened[function.name], params)
         checks = _checked(f"sampler {function.name}", run, cases[function.sizes[0]], limits)
         entries.append(manifest.function_entry(function, artefacts[function.name], checks))
-    return {"peak_rss_bytes": _peak_rss_bytes(), "functions": entries}
+    return {"peak_rss_bytes": peak_bytes(), "functions": entries}
 
 
 def _sampler_cases(job: Job, saved: list[dict[str, Any]], folder: Path, size: str, values: capture.Values) -> Cases:
@@ -182,15 +181,6 @@ def sampler_numbers(visited: list[float], merge_steps: int, guidance: float) -> 
 
 def _write_entry(folder: Path, name: str, entry: Any) -> None:
     (folder / WORK / f"{name}.json").write_text(json.dumps(entry), encoding="utf-8")
-
-
-def _peak_rss_bytes() -> int:
-    """Returns the high-water mark of this process; what getrusage says includes that of the process which started it."""
-    if _STATUS.is_file():
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main(arguments: list[str]) -> int:

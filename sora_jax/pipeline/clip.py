@@ -4,13 +4,11 @@ Invariant: ``parameters`` holds everything needed to make the sample again with 
 between two equal runs (no times, no paths of this machine).  Nothing here computes.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
-import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +17,8 @@ from jaxtyping import Float, UInt8
 
 from sora_jax import files
 from sora_jax.pipeline import video
+from sora_jax.process import Timings
 from sora_jax.sampling.sampler import Trace
-
-
-class Timings(dict[str, float]):
-    """Seconds by stage: load, compile, text, encode, denoise, decode, write."""
-
-    @contextlib.contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        """Adds the time its body takes to a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self[stage] = self.get(stage, 0.0) + time.perf_counter() - start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

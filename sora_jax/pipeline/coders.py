@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from sora_jax.config import policy_of
 from sora_jax.networks.t5 import T5Encoder
 from sora_jax.networks.vae.codec import VAE, chunks
-from sora_jax.pipeline.clip import Timings
 from sora_jax.pipeline.open_model import Networks, call
+from sora_jax.process import Timings
 from sora_jax.storage.directory import NETWORK_FILE
 from sora_jax.streaming import host_loop
 from sora_jax.streaming.memory_plan import MemoryPlan

@@ -21,7 +21,7 @@ from sora_jax.networks.stdit3 import STDiT3
 from sora_jax.networks.t5 import T5Encoder
 from sora_jax.networks.vae.codec import VAE
 from sora_jax.pipeline.caption_cache import CaptionCache
-from sora_jax.pipeline.clip import Timings
+from sora_jax.process import Timings
 from sora_jax.storage import directory as model_directory
 from sora_jax.storage.checkpoint import load_network, unflatten
 from sora_jax.storage.directory import Manifest, ModelDirectoryError

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-import sora_jax
 from sora_jax.config import NETWORKS
 from sora_jax.inputs.tokenizer import Tokenizer
 from sora_jax.networks import merging
@@ -22,17 +21,19 @@ from sora_jax.networks.merging import Merge
 from sora_jax.networks.vae.codec import latent_size
 from sora_jax.pipeline import settings, video
 from sora_jax.pipeline.caption_cache import CaptionCache
-from sora_jax.pipeline.clip import Clip, Timings, check_latents_target, load_latents, save_latents
+from sora_jax.pipeline.clip import Clip, check_latents_target, load_latents, save_latents
 from sora_jax.pipeline.open_model import Networks
 from sora_jax.pipeline.recipe_file import PlanFile
 from sora_jax.pipeline.run import Callback, Generation, Inputs, read_inputs
 from sora_jax.pipeline.sampling import make_sampler
 from sora_jax.pipeline.settings import Settings
+from sora_jax.process import Timings
 from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.reuse import Keep, Plan
 from sora_jax.sampling.sampler import Trace
 from sora_jax.storage import directory as model_directory
 from sora_jax.streaming.budget import parse_budget
+from sora_jax.version import __version__
 
 POCKET = Path(__file__).parents[1] / "pocket" / "weights"
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
@@ -274,7 +275,7 @@ class Pipeline:
             plan=plan if half_from is None else plan.with_half_steps(half_from),
             model=self.model_id,
             error=error,
-            calibrated={**recorded, "prompts": list(inputs.captions), "sora_jax": sora_jax.__version__},
+            calibrated={**recorded, "prompts": list(inputs.captions), "sora_jax": __version__},
         )
 
     def resume(self, path: str | os.PathLike[str], *, callback: Callback | None = None) -> Clip:
@@ -334,7 +335,7 @@ class Pipeline:
 
     def _parameters(self, inputs: Inputs, chosen: Settings) -> list[dict[str, Any]]:
         """Returns for each sample what it is made from, JSON-ready."""
-        made_by = {"sora_jax": sora_jax.__version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+        made_by = {"sora_jax": __version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
         rows = zip(inputs.prompts, inputs.captions, inputs.reference_paths, inputs.strategies, strict=True)
         return [
             {

@@ -21,12 +21,12 @@ from sora_jax.inputs import references as conditioning
 from sora_jax.inputs.tokenizer import Tokenizer
 from sora_jax.networks.stdit3 import STDiT3
 from sora_jax.networks.vae.codec import latent_size
-from sora_jax.pipeline.clip import Timings
 from sora_jax.pipeline.coders import Coders
 from sora_jax.pipeline.open_model import Networks
 from sora_jax.pipeline.sampling import guidance_scale, make_sampler, make_schedule
 from sora_jax.pipeline.settings import Settings
 from sora_jax.pipeline.velocity import Velocity
+from sora_jax.process import Timings
 from sora_jax.sampling import noise
 from sora_jax.sampling.calibration import Calibration, calibrate
 from sora_jax.sampling.reuse import Keep

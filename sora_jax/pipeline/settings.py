@@ -15,10 +15,10 @@ from sora_jax.config import VAEConfig
 from sora_jax.inputs import sizes
 from sora_jax.networks.merging import Merge
 from sora_jax.pipeline.presets import EXACT, preset_values
+from sora_jax.process import available_bytes
 from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.reuse import Plan
 from sora_jax.sampling.solvers import check_solver
-from sora_jax.streaming.budget import available_bytes
 
 OFF = "off"  # written for a score that the model would otherwise add by default
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from sora_jax import files
-from sora_jax.commands.options import parse_leap
 from sora_jax.pocket.judging import tables as kinds
 from sora_jax.pocket.judging.cases import Sampling
 from sora_jax.pocket.judging.scores import Rate, confusions_text, rates_text
 from sora_jax.pocket.world.words import ATTRIBUTES, NUM_FRAMES
-from sora_jax.shell import BAD_INPUT, INTERRUPTED, Parser, describe
+from sora_jax.shell import BAD_INPUT, INTERRUPTED, Parser, describe, whole_number_or_word
 
 LENGTHS = (1, 17, NUM_FRAMES, 51)  # frames of a clip: an image, and whole chunks of the codec
 KINDS = ("captions", "given_frame", "given_clip", "extension", "variety", "empty", "codec", "real")
@@ -144,7 +143,7 @@ def _parser() -> Parser:
     how = parser.add_argument_group("how clips are made (defaults are the model's)")
     how.add_argument("--steps", type=int, metavar="N", help="sampling steps")
     how.add_argument("--guidance", type=float, metavar="G", help="weight of the caption")
-    how.add_argument("--leap", type=parse_leap, metavar="off|N|dynamic|released", help="linear proportional leap")
+    how.add_argument("--leap", type=whole_number_or_word, metavar="off|N|dynamic|released", help="linear proportional leap")
     how.add_argument("--merge-steps", type=int, metavar="K", help="first steps with merged temporal tokens")
     how.add_argument("--condition-frame-edit", type=float, metavar="SHARE", help="of --extension: edit ratio of shared frames")
     how.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import jax
 
-import sora_jax
 from sora_jax.config import pocket
 from sora_jax.inputs.tokenizer import Tokenizer
 from sora_jax.pocket.judging import cases
@@ -32,6 +31,7 @@ from sora_jax.pocket.world.words import FPS, MOTIONS, NUM_FRAMES, SIZE_PX
 from sora_jax.shell import BAD_INPUT, INTERRUPTED, Parser, describe
 from sora_jax.storage.checkpoint import load_network, save_network
 from sora_jax.storage.writer import update_model_file
+from sora_jax.version import __version__
 
 DEFAULTS = {"num_steps": 30, "guidance": 3.0, "height": SIZE_PX, "width": SIZE_PX, "num_frames": NUM_FRAMES, "fps": FPS}
 LESSONS = ("4500:5700:left,right,up,down,grow,shrink", "7000:7400:left,right")
@@ -164,7 +164,7 @@ def record_run(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     arguments = {name: value for name, value in vars(args).items() if name != "work"}
     machine = {"device": jax.devices()[0].device_kind, "cpus": os.cpu_count()}
-    line = {"arguments": arguments, "sora_jax": sora_jax.__version__, "jax": jax.__version__, **machine}
+    line = {"arguments": arguments, "sora_jax": __version__, "jax": jax.__version__, **machine}
     with (args.work / "runs.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 

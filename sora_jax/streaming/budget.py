@@ -5,16 +5,15 @@ no other reading of a budget in the library.  What a budget is spent on is the m
 """
 
 import math
-import os
 import re
-from pathlib import Path
+
+from sora_jax.process import available_bytes
 
 AUTO = "auto"
 AUTO_SHARE = 0.9  # of what is free: other processes, and the system's file cache, keep the rest
 
 _PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _PATTERN = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt]?)(i?)b)?", re.IGNORECASE)
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def parse_budget(value: str | int | float) -> int:
@@ -33,26 +32,6 @@ def parse_budget(value: str | int | float) -> int:
     return int(num_bytes)
 
 
-def available_bytes() -> int:
-    """Returns the bytes that this process can still get: free memory, but no more than the limit of its control group.
-
-    What the process holds already counts as available, because it is part of its peak.
-
-    Raises:
-      ValueError: the system does not say; give the budget in bytes.
-    """
-    if hasattr(os, "sysconf") and Path("/proc/meminfo").exists():
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024 + _held_bytes()
-    else:
-        try:
-            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, OSError, ValueError):
-            raise ValueError(f"this system does not say how much memory is free; give a budget in bytes, not {AUTO}.") from None
-    limits = [_cgroup_limit(_CGROUP / "memory.max"), _cgroup_limit(_CGROUP / "memory" / "memory.limit_in_bytes")]
-    return min([free, *(limit for limit in limits if limit is not None)])
-
-
 def _bytes_of(text: str) -> float | None:
     found = _PATTERN.fullmatch(text.strip())
     if found is None:
@@ -61,15 +40,3 @@ def _bytes_of(text: str) -> float | None:
     if binary and not prefix:
         return None
     return float(number) * (1024 if binary else 1000) ** _PREFIXES[prefix.lower()]
-
-
-def _held_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroup_limit(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None

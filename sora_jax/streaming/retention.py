@@ -4,14 +4,9 @@ Invariant: the first ``count`` layers in execution order are retained, the large
 beside everything else; no compiled program depends on it.  What everything else needs is planned first and measured then.
 """
 
-import ctypes
 import itertools
-import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
-
-_STATM, _STATUS = Path("/proc/self/statm"), Path("/proc/self/status")
 
 
 class Retention:
@@ -102,48 +97,3 @@ class Retention:
 
     def _largest(self, budget: int) -> int:
         return max((k for k, total in enumerate(self._sums) if self._fixed_bytes + total <= budget), default=0)
-
-
-class PeakMeter:
-    """The most that this process held between two samples, as far as the system tells (Linux).
-
-    The system keeps a high-water mark: it says what was held in between if it rose, and that it was no more if not.
-    """
-
-    def __init__(self) -> None:
-        self._high_water = 0
-
-    def start(self) -> None:
-        """Leaves out what happened before."""
-        self._high_water = _status_bytes("VmHWM")
-
-    def sample(self) -> int | None:
-        """Returns the high-water mark if it rose since the last sample, else what the process holds now; None: unknown."""
-        before, self._high_water = self._high_water, _status_bytes("VmHWM")
-        return self._high_water if self._high_water > before else resident_bytes()
-
-
-def give_back_freed() -> None:
-    """Has the C library give memory that was freed back to the system (glibc; elsewhere nothing happens).
-
-    Compiling a program frees well over 100 MB that the library would otherwise keep.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
-
-
-def resident_bytes() -> int | None:
-    """Returns the bytes of this process that are in memory: its own, shared, and mapped files'; None where unknown."""
-    try:
-        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
-
-
-def _status_bytes(field: str) -> int:
-    try:
-        lines = _STATUS.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), 0)

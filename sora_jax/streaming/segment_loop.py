@@ -18,12 +18,11 @@ from sora_jax.config import DTypePolicy
 from sora_jax.networks.kernels import Int8Matrix
 from sora_jax.networks.layers import precision_chosen
 from sora_jax.networks.segments import Segment, part
-from sora_jax.pipeline.clip import Timings
+from sora_jax.process import Timings, return_freed_memory
 from sora_jax.storage.checkpoint import flatten
 from sora_jax.storage.directory import Manifest, ModelDirectoryError
 from sora_jax.storage.quantisation import SCALE_SUFFIX
 from sora_jax.streaming.profile import Lane, Profile
-from sora_jax.streaming.retention import give_back_freed
 from sora_jax.streaming.source import Around
 from sora_jax.streaming.staging import Staging, Verified
 
@@ -148,7 +147,7 @@ def _compiled(
 
     abstract = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes])
     compiled = jax.jit(program).lower(*abstract).compile()
-    give_back_freed()
+    return_freed_memory()
     return compiled
 
 

@@ -20,11 +20,12 @@ from jaxtyping import Array, Float
 from sora_jax.config import DTypePolicy
 from sora_jax.networks.merging import Merge
 from sora_jax.networks.stdit3 import Conditioning, STDiT3Block
+from sora_jax.process import PeakMeter, return_freed_memory
 from sora_jax.storage.directory import ModelDirectoryError
 from sora_jax.streaming.callbacks import PASSED
 from sora_jax.streaming.prefetch import Prefetcher, Slot
 from sora_jax.streaming.profile import Profile
-from sora_jax.streaming.retention import PeakMeter, Retention, give_back_freed
+from sora_jax.streaming.retention import Retention
 from sora_jax.streaming.source import LayerSource
 
 Stored = tuple[dict[str, Array], ...]  # stored arrays of every block, by name
@@ -125,7 +126,7 @@ class BlockStream(abc.ABC):
         self._next = (index + 1) % (len(self.blocks) + 1)
         if index == 0:
             if self.evaluations == 0:
-                give_back_freed()
+                return_freed_memory()
             self._meter.start()  # what happened between evaluations is not theirs
             self._needed = 0
             return

@@ -9,10 +9,10 @@ import pytest
 
 from sora_jax.commands.user_cache import caption_folder
 from sora_jax.pipeline.caption_cache import CaptionCache
-from sora_jax.pipeline.clip import Timings
 from sora_jax.pipeline.coders import Coders
 from sora_jax.pipeline.open_model import Networks
 from sora_jax.pipeline.pipeline import Pipeline
+from sora_jax.process import Timings
 from sora_jax.storage.directory import open_network
 
 IDS = np.array([3, 7, 1, 0], np.int32)

@@ -17,10 +17,11 @@ from sora_jax.networks.stdit3 import STDiT3
 from sora_jax.networks.t5 import T5Encoder
 from sora_jax.networks.vae.codec import VAE
 from sora_jax.pipeline import open_model, video
-from sora_jax.pipeline.clip import Clip, Timings
+from sora_jax.pipeline.clip import Clip
 from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.pipeline.run import Progress
 from sora_jax.pipeline.settings import OPEN_SORA_DEFAULTS, Settings
+from sora_jax.process import Timings
 from sora_jax.sampling import noise
 from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.schedule import Schedule

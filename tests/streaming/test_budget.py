@@ -1,6 +1,7 @@
 import pytest
 
-from sora_jax.streaming.budget import available_bytes, parse_budget
+from sora_jax.process import available_bytes
+from sora_jax.streaming.budget import parse_budget
 
 
 @pytest.mark.parametrize(

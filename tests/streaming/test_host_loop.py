@@ -14,7 +14,7 @@ from flax import nnx
 from sora_jax.config import FLOAT32, T5Config
 from sora_jax.networks.t5 import T5Encoder
 from sora_jax.networks.vae.codec import VAE
-from sora_jax.pipeline.clip import Timings
+from sora_jax.process import Timings
 from sora_jax.storage.checkpoint import load_network, save_network, unflatten
 from sora_jax.storage.directory import Manifest, ModelDirectoryError
 from sora_jax.streaming import host_loop

@@ -3,8 +3,9 @@ import json
 import pytest
 
 from benchmarks._support.machine import memory
+from sora_jax.process import PeakMeter, resident_bytes
 from sora_jax.streaming.profile import Profile
-from sora_jax.streaming.retention import PeakMeter, Retention, resident_bytes
+from sora_jax.streaming.retention import Retention
 
 LAYERS = [100, 100, 100, 100]
 

@@ -73,7 +73,7 @@ import jax
 from benchmarks import streaming_model
 from benchmarks._support.machine import memory
 from sora_jax.streaming.network import STDiT3Stream
-from sora_jax.streaming.retention import resident_bytes
+from sora_jax.process import resident_bytes
 
 lowered, held = None, []
 
