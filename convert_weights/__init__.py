@@ -15,15 +15,11 @@ from typing import Any
 import numpy as np
 
 from convert_weights.rules import ConversionError, Header, Plan, Rule, convert_arrays, make_plan
+from sora_jax.config import NETWORKS
 
 __all__ = ["ConversionError", "convert", "parameter_shapes", "plan", "table"]
 
 _DEPTHS = {"t5": "num_layers", "stdit3": "depth"}
-_NETWORKS = {
-    "t5": ("sora_jax.networks.t5", "T5Encoder"),
-    "stdit3": ("sora_jax.networks.stdit3", "STDiT3"),
-    "vae": ("sora_jax.networks.vae.codec", "VAE"),
-}
 
 
 def convert(
@@ -59,7 +55,8 @@ def plan(network: str, headers: Mapping[str, Header], config: Any, *, allow_mixe
 
 def table(network: str, config: Any) -> tuple[list[Rule], dict[str, str]]:
     """Returns a network's rules, and its ignored source patterns with reasons."""
-    _module(network)
+    if network not in NETWORKS:
+        raise ValueError(f"unknown network {network!r}; expected one of {', '.join(NETWORKS)}.")
     module = importlib.import_module(f"convert_weights.{network}")
     return module.rules(config), module.IGNORED
 
@@ -67,25 +64,14 @@ def table(network: str, config: Any) -> tuple[list[Rule], dict[str, str]]:
 @functools.cache
 def parameter_shapes(network: str, config: Any) -> Mapping[str, tuple[int, ...]]:
     """Returns the shapes of all parameters of a network by flat name; allocates none of them."""
-    import jax
-    from flax import nnx
-
+    from sora_jax.networks import registry
     from sora_jax.storage.checkpoint import flatten
 
-    module_name, class_name = _module(network)
-    build = getattr(importlib.import_module(module_name), class_name)
     # All blocks of a stack are built alike: one stands for all, because tracing the initialisers of 56 takes seconds.
     shallow = dataclasses.replace(config, **{_DEPTHS[network]: 1}) if network in _DEPTHS else config
-    abstract = jax.eval_shape(lambda: build(shallow, rngs=nnx.Rngs(0)))
-    built = {name: tuple(leaf.shape) for name, leaf in flatten(abstract).items()}
+    built = {name: tuple(leaf.shape) for name, leaf in flatten(registry.abstract(network, shallow)).items()}
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in config.layers:
         first = re.sub(r"\.\d+$", ".0", layer)
         shapes |= {layer + name[len(first) :]: shape for name, shape in built.items() if name.startswith(first + ".")}
     return MappingProxyType(shapes)
-
-
-def _module(network: str) -> tuple[str, str]:
-    if network not in _NETWORKS:
-        raise ValueError(f"unknown network {network!r}; expected one of {', '.join(_NETWORKS)}.")
-    return _NETWORKS[network]

@@ -2,16 +2,17 @@
 
 Every size the code uses is a field here; architecture fields have no defaults, presets show every number beside its
 source.  Configurations are frozen and hashable, so they can be static arguments of ``jax.jit``.  This module imports
-no model and reads no file.
+neither JAX nor a network and reads no file.
 """
 
 import dataclasses
 from typing import Any, Self
 
-import jax.numpy as jnp
-from jax.typing import DTypeLike
+import ml_dtypes
+import numpy as np
 
 NETWORKS = ("t5", "stdit3", "vae")
+DType = type[Any] | np.dtype[Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,18 +23,18 @@ class DTypePolicy:
     their input first and attention keeps its sums small, so that nothing leaves float16's range.  Equal in exact arithmetic.
     """
 
-    param: DTypeLike
-    compute: DTypeLike
-    accumulate: DTypeLike
+    param: DType
+    compute: DType
+    accumulate: DType
     half_range: bool = False
 
     def __post_init__(self) -> None:
-        if jnp.dtype(self.accumulate) != jnp.float32:
-            raise ValueError(f"accumulate is {jnp.dtype(self.accumulate)}; expected float32, in which sums and statistics are.")
+        if np.dtype(self.accumulate) != np.float32:
+            raise ValueError(f"accumulate is {np.dtype(self.accumulate)}; expected float32, in which sums and statistics are.")
 
 
-FLOAT32 = DTypePolicy(param=jnp.float32, compute=jnp.float32, accumulate=jnp.float32)
-BFLOAT16 = DTypePolicy(param=jnp.bfloat16, compute=jnp.bfloat16, accumulate=jnp.float32)
+FLOAT32 = DTypePolicy(param=np.float32, compute=np.float32, accumulate=np.float32)
+BFLOAT16 = DTypePolicy(param=ml_dtypes.bfloat16, compute=ml_dtypes.bfloat16, accumulate=np.float32)
 
 
 def policy_of(dtype: str) -> DTypePolicy:

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 
 from benchmarks._support.random_network import RandomParameters
 from sora_jax.config import ModelConfig, open_sora_1_2
+from sora_jax.networks.registry import CLASSES
 from sora_jax.networks.stdit3 import STDiT3
-from sora_jax.networks.t5 import T5Encoder
-from sora_jax.networks.vae.codec import VAE
 from sora_jax.pipeline.velocity import Velocity
 from sora_jax.sampling.sampler import Sampler
 from sora_jax.sampling.schedule import Schedule
@@ -24,7 +23,6 @@ from sora_jax.storage.directory import Manifest, Parameter
 from sora_jax.streaming.memory_plan import StagePlan, Workload, plan_memory
 
 GUIDANCE = 7.0
-CLASSES: dict[str, Any] = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
 
 
 def write(directory: Path, *, num_blocks: int, dtype: str = "float32") -> Path:

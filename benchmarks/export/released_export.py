@@ -24,16 +24,13 @@ from benchmarks._support.machine import environment, new_folder, write_report
 from benchmarks._support.random_network import RandomParameters
 from sora_jax.config import ModelConfig, open_sora_1_2
 from sora_jax.export import export
-from sora_jax.networks.stdit3 import STDiT3
-from sora_jax.networks.t5 import T5Encoder
-from sora_jax.networks.vae.codec import VAE
+from sora_jax.networks.registry import CLASSES
 from sora_jax.pocket.world.vocabulary import write_tokenizer
 from sora_jax.storage.checkpoint import save_network
 from sora_jax.storage.writer import update_model_file
 
 RIVAL_PAIR_BYTES = 2 * 170_000_000  # full and merged, float32
 TOKENIZER = "tokenizer.json"
-CLASSES: dict[str, Any] = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
 
 
 def write_model(directory: Path, config: ModelConfig) -> None:

@@ -15,14 +15,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-from flax import nnx
-
 from benchmarks._support.machine import environment, write_report
 from sora_jax.config import open_sora_1_2
-from sora_jax.networks.stdit3 import STDiT3
-from sora_jax.networks.t5 import T5Encoder
-from sora_jax.networks.vae.codec import VAE
+from sora_jax.networks import registry
 from sora_jax.storage.checkpoint import flatten
 from sora_jax.storage.directory import Manifest, Parameter
 from sora_jax.storage.quantisation import SCALE_SUFFIX, is_quantised, scale_axis
@@ -31,7 +26,6 @@ from sora_jax.streaming.budget import parse_budget
 from sora_jax.streaming.memory_plan import StagePlan, Workload, plan_memory, token_shape
 
 RESULTS = Path(__file__).parents[1] / "results" / "device_plan.json"
-CLASSES: dict[str, Any] = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
 SIZES, FRAMES, STEPS = (192, 256), 68, 30
 
 
@@ -87,9 +81,9 @@ def parse() -> argparse.Namespace:
 def shapes_only(stored: str) -> dict[str, Manifest]:
     """Returns manifests of the full architecture, of no files; the autoencoder is never stored as int8."""
     manifests = {}
-    for network, build in CLASSES.items():
+    for network in registry.CLASSES:
         config, dtype = getattr(open_sora_1_2, network), "float32" if network == "vae" and stored == "int8" else stored
-        shapes = flatten(jax.eval_shape(lambda build=build, config=config: build(config, rngs=nnx.Rngs(0))))
+        shapes = flatten(registry.abstract(network, config))
         parameters = {}
         for name, leaf in shapes.items():
             quantised = dtype == "int8" and is_quantised(name, leaf.shape)

@@ -28,8 +28,9 @@ import numpy as np
 
 from benchmarks._support.machine import environment, memory, write_report
 from benchmarks._support.random_network import RandomParameters
-from benchmarks._support.streaming_model import CLASSES, planned
+from benchmarks._support.streaming_model import planned
 from sora_jax.config import ModelConfig, open_sora_1_2, pocket
+from sora_jax.networks.registry import CLASSES
 from sora_jax.networks.vae.codec import latent_size
 from sora_jax.pipeline.open_model import policy_of
 from sora_jax.process import Timings

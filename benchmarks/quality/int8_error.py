@@ -19,14 +19,11 @@ from unittest import mock
 
 import jax
 import numpy as np
-from flax import nnx
 
 import convert_weights
 from benchmarks._support.machine import write_report
 from sora_jax.metrics import psnr
-from sora_jax.networks.stdit3 import STDiT3
-from sora_jax.networks.t5 import T5Encoder
-from sora_jax.networks.vae.codec import VAE
+from sora_jax.networks import registry
 from sora_jax.pipeline.pipeline import POCKET, Pipeline
 from sora_jax.pocket.judging import cases, scores
 from sora_jax.pocket.judging.measure import measure
@@ -37,7 +34,6 @@ from sora_jax.storage.writer import update_model_file
 from tests.parity import wide
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden" / "wide"
-CLASSES = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
 # Stored dtypes of networks (the others: float32), and the compute dtype of all.  The embedded model's weights are bfloat16
 # numbers, so that what bfloat16 costs is the rounding of activations.
 VARIANTS: dict[str, tuple[dict[str, str], str]] = {
@@ -59,7 +55,7 @@ def distance(values: np.ndarray, reference: np.ndarray) -> dict[str, float]:
 def stored_as(source: Path, folder: Path, dtypes: Mapping[str, str]) -> Path:
     """Returns a copy of a model directory with some networks stored in another dtype and the others in float32."""
     index = read_model_file(source)
-    for network in CLASSES:
+    for network in registry.CLASSES:
         config, flat = load_network(source, network, dtype="float32")
         save_network(folder, network, config, flat, dtype=dtypes.get(network, "float32"))
     shutil.copyfile(source / index["tokenizer"], folder / index["tokenizer"])
@@ -70,7 +66,7 @@ def stored_as(source: Path, folder: Path, dtypes: Mapping[str, str]) -> Path:
 def caption_features(model: Path, texts: list[str]) -> Iterator[np.ndarray]:
     """Yields the features of the real tokens of each caption, computed in float32."""
     config, flat = load_network(model, "t5", dtype="float32")
-    encoder = unflatten(jax.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0))), flat)
+    encoder = unflatten(registry.abstract("t5", config), flat)
     pipeline = Pipeline.from_pretrained(model)
     ids_BL, mask_BL = pipeline.tokenizer.encode(texts, pipeline.config.stdit3.model_max_length)
     features_BLE = np.asarray(jax.jit(lambda encoder, ids, mask: encoder(ids, mask))(encoder, ids_BL, mask_BL))
@@ -122,7 +118,7 @@ def _wide(case: str, dtype: str) -> dict[str, np.ndarray]:
         flat = convert_weights.convert(network, arrays, config)
         for name in list(flat):
             flat[name] = _rounded(name, flat[name], dtype)
-        return unflatten(jax.eval_shape(lambda: CLASSES[network](config, rngs=nnx.Rngs(0))), flat)
+        return unflatten(registry.abstract(network, config), flat)
 
     with mock.patch.object(wide, "build", build):
         return wide.compute(GOLDEN, case)

@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-from flax import nnx
 
 from sora_jax.config import NETWORKS, ModelConfig, policy_of
+from sora_jax.networks import registry
 from sora_jax.networks.layers import precision_chosen
-from sora_jax.networks.stdit3 import STDiT3
-from sora_jax.networks.t5 import T5Encoder
-from sora_jax.networks.vae.codec import VAE
 from sora_jax.pipeline.caption_cache import CaptionCache
 from sora_jax.process import Timings
 from sora_jax.storage import directory as model_directory
@@ -30,8 +27,6 @@ from sora_jax.streaming.profile import Profile
 from sora_jax.streaming.staging import Verified
 
 KEEP_BYTES = 1_000_000_000  # models up to this size stay loaded between stages and calls
-
-_CLASSES: Mapping[str, Any] = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
 
 
 class Networks:
@@ -129,8 +124,7 @@ class Networks:
 
     def _load(self, network: str, dtype: str) -> Any:
         config, flat = load_network(self.directory, network)
-        policy, build = policy_of(dtype), _CLASSES[network]
-        abstract = jax.eval_shape(lambda: build(config, policy=policy, rngs=nnx.Rngs(0)))
+        abstract = registry.abstract(network, config, policy=policy_of(dtype))
         try:
             return jax.block_until_ready(jax.device_put(unflatten(abstract, flat)))
         except ValueError as error:

@@ -4,24 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import save_file
 
 from convert_weights.checkpoint import convert_checkpoint
 from convert_weights.source_config import to_upstream
-from sora_jax.networks.stdit3 import STDiT3
-from sora_jax.networks.t5 import T5Encoder
-from sora_jax.networks.vae.codec import VAE
+from sora_jax.networks import registry
 from sora_jax.storage.checkpoint import load_network, unflatten
 from tests.parity import wide
 from tests.parity.fixtures import is_input, read_tensors
 from tests.parity.limits import compare, limit_for
 from tests.support import sources
-
-CLASSES = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
 
 
 def _through_files(folder: Path) -> Any:
@@ -39,7 +33,7 @@ def _through_files(folder: Path) -> Any:
         convert_checkpoint(network, source, folder / "model")
         loaded_config, flat = load_network(folder / "model", network)
         assert loaded_config == config
-        return unflatten(jax.eval_shape(lambda: CLASSES[network](config, rngs=nnx.Rngs(0))), flat)
+        return unflatten(registry.abstract(network, config), flat)
 
     return build
 

@@ -7,14 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from sora_jax.export.size import Size
 from sora_jax.export.stages import PARTS, Stage, list_stages, load_parameters
+from sora_jax.networks import registry
 from sora_jax.networks.merging import Merge
-from sora_jax.networks.stdit3 import STDiT3
-from sora_jax.networks.t5 import T5Encoder
-from sora_jax.networks.vae.codec import VAE
 from sora_jax.storage.checkpoint import load_network, unflatten
 from sora_jax.storage.directory import ModelDirectoryError, open_network
 from tests.support.tiny_model import CONFIG
@@ -31,8 +28,7 @@ def stages() -> dict[str, Stage]:
 
 def network(directory: Path, name: str) -> Any:
     config, flat = load_network(directory, name)
-    build = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}[name]
-    return unflatten(jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))), flat)
+    return unflatten(registry.abstract(name, config), flat)
 
 
 def run(directory: Path, stage: Stage, function: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -4,14 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 
 from sora_jax.config import ModelConfig, pocket
-from sora_jax.networks.stdit3 import STDiT3
-from sora_jax.networks.t5 import T5Encoder
-from sora_jax.networks.vae.codec import VAE
+from sora_jax.networks import registry
 from sora_jax.pocket.world.vocabulary import write_tokenizer
 from sora_jax.storage.checkpoint import flatten, save_network
 from sora_jax.storage.writer import update_model_file
@@ -25,13 +21,12 @@ CONFIG = ModelConfig(
         temporal=dataclasses.replace(pocket.vae.temporal, filters=4, norm_num_groups=2),
     ),
 )
-_CLASSES: dict[str, Any] = {"t5": T5Encoder, "stdit3": STDiT3, "vae": VAE}
 DEFAULTS = {"height": 32, "width": 48, "num_frames": 17, "fps": 8, "num_steps": 4, "guidance": 3.0, "align": 5}
 
 
 def write_model(directory: Path) -> Path:
     """Writes the three networks with random weights, drawn without compiling anything."""
-    for seed, network in enumerate(_CLASSES):
+    for seed, network in enumerate(registry.CLASSES):
         save_network(directory, network, getattr(CONFIG, network), random_flat(network, seed=seed))
     write_tokenizer(directory / "tokenizer.json")
     update_model_file(directory, tokenizer="tokenizer.json", defaults=DEFAULTS)
@@ -41,7 +36,7 @@ def write_model(directory: Path) -> Path:
 def random_flat(network: str, config: Any = None, *, seed: int = 0) -> dict[str, np.ndarray]:
     """Returns random parameters of a network, of the toy width unless a configuration is given."""
     config, rng = getattr(CONFIG, network) if config is None else config, np.random.default_rng(seed)
-    shapes = flatten(jax.eval_shape(lambda: _CLASSES[network](config, rngs=nnx.Rngs(0))))
+    shapes = flatten(registry.abstract(network, config))
     return {name: _random(name, leaf.shape, rng) for name, leaf in shapes.items()}
 
 
