@@ -174,7 +174,9 @@ def _dtypes(text: str) -> dict[str, str]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    faults = verify(options.directory, source=options.source, network=options.network, options=_source_options(options))
+    faults = verify(
+        options.directory, source=options.source, network=options.network, options=_source_options(options), note=print
+    )
     for network, found in faults.items():
         count = len(open_network(options.directory, network).parameters)
         print(

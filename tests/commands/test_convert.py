@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from convert_weights.checkpoint import convert_checkpoint
-from convert_weights.readers import OpenFile
+from convert_weights.source_file import OpenFile
 from sora_jax.commands.convert import main
 from sora_jax.storage.directory import open_network
 from sora_jax.storage.writer import NetworkWriter
