@@ -4,19 +4,10 @@ Invariant: a message has no line break and no control character, and its length 
 come from files that nobody vouches for.  What is wrong is decided by the readers.
 """
 
-import errno
+from sora_jax.files import advice
 
 _MAX_MESSAGE = 2000
 _MAX_NAME = 200
-
-_ADVICE = {
-    errno.EACCES: "check the permissions of the file and of its folders",
-    errno.EPERM: "check the permissions of the file and of its folders",
-    errno.EIO: "the disk or the network drive failed; check it and copy the file again",
-    errno.EMFILE: "allow more open files (ulimit -n 4096)",
-    errno.ELOOP: "symbolic links point at each other",
-    errno.ESTALE: "the network drive lost the file; mount it again",
-}
 
 
 class SourceError(ValueError):
@@ -51,5 +42,4 @@ def some(names: list[str], count: int = 5) -> str:
 
 def unreadable(error: OSError, path: object) -> SourceError:
     """Returns the error of a source that the system does not let us read: what it said, and what to do about it."""
-    advice = _ADVICE.get(error.errno or 0)
-    return SourceError(f"{error.filename or path} cannot be read: {error.strerror or error}{'; ' + advice if advice else ''}.")
+    return SourceError(f"{error.filename or path} cannot be read: {error.strerror or error}{advice(error)}.")

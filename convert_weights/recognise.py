@@ -1,4 +1,4 @@
-"""Names what a file is that was taken for weights: what failed downloads and forgotten steps leave behind.
+"""Names what a file is that was taken for weights or a tokenizer: what failed downloads and forgotten steps leave behind.
 
 Invariant: only the first bytes are looked at, and a file is named only where they leave no doubt.  Nothing is read further.
 """
@@ -25,13 +25,13 @@ def _starts(*prefixes: bytes) -> Callable[[bytes, bytes], bool]:
 _KINDS: tuple[tuple[Callable[[bytes, bytes], bool], str], ...] = (
     (
         lambda head, text: text.startswith(b"version https://git-lfs"),
-        "is a git-LFS pointer, not the weights; fetch them with: git lfs pull",
+        "is a git-LFS pointer, not the file itself; fetch it with: git lfs pull",
     ),
     (
         lambda head, text: text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")),
-        "is an HTML page, not weights; the download gave an error or a login page",
+        "is an HTML page; the download gave an error or a login page",
     ),
-    (lambda head, text: text.startswith(b"<?xml"), "is an XML document, not weights; the download gave an error message"),
+    (lambda head, text: text.startswith(b"<?xml"), "is an XML document; the download gave an error message"),
     (_starts(b"\x1f\x8b"), "is a gzip archive; unpack it first"),
     (_starts(b"\x28\xb5\x2f\xfd"), "is a zstandard archive; unpack it first"),
     (_starts(b"7z\xbc\xaf\x27\x1c"), "is a 7-Zip archive; unpack it first"),

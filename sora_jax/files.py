@@ -6,6 +6,7 @@ under such a name is removed by the next one that writes into the folder.  This 
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -20,6 +21,17 @@ from pathlib import Path
 _PARTIAL = re.compile(r"\..*\.([0-9a-f]{8})-([0-9]+)-([0-9]+)-[0-9a-f]{8}\.partial", re.DOTALL)
 _MAX_NAME_BYTES = 100  # of the target's name in a temporary one; file systems allow 255
 _REPLACED = ".sora-jax-replaced"
+_ADVICE = {
+    errno.EACCES: "check the permissions of the file and of its folders",
+    errno.EPERM: "check the permissions of the file and of its folders",
+    errno.EROFS: "choose a folder on a disk that can be written",
+    errno.ENOSPC: "make room and give the same command again",
+    errno.EDQUOT: "make room within your quota and give the same command again",
+    errno.EIO: "the disk or the network drive failed; check it before trying again",
+    errno.EMFILE: "allow more open files (ulimit -n 4096)",
+    errno.ELOOP: "symbolic links point at each other",
+    errno.ESTALE: "the network drive lost the file; mount it again",
+}
 # Leftovers of another machine or an earlier boot, whose processes cannot be seen from here.
 _ABANDONED_S = 24 * 3600.0
 
@@ -82,6 +94,12 @@ def write_text(path: str | os.PathLike[str], text: str, *, overwrite: bool = Fal
     """Writes a text file (UTF-8), whole or not at all."""
     with whole_file(path, overwrite=overwrite) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def advice(error: OSError) -> str:
+    """Returns what to do about an error of the system, to be put behind what it said; empty where that is clear."""
+    known = _ADVICE.get(error.errno or 0)
+    return f"; {known}" if known else ""
 
 
 def refuse_missing(path: str | os.PathLike[str], what: str, *, remedy: str = "") -> None:

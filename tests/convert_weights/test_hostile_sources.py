@@ -402,9 +402,9 @@ def test_hostile_indices_are_one_line(tmp_path: Path, text: str) -> None:
     ("content", "report"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "is a git-LFS pointer, .* git lfs pull"),
-        (b"\n <!DOCTYPE html><html>", "is an HTML page, not weights"),
-        (b"<HTML><body>404", "is an HTML page, not weights"),
-        (b'<?xml version="1.0"?><Error><Code>AccessDenied', "is an XML document, not weights"),
+        (b"\n <!DOCTYPE html><html>", "is an HTML page"),
+        (b"<HTML><body>404", "is an HTML page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied', "is an XML document"),
         (b"", "is empty; download it again"),
         (bytes(4096), "holds zeros where its header should be"),
         (b"\x1f\x8b\x08\x00abc", "is a gzip archive; unpack it first"),
