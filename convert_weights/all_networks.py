@@ -5,39 +5,58 @@ Each network stays an atomic unit of its own: what is converted stays when a lat
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from convert_weights.checkpoint import DEFAULTS, SPATIAL_PREFIX, Options, convert_checkpoint
-from convert_weights.readers import open_checkpoint
+from convert_weights.checkpoint import DEFAULTS, SPATIAL_PREFIX, Options, check_directory, convert_checkpoint
+from convert_weights.errors import SourceError
+from convert_weights.readers import choose_file, open_checkpoint
 from convert_weights.source_config import network_of
-from convert_weights.torch_zip import SourceError
 from sora_jax.config import NETWORKS
 from sora_jax.storage.directory import Manifest, present_networks
 from sora_jax.storage.writer import check_dtype
 
 
-def find_networks(source: str | os.PathLike[str]) -> dict[str, Path]:
+def find_networks(source: str | os.PathLike[str], networks: Sequence[str] = NETWORKS) -> dict[str, Path]:
     """Returns the folder of each network (and of ``spatial``, if there) below ``source``, by their config.json files.
 
     Raises:
-      SourceError: a network is missing, or there are two of it.
+      SourceError: one of ``networks`` is missing, or there are two of it.
     """
     root = Path(source)
     if not root.is_dir():
-        raise SourceError(f"{root} is not a folder; expected one that holds the folders of {', '.join(NETWORKS)}.")
+        raise SourceError(f"{root} is not a folder; expected one that holds the folders of {', '.join(networks)}.")
     found: dict[str, list[Path]] = {}
     for folder in sorted({file.parent for pattern in ("*", "*/*") for file in root.glob(f"{pattern}/config.json")}):
         found.setdefault(network_of(folder) or "other", []).append(folder)
-    problems = [f"no {network}" for network in NETWORKS if network not in found]
+    problems = [f"no {network}" for network in networks if network not in found]
     problems += [
         f"{len(found[network])} of {network} ({', '.join(map(str, found[network]))})"
-        for network in (*NETWORKS, "spatial")
+        for network in (*networks, "spatial")
         if len(found.get(network, ())) > 1
     ]
     if problems:
         raise SourceError(f"{root} holds {'; '.join(problems)} (told by their config.json); convert the networks one by one.")
-    return {network: folders[0] for network, folders in found.items() if network != "other"}
+    return {network: folders[0] for network, folders in found.items() if network in (*networks, "spatial")}
+
+
+def is_pipeline(source: str | os.PathLike[str]) -> bool:
+    """Returns whether a source is a folder of networks, and not itself a checkpoint of one."""
+    if not Path(source).is_dir():
+        return False
+    try:
+        choose_file(Path(source))
+    except SourceError:
+        return any(path.is_file() for pattern in ("*", "*/*") for path in Path(source).glob(f"{pattern}/config.json"))
+    return False
+
+
+def options_of(network: str, folders: Mapping[str, Path], options: Options) -> Options:
+    """Returns how a network of ``find_networks`` is read: a VAE without its spatial part takes the AutoencoderKL beside it."""
+    apart = network == "vae" and "spatial" in folders and options.spatial is None
+    if apart and not _has_spatial(folders["vae"], options):
+        return dataclasses.replace(options, spatial=folders["spatial"])
+    return options
 
 
 def convert_pipeline(
@@ -63,15 +82,14 @@ def convert_pipeline(
     """
     for network in NETWORKS:
         check_dtype(network, dtypes[network])
+    check_directory(Path(directory))
     folders = find_networks(source)
     present = () if overwrite else present_networks(directory)
     manifests = {}
     for network in NETWORKS:
         if network in present:
             continue
-        own = options
-        if network == "vae" and "spatial" in folders and options.spatial is None and not _has_spatial(folders["vae"], options):
-            own = dataclasses.replace(options, spatial=folders["spatial"])
+        own = options_of(network, folders, options)
 
         def report(done: int, total: int, network: str = network) -> None:
             progress(network, done, total)

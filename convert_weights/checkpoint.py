@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 
 from convert_weights import parameter_shapes, table
-from convert_weights.readers import Checkpoint, OpenFile, merge, open_checkpoint
+from convert_weights.checksums import Checksums
+from convert_weights.companions import Companions, tokenizer_fault
+from convert_weights.errors import SourceError
+from convert_weights.readers import Checkpoint, merge, open_checkpoint
 from convert_weights.rules import ConversionError, Plan, make_plan
 from convert_weights.source_config import Resolved, resolve
-from convert_weights.torch_zip import SourceError
-from convert_weights.values import Checksums, Discard, Write, convert_values, stored_shapes
-from sora_jax.storage.directory import Manifest, ModelDirectoryError, Parameter
-from sora_jax.storage.writer import NetworkWriter, update_model_file
+from convert_weights.values import Discard, Write, convert_values, stored_shapes
+from sora_jax import files
+from sora_jax.storage.directory import NETWORK_FILE, Manifest, ModelDirectoryError, Parameter, open_network, read_model_file
+from sora_jax.storage.writer import NetworkWriter, check_dtype
 
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 SPATIAL_PREFIX = "spatial_vae.module."
 
 
@@ -62,7 +64,7 @@ class Source:
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
-        return sum(file.stat().st_size for file in self.checkpoint.files)
+        return sum(identity.size for identity in self.checkpoint.files.values())
 
 
 def open_source(network: str, source: str | os.PathLike[str], options: Options = DEFAULTS) -> Source:
@@ -129,57 +131,102 @@ def convert_checkpoint(
       SourceError: the source is missing, unsafe, truncated or damaged.
       ModelDirectoryError: the network exists, is being written, or does not fit on the disk.
     """
+    target = Path(directory)
+    check_dtype(network, dtype)
+    check_directory(target)
     checkpoint, spatial_folder = _open_files(network, source, options)
+    companions = Companions(network, checkpoint.folder)
+    if not overwrite:
+        if finished := _finish_former(network, target, checkpoint, companions):
+            return finished
+        if (target / network).exists():
+            raise ModelDirectoryError(f"{target / network} exists; pass --overwrite (overwrite=True) to replace it.")
     # Begun before the plan, whose tracing keeps one core busy for a second or two: the other reads and hashes meanwhile.
-    with Checksums(checkpoint.files) as checksums:
+    with Checksums(checkpoint) as checksums:
         opened = _match(network, checkpoint, spatial_folder, options)
         report(opened)
-        manifest = _write(opened, Path(directory), dtype, overwrite, options, checksums, progress)
-    if network == "t5":
-        _copy_tokenizer(checkpoint.folder, Path(directory))
+        writer = NetworkWriter(
+            target, network, opened.resolved.config, dtype=dtype, overwrite=overwrite, identity=_identity(opened, options)
+        )
+        return _Conversion(opened, writer, companions, checksums, progress).run()
+
+
+def check_directory(directory: Path) -> None:
+    """Refuses a path that cannot be a model directory, and an index in it that cannot be read, before any work is done.
+
+    Raises:
+      ModelDirectoryError: it is a file, or lies below one; or its model.json is damaged.
+    """
+    for place in (directory, *directory.parents):
+        if place.exists() and not place.is_dir():
+            raise ModelDirectoryError(f"{place} is a file; expected the folder of a model directory, or a new name.")
+    read_model_file(directory)
+
+
+def _finish_former(network: str, directory: Path, checkpoint: Checkpoint, companions: Companions) -> Manifest | None:
+    """Returns the manifest of a network whose conversion from this source only lost the tokenizer, after adding it again.
+
+    Releases before 0.2 copied the tokenizer after the weights; whoever was interrupted between them finishes so.
+    """
+    if companions.tokenizer is None or not (directory / network / NETWORK_FILE).is_file():
+        return None
+    manifest = open_network(directory, network)
+    recorded = [(entry.get("name"), entry.get("bytes")) for entry in manifest.origin.get("files", ())]
+    same = recorded == [(file.name, identity.size) for file, identity in checkpoint.files.items()]
+    named = read_model_file(directory).get("tokenizer")
+    lost = tokenizer_fault(manifest) if "tokenizer" in manifest.origin else not (named and (directory / named).is_file())
+    if not same or not lost:
+        return None
+    companions.write(directory)
     return manifest
 
 
-def _write(
-    opened: Source,
-    directory: Path,
-    dtype: str,
-    overwrite: bool,
-    options: Options,
-    checksums: Checksums,
-    progress: Callable[[int, int], None],
-) -> Manifest:
-    """Converts every value into the model directory, or raises all that is wrong with the source."""
-    subject = f"{opened.checkpoint.path} does not fit {opened.network}"
-    identity = _identity(opened, options)
-    writer = NetworkWriter(
-        directory, opened.network, opened.resolved.config, dtype=dtype, overwrite=overwrite, identity=identity
-    )
-    if opened.plan.faults:
-        found = convert_values(opened.plan, opened.checkpoint, Discard(), dtype=dtype)
-        raise ConversionError(subject, [*opened.plan.faults, *found])
-    with _whole_or_resumable(writer):
-        _check_space(writer, stored_shapes(opened.plan, opened.shapes, dtype))
-        done = 0
+class _Conversion:
+    """Converts every value of a source into the model directory, or raises all that is wrong with it."""
 
-        def count(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            progress(done, opened.nbytes)
+    def __init__(
+        self,
+        opened: Source,
+        writer: NetworkWriter,
+        companions: Companions,
+        checksums: Checksums,
+        progress: Callable[[int, int], None],
+    ):
+        self._opened, self._writer, self._companions = opened, writer, companions
+        self._checksums, self._progress = checksums, progress
+        self._done = 0
 
-        found = convert_values(opened.plan, opened.checkpoint, _WriterSink(writer), dtype=dtype, progress=count)
-        if found:
-            raise ConversionError(subject, found)
-        return writer.finish(_origin(opened, checksums.result()))
+    def run(self) -> Manifest:
+        """Returns the manifest of the finished network."""
+        opened, dtype = self._opened, self._writer.dtype
+        subject = f"{opened.checkpoint.path} does not fit {opened.network}"
+        if opened.plan.faults:
+            found = convert_values(opened.plan, opened.checkpoint, Discard(), dtype=dtype)
+            raise ConversionError(subject, [*opened.plan.faults, *found])
+        files.remove_leftovers(self._writer.directory)
+        with _whole_or_resumable(self._writer):
+            _check_space(self._writer, stored_shapes(opened.plan, opened.shapes, dtype))
+            sink = _WriterSink(self._writer)
+            found = convert_values(opened.plan, opened.checkpoint, sink, dtype=dtype, progress=self._count)
+            if found:
+                raise ConversionError(subject, found)
+            origin = _origin(opened, self._checksums.result()) | self._companions.origin()
+            # Before the weights, so that no interruption leaves a T5 without its tokenizer.
+            self._companions.write(self._writer.directory)
+            return self._writer.finish(origin)
+
+    def _count(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._progress(self._done, self._opened.nbytes)
 
 
 @contextlib.contextmanager
 def _whole_or_resumable(writer: NetworkWriter) -> Iterator[None]:
-    """Holds the writer; removes what was written if the values proved unfit, keeps it after any other interruption."""
+    """Holds the writer; removes what was written if the source proved unfit, keeps it after any other interruption."""
     with writer:
         try:
             yield
-        except ConversionError:
+        except (ConversionError, SourceError):
             writer.discard()
             raise
 
@@ -201,9 +248,9 @@ class _WriterSink:
 
 
 def _identity(opened: Source, options: Options) -> dict[str, Any]:
-    stats = [(file, file.stat()) for file in opened.checkpoint.files]
+    found = opened.checkpoint.files.items()
     return {
-        "files": [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats],
+        "files": [[str(file.resolve()), identity.size, identity.mtime_ns] for file, identity in found],
         "section": options.section,
     }
 
@@ -220,12 +267,9 @@ def _check_space(writer: NetworkWriter, stored: Mapping[str, tuple[tuple[int, ..
 
 def _origin(opened: Source, checksums: list[str]) -> dict[str, Any]:
     """Returns what ``network.json`` says about the source: enough to check it, and to write it back."""
-    files = [
-        {"name": file.name, "bytes": file.stat().st_size, "sha256": checksum}
-        for file, checksum in zip(opened.checkpoint.files, checksums, strict=True)
-    ]
+    found = zip(opened.checkpoint.files.items(), checksums, strict=True)
     return {
-        "files": files,
+        "files": [{"name": file.name, "bytes": identity.size, "sha256": checksum} for (file, identity), checksum in found],
         "config": opened.resolved.origin,
         "ignored_config_keys": list(opened.resolved.ignored),
         "ignored_arrays": dict(opened.plan.ignored),
@@ -237,16 +281,6 @@ def _origin(opened: Source, checksums: list[str]) -> dict[str, Any]:
 def _constant(opened: Source, name: str) -> dict[str, Any]:
     """Returns an array that only had to have its formula's value, so that it can be written back bit for bit."""
     array = opened.checkpoint.arrays[name]
-    with OpenFile(array.file) as file:
+    with opened.checkpoint.open(array.file) as file:
         values = array.read_strided(file)
     return {"shape": list(values.shape), "dtype": values.dtype.name, "hex": np.ascontiguousarray(values).tobytes().hex()}
-
-
-def _copy_tokenizer(folder: Path, directory: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            temporary = directory / f".{name}.new"
-            shutil.copyfile(folder / name, temporary)
-            temporary.replace(directory / name)
-            update_model_file(directory, tokenizer=name)
-            return

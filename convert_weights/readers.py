@@ -6,7 +6,6 @@ decided by the tables, and nothing is written.
 """
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -16,31 +15,42 @@ from typing import Any
 
 import numpy as np
 
+from convert_weights.errors import SourceError, printable, some, unreadable
+from convert_weights.json_text import read_object
 from convert_weights.rules import Header, numpy_dtype
-from convert_weights.torch_zip import ITEM_BYTES, SourceError, Tensor, read_tree
+from convert_weights.safetensors_header import read_safetensors
+from convert_weights.source_file import Identity, OpenFile
+from convert_weights.torch_zip import Extent, Tensor, read_torch_file
 
-SAFETENSORS_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
-_MAX_HEADER_BYTES = 100 << 20
+_MAX_INDEX_BYTES = 8 << 20
+_MAX_ARRAYS = 1 << 15  # the largest network here has about a thousand
+_MAX_NAME = 500
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _SECTIONS = ("ema", "model_ema", "ema_model", "state_dict", "model", "module")
 _WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
+# A view that is spread over more than this many times its own bytes is not read (part of a fused matrix: 3 times).
+_MAX_SPREAD = 4
+_SMALL_SPAN_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a checkpoint: where its bytes lie, and how."""
+    """One array of a checkpoint: where its bytes lie, and how; ``key`` is its name in the file."""
 
     name: str
     file: Path
     tensor: Tensor
+    key: str
 
     @property
     def header(self) -> Header:
         """Shape and dtype."""
         return Header(self.tensor.shape, self.tensor.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.tensor.shape) * numpy_dtype(self.tensor.dtype).itemsize
 
     @property
     def contiguous(self) -> bool:
@@ -52,7 +62,7 @@ class Array:
             step *= size
         return True
 
-    def read(self, file: "OpenFile", start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
+    def read(self, file: OpenFile, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
         """Returns rows ``start:stop`` (of the first axis), a view of ``buffer`` (uint8, at least as long as the rows)."""
         shape = (stop - start, *self.tensor.shape[1:]) if self.tensor.shape else ()
         dtype = numpy_dtype(self.tensor.dtype)
@@ -61,41 +71,38 @@ class Array:
         file.read(self.tensor.offset + start * row_bytes, raw)
         return raw.view(dtype).reshape(shape)
 
-    def read_strided(self, file: "OpenFile") -> np.ndarray:
-        """Returns the whole of an array whose elements do not lie in C order, as a new C-contiguous array."""
-        last = sum((size - 1) * stride for size, stride in zip(self.tensor.shape, self.tensor.strides, strict=True))
-        dtype = numpy_dtype(self.tensor.dtype)
-        raw = np.empty((last + 1) * dtype.itemsize, np.uint8)
-        file.read(self.tensor.offset, raw)
-        strides = [stride * dtype.itemsize for stride in self.tensor.strides]
-        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(raw.view(dtype), self.tensor.shape, strides))
-
-
-class OpenFile:
-    """A source file open for positional reads; use as a context manager."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def __enter__(self) -> "OpenFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
-
-    def read(self, offset: int, into: np.ndarray) -> None:
-        """Fills ``into`` (uint8) with the bytes at ``offset``.
+    def read_strided(self, file: OpenFile) -> np.ndarray:
+        """Returns an array whose elements need not lie in C order, as a view of its bytes as they lie in the file.
 
         Raises:
-          SourceError: the file ends before.
+          SourceError: the bytes between its first and its last element are many times its own.
         """
-        view = memoryview(into)  # type: ignore[arg-type]
-        while view:
-            count = os.preadv(self._descriptor, [view], offset)
-            if count == 0:
-                raise SourceError(f"{self._path} ended at byte {offset} while it was being read; was it changed or truncated?")
-            view, offset = view[count:], offset + count
+        dtype = numpy_dtype(self.tensor.dtype)
+        if not self.nbytes:
+            return np.empty(self.tensor.shape, dtype)
+        last = sum((size - 1) * stride for size, stride in zip(self.tensor.shape, self.tensor.strides, strict=True))
+        span_bytes = (last + 1) * dtype.itemsize
+        if span_bytes > max(_MAX_SPREAD * self.nbytes, _SMALL_SPAN_BYTES):
+            raise SourceError(
+                f"{self.file}: {self.name} has {self.nbytes} bytes, spread over {span_bytes}; save it as a contiguous tensor."
+            )
+        raw = np.empty(span_bytes, np.uint8)
+        file.read(self.tensor.offset, raw)
+        strides = [stride * dtype.itemsize for stride in self.tensor.strides]
+        return np.lib.stride_tricks.as_strided(raw.view(dtype), self.tensor.shape, strides, writeable=False)
+
+    def slices(self, file: OpenFile, buffer: np.ndarray, step: int) -> Iterator[np.ndarray]:
+        """Yields the array ``step`` rows at a time in C order, in ``buffer`` where it is contiguous; nothing if it is empty."""
+        if not self.nbytes:
+            return
+        count = self.tensor.shape[0] if self.tensor.shape else 1
+        if self.contiguous:
+            for start in range(0, count, step):
+                yield self.read(file, start, min(start + step, count), buffer)
+            return
+        view = self.read_strided(file)
+        for start in range(0, count, step):
+            yield np.ascontiguousarray(view[start : start + step])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,21 +112,29 @@ class Checkpoint:
     Attributes:
       path: the source as given.
       folder: the folder of the weight files, where config.json and the tokenizer are.
-      files: the weight files.
+      files: the weight files, with the identity that each had when its header was read.
       arrays: every array.
       notes: what was chosen or skipped, for the user.
+      extents: the byte ranges with a known CRC-32, by file.
+      sections: which state dict was taken, by file; for files that are not one themselves.
     """
 
     path: Path
     folder: Path
-    files: tuple[Path, ...]
+    files: Mapping[Path, Identity]
     arrays: Mapping[str, Array]
     notes: tuple[str, ...]
+    extents: Mapping[Path, tuple[Extent, ...]]
+    sections: Mapping[Path, str]
 
     @property
     def headers(self) -> dict[str, Header]:
         """Shapes and dtypes by name."""
         return {name: array.header for name, array in self.arrays.items()}
+
+    def open(self, path: Path) -> OpenFile:
+        """Returns one of the files, open, after checking that it is still the one whose header was read."""
+        return OpenFile(path, self.files[path])
 
 
 def open_checkpoint(source: str | os.PathLike[str], *, section: str | None = None) -> Checkpoint:
@@ -133,21 +148,24 @@ def open_checkpoint(source: str | os.PathLike[str], *, section: str | None = Non
       SourceError: nothing usable is there, or a file is unsafe, truncated, damaged or disagrees with the index.
     """
     path = Path(source)
+    reader = _Reader(section)
     try:
-        chosen, notes = _choose_file(path) if path.is_dir() else (path, [])
+        chosen, notes = choose_file(path) if path.is_dir() else (path, [])
         if not chosen.is_file():
             raise SourceError(f"{path} does not exist; expected a weight file, an index file or a folder of one checkpoint.")
+        reader.notes += notes
         if chosen.name.endswith(".index.json"):
-            arrays, files = _read_index(chosen, section, notes)
+            reader.read_index(chosen)
         else:
-            arrays, files = _read_file(chosen, section, notes), [chosen]
+            reader.read_file(chosen)
     except OSError as error:
-        raise SourceError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
-    if not arrays:
+        raise unreadable(error, path) from error
+    if not reader.arrays:
         raise SourceError(f"{chosen} holds no arrays.")
-    order = {file: i for i, file in enumerate(files)}
-    placed = sorted(arrays.values(), key=lambda array: (order[array.file], array.tensor.offset))
-    return Checkpoint(path, chosen.parent, tuple(files), {array.name: array for array in placed}, tuple(notes))
+    order = {file: i for i, file in enumerate(reader.files)}
+    placed = sorted(reader.arrays.values(), key=lambda array: (order[array.file], array.tensor.offset))
+    arrays = {array.name: array for array in placed}
+    return Checkpoint(path, chosen.parent, reader.files, arrays, tuple(reader.notes), reader.extents, reader.sections)
 
 
 def merge(checkpoint: Checkpoint, other: Checkpoint, prefix: str) -> Checkpoint:
@@ -162,14 +180,24 @@ def merge(checkpoint: Checkpoint, other: Checkpoint, prefix: str) -> Checkpoint:
         raise SourceError(
             f"{checkpoint.path} and {other.path} both hold {len(twice)} arrays, such as {min(twice)}; give one of them."
         )
-    files = (*checkpoint.files, *(file for file in other.files if file not in checkpoint.files))
     return dataclasses.replace(
-        checkpoint, files=files, arrays={**checkpoint.arrays, **prefixed}, notes=checkpoint.notes + other.notes
+        checkpoint,
+        files={**checkpoint.files, **other.files},
+        arrays={**checkpoint.arrays, **prefixed},
+        notes=checkpoint.notes + other.notes,
+        extents={**checkpoint.extents, **other.extents},
+        sections={**checkpoint.sections, **other.sections},
     )
 
 
-def _choose_file(folder: Path) -> tuple[Path, list[str]]:
-    """Returns the one checkpoint of a folder (or of its ``model`` subfolder): safetensors first, then PyTorch files."""
+def choose_file(folder: Path) -> tuple[Path, list[str]]:
+    """Returns the one checkpoint of a folder (or of its ``model`` subfolder), and a note on what is not read.
+
+    Safetensors come before PyTorch files.
+
+    Raises:
+      SourceError: there is none, or several of which none has a usual name.
+    """
     for place in (folder, folder / "model"):
         found = [
             candidate
@@ -185,62 +213,90 @@ def _choose_file(folder: Path) -> tuple[Path, list[str]]:
             known = re.compile(r"(" + "|".join(_WEIGHT_FILES) + r")[-.]")
             strange = [file.name for file in others if not known.match(file.name)]
             skipped = [file.name for file in found[1:]] + strange
-            return found[0], [f"read {found[0].name}; not read: {', '.join(skipped)}"] if skipped else []
+            return found[0], [f"read {found[0].name}; not read: {some(skipped, 20)}"] if skipped else []
         if len(others) == 1:
             return others[0], []
         if others:
-            names = ", ".join(file.name for file in others)
+            names = some([file.name for file in others])
             raise SourceError(f"{place} holds several checkpoints ({names}); name the file to convert.")
     raise SourceError(f"{folder} holds no weight file (.safetensors, .bin, .pt, .pth, or an index of shards).")
 
 
-def _read_index(index: Path, section: str | None, notes: list[str]) -> tuple[dict[str, Array], list[Path]]:
-    try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        shards = list(dict.fromkeys(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"{index} is not an index of shards ({type(error).__name__}: {error}).") from error
-    if any(Path(shard).name != shard for shard in shards):
-        raise SourceError(f"{index} names shards outside its folder; refused.")
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
-    if missing:
-        raise SourceError(f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing)}.")
-    arrays: dict[str, Array] = {}
-    for shard in shards:
-        found = _read_file(index.parent / shard, section, notes)
-        expected = {name for name, file in weight_map.items() if file == shard}
-        if found.keys() != expected:
-            raise SourceError(
-                f"{index.parent / shard} disagrees with {index.name}: missing {sorted(expected - found.keys())[:5]}, "
-                f"unlisted {sorted(found.keys() - expected)[:5]}."
-            )
-        arrays.update(found)
-    return arrays, [index.parent / shard for shard in shards]
+class _Reader:
+    """Collects the arrays of one file, or of the shards of an index."""
+
+    def __init__(self, section: str | None):
+        self._section = section
+        self.arrays: dict[str, Array] = {}
+        self.files: dict[Path, Identity] = {}
+        self.extents: dict[Path, tuple[Extent, ...]] = {}
+        self.sections: dict[Path, str] = {}
+        self.notes: list[str] = []
+
+    def read_index(self, index: Path) -> None:
+        """Reads every shard that an index names, and compares what it holds with the index."""
+        weight_map = read_object(index, "an index of shards", max_bytes=_MAX_INDEX_BYTES).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or any(type(shard) is not str for shard in weight_map.values()):
+            raise SourceError(f"{index} is not an index of shards: expected weight_map, an object of names and their files.")
+        shards: dict[str, set[str]] = {}
+        for name, shard in weight_map.items():
+            shards.setdefault(shard, set()).add(name)
+        if any(not shard.isprintable() or Path(shard).name != shard for shard in shards):
+            raise SourceError(f"{index} names shards outside its folder; refused.")
+        missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+        if missing:
+            raise SourceError(f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {some(missing)}.")
+        for shard, expected in shards.items():
+            found = self.read_file(index.parent / shard)
+            if found != expected:
+                raise SourceError(
+                    f"{index.parent / shard} disagrees with {index.name}: missing {sorted(expected - found)[:5]}, "
+                    f"unlisted {sorted(found - expected)[:5]}."
+                )
+
+    def read_file(self, path: Path) -> set[str]:
+        """Reads the header of a weight file, and returns the names of its arrays."""
+        with OpenFile(path) as file:
+            self.files[path] = file.identity
+            if path.suffix == ".safetensors":
+                tensors: Mapping[str, Tensor] = read_safetensors(file)
+            elif path.suffix in _TORCH_SUFFIXES:
+                tensors = self._read_torch(file)
+            else:
+                raise SourceError(f"{path} is not a weight file (.safetensors, .bin, .pt, .pth) or an index of shards.")
+        if len(self.arrays) + len(tensors) > _MAX_ARRAYS:
+            raise SourceError(f"{path} brings the checkpoint to more than {_MAX_ARRAYS} arrays; no network here has as many.")
+        strange = next((name for name in tensors if len(name) > _MAX_NAME or not name.isprintable()), None)
+        if strange is not None:
+            raise SourceError(f"{path}: {printable(strange, 60)!r} is no name of an array.")
+        self.arrays.update({name: Array(name, path, tensor, name) for name, tensor in tensors.items()})
+        return set(tensors)
+
+    def _read_torch(self, file: OpenFile) -> dict[str, Tensor]:
+        saved = read_torch_file(file)
+        self.extents[file.path] = saved.extents
+        if not saved.has_checksums:
+            self.notes.append(f"{file.path.name} has no checksums; damage to its values cannot be noticed")
+        section = _choose_section(file.path, saved.tree, self._section)
+        if section is None:
+            return saved.tree
+        self.sections[file.path] = section
+        left = [str(name) for name in saved.tree if name != section]
+        if left:
+            self.notes.append(f"{file.path.name}: took the state dict {section!r}; not read: {some(left, 20)}")
+        return saved.tree[section]
 
 
-def _read_file(path: Path, section: str | None, notes: list[str]) -> dict[str, Array]:
-    if path.suffix == ".safetensors":
-        tensors: Mapping[Any, Any] = _read_safetensors(path)
-    elif path.suffix in _TORCH_SUFFIXES:
-        tensors = _choose_section(path, read_tree(path), section, notes)
-    else:
-        raise SourceError(f"{path} is not a weight file (.safetensors, .bin, .pt, .pth) or an index of shards.")
-    return {name: Array(name, path, tensor) for name, tensor in tensors.items()}
-
-
-def _choose_section(path: Path, tree: Any, section: str | None, notes: list[str]) -> dict[str, Tensor]:
-    """Returns the state dict inside a training checkpoint, or the file's own if it is one."""
+def _choose_section(path: Path, tree: Any, section: str | None) -> str | None:
+    """Returns the name of the state dict inside a training checkpoint, or None where the file is one itself."""
     sections = {name: value for name, value in tree.items() if _is_state_dict(value)} if isinstance(tree, dict) else {}
     if section is None and _is_state_dict(tree):
-        return tree
+        return None
     known = [name for name in ([section] if section else _SECTIONS) if name in sections]
     if not known:
-        wanted = section or "a state dict"
-        raise SourceError(f"{path} does not hold {wanted}; it holds the state dicts {sorted(map(str, sections))}.")
-    left = [str(name) for name in tree if name != known[0]]
-    if left:
-        notes.append(f"{path.name}: took the state dict {known[0]!r}; not read: {', '.join(left)}")
-    return sections[known[0]]
+        names = [printable(name) for name in sorted(map(str, sections))[:20]]
+        raise SourceError(f"{path} does not hold {section or 'a state dict'}; it holds the state dicts {names}.")
+    return known[0]
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -249,58 +305,3 @@ def _is_state_dict(value: Any) -> bool:
         and bool(value)
         and all(isinstance(name, str) and isinstance(item, Tensor) for name, item in value.items())
     )
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise SourceError(f"{path} is truncated or not a safetensors file (header of {length} bytes in a file of {size}).")
-        text = file.read(length)
-    try:
-        entries = json.loads(text, object_pairs_hook=_unique)
-        entries.pop("__metadata__", None)
-        tensors = {name: _safetensors_entry(entry, 8 + length) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"{path}: its header is malformed ({type(error).__name__}: {error}).") from error
-    end = 8 + length
-    for name, (tensor, stop) in sorted(tensors.items(), key=lambda item: (item[1][0].offset, item[1][1])):
-        if tensor.offset != end:
-            raise SourceError(f"{path}: {name} starts at byte {tensor.offset}, expected {end}; arrays overlap or leave a gap.")
-        end = stop
-    if end != size:
-        raise SourceError(f"{path} has {size} bytes, its header describes {end}; it is truncated or has been appended to.")
-    return {name: tensor for name, (tensor, _) in tensors.items()}
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} occurs twice")
-    return fields
-
-
-def _safetensors_entry(entry: Any, base: int) -> tuple[Tensor, int]:
-    start, stop = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    if entry["dtype"] not in SAFETENSORS_DTYPES:
-        raise ValueError(f"dtype {entry['dtype']}")
-    dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-    if any(type(n) is not int or n < 0 for n in (start, stop, *shape)) or stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise ValueError(f"shape {list(shape)} of {dtype} in bytes {start} to {stop}")
-    return Tensor(dtype, base + start, shape, contiguous_strides(shape)), base + stop
-
-
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the strides of C order, in elements."""
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-
-
-def file_pieces(path: Path, buffer: np.ndarray) -> Iterator[memoryview]:
-    """Yields a file's bytes from beginning to end, piece by piece in ``buffer`` (uint8)."""
-    with open(path, "rb", buffering=0) as file:
-        view = memoryview(buffer)  # type: ignore[arg-type]
-        while count := file.readinto(view):
-            yield view[:count]

@@ -14,6 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from convert_weights.errors import printable
+
 Shape = tuple[int, ...]
 
 SOURCE_DTYPES = ("float32", "bfloat16", "float16")
@@ -21,12 +23,20 @@ SOURCE_DTYPES = ("float32", "bfloat16", "float16")
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
+_MAX_FAULT = 1000  # characters
+_MAX_LISTED = 200
+
+
 class ConversionError(ValueError):
-    """A checkpoint does not fit the network; ``faults`` lists every reason, one line each."""
+    """A checkpoint does not fit the network; ``faults`` lists every reason, one line each, the message the first 200."""
 
     def __init__(self, subject: str, faults: Sequence[str]):
-        self.faults = tuple(faults)
-        super().__init__(f"{subject}: {len(self.faults)} faults\n  " + "\n  ".join(self.faults))
+        self.faults = tuple(printable(fault, _MAX_FAULT) for fault in faults)
+        lines = [*self.faults[:_MAX_LISTED]]
+        if len(self.faults) > _MAX_LISTED:
+            lines.append(f"... and {len(self.faults) - _MAX_LISTED} more")
+        count = f"{len(self.faults)} fault{'s' * (len(self.faults) != 1)}"
+        super().__init__(f"{printable(subject, _MAX_FAULT)}: {count}\n  " + "\n  ".join(lines))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +150,20 @@ class Assignment:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What becomes of every source array; usable only if ``faults`` is empty."""
+    """What becomes of every source array; usable only if ``faults`` is empty.
+
+    Attributes:
+      assignments: the arrays that a rule takes.
+      ignored: the arrays that are dropped, with the reason.
+      faults: everything that names, shapes and dtypes show.
+      unfit: source names whose shape or dtype does not fit; their values are not to be read, because the sizes in a header
+        that does not fit may be anything.
+    """
 
     assignments: tuple[Assignment, ...]
     ignored: Mapping[str, str]
     faults: tuple[str, ...]
+    unfit: frozenset[str] = frozenset()
 
 
 def make_plan(
@@ -171,6 +190,7 @@ def make_plan(
     assignments: list[Assignment] = []
     dropped: dict[str, str] = {}
     faults: list[str] = []
+    unfit: set[str] = set()
     for name, header in headers.items():
         bare = name.removeprefix(prefix)
         matches = [(match, rule) for pattern, rule in matchers if (match := pattern.fullmatch(bare))]
@@ -181,7 +201,9 @@ def make_plan(
             duplicate_of = by_bare_name.get(rule.duplicate_of) if rule.duplicate_of else None
             assignment = Assignment(name, target, rule, duplicate_of)
             assignments.append(assignment)
-            faults += _header_faults(assignment, header, headers, expected)
+            if found := _header_faults(assignment, header, headers, expected):
+                faults += found
+                unfit.add(name)
         elif reasons:
             dropped[name] = reasons[0]
         else:
@@ -189,7 +211,7 @@ def make_plan(
     faults += _coverage_faults(assignments, expected)
     if not allow_mixed_dtypes:
         faults += _mixed_dtype_faults(assignments, headers)
-    return Plan(tuple(assignments), dropped, tuple(faults))
+    return Plan(tuple(assignments), dropped, tuple(faults), frozenset(unfit))
 
 
 def common_prefix(names: Iterable[str]) -> str:
@@ -218,9 +240,9 @@ def convert_arrays(plan: Plan, arrays: Mapping[str, Any], *, subject: str, dtype
     faults = list(plan.faults)
     flat: dict[str, np.ndarray] = {}
     for assignment in plan.assignments:
-        array = to_numpy(arrays[assignment.source])
-        if array.dtype.name not in SOURCE_DTYPES or _shape_fault(assignment, array.shape):
+        if assignment.source in plan.unfit:
             continue  # reported by the plan
+        array = to_numpy(arrays[assignment.source])
         found = assignment.faults(array)
         if assignment.duplicate_of:
             other = to_numpy(arrays[assignment.duplicate_of])
@@ -258,12 +280,6 @@ def _pattern(template: str) -> re.Pattern[str]:
     literal = [re.escape(part) for part in parts[::2]]
     groups = [".*" if name == "*" else f"(?P<{name}>0|[1-9][0-9]*)" for name in parts[1::2]]
     return re.compile("".join(text for pair in zip(literal, [*groups, ""], strict=True) for text in pair))
-
-
-def _shape_fault(assignment: Assignment, shape: Shape) -> bool:
-    if assignment.rule.expected is not None:
-        return shape != assignment.rule.expected.shape
-    return assignment.rule.transform.shape(shape) is None
 
 
 def _header_faults(

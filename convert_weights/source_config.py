@@ -5,14 +5,17 @@ refuses the checkpoint, because it may change the network.  Weights are not look
 """
 
 import dataclasses
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from convert_weights.errors import printable, shown
+from convert_weights.json_text import read_object
 from convert_weights.rules import ConversionError
 from sora_jax.config import SpatialVAEConfig, STDiT3Config, T5Config, TemporalVAEConfig, VAEConfig, open_sora_1_2
 from sora_jax.storage.directory import CONFIGS
+
+_MAX_CONFIG_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,25 +140,32 @@ def resolve(
 
     Raises:
       ConversionError: a key is unknown, missing, or asks for a network that is not implemented; all faults at once.
+      SourceError: the file cannot be read.
     """
     path = config_file or folder / "config.json"
     if config_file is None and not path.is_file():
         preset = getattr(open_sora_1_2, network)
         return Resolved(preset, "no config.json beside the weights; the configuration of Open-Sora 1.2 is used", ())
     fields = _read(path)
-    if fields.keys() == _same(CONFIGS[network]).keys():
-        return Resolved(CONFIGS[network].from_dict(fields), str(path), ())
-    faults: list[str] = []
-    ignored: list[str] = []
-    if network == "vae":
-        config = _vae(fields, spatial_folder, ignore, faults, ignored)
+    problems = _Problems(ignore)
+    if fields.keys() == _same(CONFIGS[network]).keys() and (network != "vae" or isinstance(fields["spatial"], dict)):
+        config = _own(getattr(open_sora_1_2, network), fields, "", problems)
+    elif network == "vae":
+        config = _vae(fields, spatial_folder, problems)
     else:
-        config = _build(
-            getattr(open_sora_1_2, network), _T5 if network == "t5" else _STDIT3, fields, "", ignore, faults, ignored
-        )
-    if faults:
-        raise ConversionError(f"{path} describes a network that is not implemented", faults)
-    return Resolved(config, str(path), tuple(ignored))
+        config = _build(getattr(open_sora_1_2, network), _T5 if network == "t5" else _STDIT3, fields, "", problems)
+    if problems.faults:
+        raise ConversionError(f"{path} describes a network that is not implemented", problems.faults)
+    return Resolved(config, str(path), tuple(problems.ignored))
+
+
+@dataclasses.dataclass
+class _Problems:
+    """What a configuration is refused for, and what is passed over; ``ignore`` holds the keys that the user vouches for."""
+
+    ignore: Collection[str]
+    faults: list[str] = dataclasses.field(default_factory=list)
+    ignored: list[str] = dataclasses.field(default_factory=list)
 
 
 def network_of(folder: Path) -> str | None:
@@ -163,9 +173,10 @@ def network_of(folder: Path) -> str | None:
     if not (folder / "config.json").is_file():
         return None
     fields = _read(folder / "config.json")
-    names = {str(fields.get("model_type")), str(fields.get("_class_name")), *map(str, fields.get("architectures") or ())}
-    families = {"t5": {"t5"}, "stdit3": {"STDiT3"}, "vae": {"VideoAutoencoderPipeline"}, "spatial": {"AutoencoderKL"}}
-    return next((network for network, family in families.items() if family & names), None)
+    architectures = fields.get("architectures")
+    names = [fields.get("model_type"), fields.get("_class_name"), *(architectures if isinstance(architectures, list) else ())]
+    families = {"t5": "t5", "stdit3": "STDiT3", "vae": "VideoAutoencoderPipeline", "spatial": "AutoencoderKL"}
+    return next((network for network, family in families.items() if family in names), None)
 
 
 def to_upstream(network: str, config: Any) -> dict[str, Any]:
@@ -185,48 +196,69 @@ def to_upstream(network: str, config: Any) -> dict[str, Any]:
     }
 
 
-def _vae(
-    fields: dict[str, Any], spatial_folder: Path | None, ignore: Collection[str], faults: list[str], ignored: list[str]
-) -> VAEConfig | None:
-    spatial_fields = fields.get("vae_2d") or {}
+def _vae(fields: dict[str, Any], spatial_folder: Path | None, problems: _Problems) -> VAEConfig | None:
+    faults = problems.faults
+    spatial_fields = _object(fields, "vae_2d", faults)
     if spatial_folder is not None and (spatial_folder / "config.json").is_file():
         spatial_fields = _read(spatial_folder / "config.json")
     for key, block in _BLOCK_TYPES.items():
-        if any(kind != block for kind in spatial_fields.get(key) or ()):
-            faults.append(f"vae_2d.{key}: {spatial_fields[key]}; only {block} is implemented")
-    spatial = _build(open_sora_1_2.vae.spatial, _SPATIAL, spatial_fields, "vae_2d.", ignore, faults, ignored)
-    temporal = _build(
-        open_sora_1_2.vae.temporal, _TEMPORAL, fields.get("vae_temporal") or {}, "vae_temporal.", ignore, faults, ignored
-    )
-    own = _values(_VAE, fields, "", ignore, faults, ignored)
-    if not isinstance(own["micro_frame_size"], int):
-        faults.append(f"micro_frame_size: {own['micro_frame_size']!r}; only chunked coding is implemented")
-    return None if faults else VAEConfig(spatial=spatial, temporal=temporal, **own)
+        kinds = spatial_fields.get(key) or []
+        if not isinstance(kinds, list) or any(kind != block for kind in kinds):
+            faults.append(f"vae_2d.{key}: {shown(kinds)}; only {block} is implemented")
+    spatial = _build(open_sora_1_2.vae.spatial, _SPATIAL, spatial_fields, "vae_2d.", problems)
+    temporal_fields = _object(fields, "vae_temporal", faults)
+    temporal = _build(open_sora_1_2.vae.temporal, _TEMPORAL, temporal_fields, "vae_temporal.", problems)
+    own = _values(_VAE, fields, "", problems)
+    if type(own["micro_frame_size"]) is not int:
+        faults.append(f"micro_frame_size: {shown(own['micro_frame_size'])}; only chunked coding is implemented")
+    if faults:
+        return None
+    return _made(VAEConfig, {"spatial": spatial, "temporal": temporal, **own}, "", problems)
 
 
-def _build(
-    preset: Any,
-    keys: Keys,
-    fields: Mapping[str, Any],
-    prefix: str,
-    ignore: Collection[str],
-    faults: list[str],
-    ignored: list[str],
-) -> Any:
+def _object(fields: Mapping[str, Any], key: str, faults: list[str]) -> dict[str, Any]:
+    value = fields.get(key)
+    if value is None or isinstance(value, dict):
+        return value or {}
+    faults.append(f"{key}: {shown(value)}; expected an object")
+    return {}
+
+
+def _own(preset: Any, fields: Mapping[str, Any], prefix: str, problems: _Problems) -> Any:
+    """Returns the configuration that ``config`` of a ``network.json`` describes, or None where there are faults."""
+    values: dict[str, Any] = {}
+    for name, example in preset.to_dict().items():
+        value = fields.get(name)
+        if isinstance(example, dict):
+            values[name] = _own(getattr(preset, name), _object(fields, name, problems.faults), f"{prefix}{name}.", problems)
+        elif name not in fields:
+            problems.faults.append(f"{prefix}{name}: missing")
+        elif not _same_type(value, example):
+            problems.faults.append(f"{prefix}{name}: {shown(value)}; expected a value like {example!r}")
+        else:
+            values[name] = value
+    problems.faults += [f"{prefix}{shown(name)}: unknown" for name in fields.keys() - preset.to_dict().keys()]
+    return None if problems.faults else _made(type(preset), values, prefix, problems)
+
+
+def _build(preset: Any, keys: Keys, fields: Mapping[str, Any], prefix: str, problems: _Problems) -> Any:
     """Returns a configuration of the kind of ``preset``, or None where there are faults."""
-    before = len(faults)
-    values = _values(keys, fields, prefix, ignore, faults, ignored)
+    before = len(problems.faults)
+    values = _values(keys, fields, prefix, problems)
     for name, example in preset.to_dict().items():
         if name not in values:
-            faults.append(f"{prefix}{name}: missing")
+            problems.faults.append(f"{prefix}{name}: missing")
         elif not _same_type(values[name], example):
-            faults.append(f"{prefix}{name}: {values[name]!r}; expected a value like {example!r}")
-    if len(faults) > before:
-        return None
+            problems.faults.append(f"{prefix}{name}: {shown(values[name])}; expected a value like {example!r}")
+    return _made(type(preset), values, prefix, problems) if len(problems.faults) == before else None
+
+
+def _made(kind: Any, values: Mapping[str, Any], prefix: str, problems: _Problems) -> Any:
+    """Returns the configuration of these values, or None where one is out of its range."""
     try:
-        return type(preset).from_dict(values)
+        return kind.from_dict(dict(values))
     except ValueError as error:
-        faults.append(f"{prefix}{error}")
+        problems.faults.append(f"{prefix}{error}")
         return None
 
 
@@ -236,31 +268,22 @@ def _same_type(value: Any, example: Any) -> bool:
     return type(value) is type(example) or (type(example) is float and type(value) is int)
 
 
-def _values(
-    keys: Keys, fields: Mapping[str, Any], prefix: str, ignore: Collection[str], faults: list[str], ignored: list[str]
-) -> dict[str, Any]:
-    """Returns our fields; adds to ``faults`` and ``ignored`` what upstream's other keys deserve."""
+def _values(keys: Keys, fields: Mapping[str, Any], prefix: str, problems: _Problems) -> dict[str, Any]:
+    """Returns our fields; adds to ``problems`` what upstream's other keys deserve."""
     values = dict(keys.defaults)
     for key, value in fields.items():
         if key in keys.honoured:
             values[keys.honoured[key]] = value
         elif key in keys.required:
-            if value not in keys.required[key]:
-                faults.append(f"{prefix}{key}: {value!r}; only {keys.required[key][0]!r} is implemented")
-        elif key in keys.harmless or prefix + key in ignore:
-            ignored.append(prefix + key)
+            if not any(type(value) is type(only) and value == only for only in keys.required[key]):
+                problems.faults.append(f"{prefix}{key}: {shown(value)}; only {keys.required[key][0]!r} is implemented")
+        elif key in keys.harmless or prefix + key in problems.ignore:
+            problems.ignored.append(prefix + key)
         else:
-            faults.append(
-                f"{prefix}{key}: unknown, so it may change the network; --ignore-config-key {prefix}{key} if it does not"
-            )
+            name = f"{prefix}{printable(key)}"
+            problems.faults.append(f"{name}: unknown, so it may change the network; --ignore-config-key {name} if it does not")
     return values
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} cannot be read", [str(error)]) from error
-    if not isinstance(fields, dict):
-        raise ConversionError(f"{path} cannot be read", ["expected a JSON object"])
-    return fields
+    return read_object(path, "a configuration", max_bytes=_MAX_CONFIG_BYTES)

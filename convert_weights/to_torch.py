@@ -1,22 +1,24 @@
 """A network of a model directory as a PyTorch checkpoint: upstream's names, layouts and config.json.
 
 Invariant: what was stored without loss comes back bit for bit, in the source's own spelling of names, shapes and dtype;
-a network that was trained here gets the usual spelling.  One array is in memory at a time.
+a network that was trained here gets the usual spelling.  The tokenizer and the defaults of generation go with it, so that
+converting the folder gives the same model again.  One array is in memory at a time.
 """
 
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert_weights import table
-from convert_weights.readers import SAFETENSORS_DTYPES
+from convert_weights import companions, table
 from convert_weights.rules import Header, Rule, common_prefix, numpy_dtype, sources_of
+from convert_weights.safetensors_header import SAFETENSORS_DTYPES
 from convert_weights.source_config import to_upstream
+from sora_jax import files
 from sora_jax.storage.directory import Manifest, ModelDirectoryError, read_array
 from sora_jax.storage.quantisation import SCALE_SUFFIX, dequantise, is_scale
 
@@ -24,34 +26,52 @@ _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def to_torch(manifest: Manifest, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Writes ``model.safetensors`` and ``config.json`` into ``folder`` and returns the path of the former.
+    """Writes ``model.safetensors``, ``config.json`` and what travels with the network into ``folder``.
 
     float32 that came from bfloat16 or float16 is written as such again; int8 is written as float32, which is not what it
-    was made from.
+    was made from.  The weights are written last: where they are, everything is, and an interrupted command can be repeated.
+
+    Returns:
+      the path of the weights.
 
     Raises:
-      ModelDirectoryError: a file exists and ``overwrite`` is False, or an array of the model directory is damaged.
+      ModelDirectoryError: a file exists with other content and ``overwrite`` is False, or an array is damaged.
+      SourceError: the tokenizer that model.json names is missing.
     """
-    path = Path(folder) / "model.safetensors"
-    config_path = Path(folder) / "config.json"
-    for existing in (path, config_path):
-        if existing.exists() and not overwrite:
-            raise ModelDirectoryError(f"{existing} exists; pass --overwrite to replace it.")
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    path = folder / "model.safetensors"
+    small = companions.export(manifest)
+    small["config.json"] = (json.dumps(to_upstream(manifest.network, manifest.config), indent=2) + "\n").encode()
+    _check_target(folder, path, small, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
     entries = _entries(manifest)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as file:
+    with files.whole_file(path, overwrite=overwrite) as temporary:
+        with open(temporary, "xb") as file:
             file.write(_header(entries))
             for piece in _values(manifest, entries):
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    config_path.write_text(json.dumps(to_upstream(manifest.network, manifest.config), indent=2) + "\n", "utf-8")
+        for name, content in small.items():
+            files.write_durably(folder / name, content)
     return path
+
+
+def _check_target(folder: Path, path: Path, small: Mapping[str, bytes], overwrite: bool) -> None:
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise ModelDirectoryError(f"{place} is a file; expected a folder for PyTorch's files, or a new name.")
+    kept = [folder / name for name, content in small.items() if _holds_other(folder / name, content)]
+    for existing in [path] * os.path.lexists(path) + kept:
+        if not overwrite:
+            raise ModelDirectoryError(f"{existing} exists; pass --overwrite to replace it.")
+
+
+def _holds_other(path: Path, content: bytes) -> bool:
+    """Returns whether something else than ``content`` has a name already."""
+    if not os.path.lexists(path):
+        return False
+    return path.is_symlink() or not path.is_file() or path.stat().st_size != len(content) or path.read_bytes() != content
 
 
 class _Entry:

@@ -6,24 +6,25 @@ directory, to a comparison, or nowhere.
 """
 
 import contextlib
-import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 
-from convert_weights.readers import Array, Checkpoint, OpenFile, file_pieces
-from convert_weights.rules import LINEAR, SOURCE_DTYPES, Assignment, Plan, Transform, numpy_dtype
+from convert_weights.readers import Array, Checkpoint
+from convert_weights.rules import LINEAR, Assignment, Plan, Transform
+from convert_weights.source_file import OpenFile
 from sora_jax.storage.directory import STORED_DTYPES
 from sora_jax.storage.quantisation import SCALE_SUFFIX, is_quantised, quantise_rows, scale_axis
 
 _SLICE_BYTES = 4 << 20
 _WORKERS = 2
 _CACHE_LINE_BYTES = 64
+_NOTHING = np.empty(0, np.uint8)
 
 Write = Callable[[np.ndarray], None]
 
@@ -92,7 +93,7 @@ def convert_values(
     """Converts every array of a plan into ``sink`` and returns the faults of the values: NaN, infinity, broken ties.
 
     Args:
-      plan: the assignments; those with faults of shape or dtype are checked as far as they can be.
+      plan: the assignments; arrays whose header does not fit are not read.
       checkpoint: the source.
       sink: takes the arrays that it wants.
       dtype: stored dtype: ``float32``, ``bfloat16`` or ``int8``.
@@ -100,11 +101,11 @@ def convert_values(
     """
     scratch, reporting = _Scratch(), threading.Lock()
     with contextlib.ExitStack() as stack:
-        files = {path: stack.enter_context(OpenFile(path)) for path in checkpoint.files}
+        files = {path: stack.enter_context(checkpoint.open(path)) for path in checkpoint.files}
 
         def work(assignment: Assignment) -> list[str]:
             array = checkpoint.arrays[assignment.source]
-            if array.tensor.dtype not in SOURCE_DTYPES:
+            if assignment.source in plan.unfit:
                 return []  # reported by the plan
             job = _Job(assignment, array, files[array.file], scratch, dtype)
             if assignment.duplicate_of:
@@ -116,7 +117,7 @@ def convert_values(
             else:
                 faults = []
             with reporting:
-                progress(math.prod(array.tensor.shape) * numpy_dtype(array.tensor.dtype).itemsize)
+                progress(array.nbytes)
             return faults
 
         pool = stack.enter_context(_pool(_WORKERS))
@@ -124,6 +125,8 @@ def convert_values(
         futures = [pool.submit(work, a) for a in sorted(plan.assignments, key=lambda a: order[a.source])]
         for future in as_completed(futures):
             future.result()  # the first failure ends the others
+        for file in files.values():
+            file.check_unchanged()
         return [fault for future in futures for fault in future.result()]
 
 
@@ -149,9 +152,8 @@ class _Job:
         """Converts the array into ``sink``; returns its faults."""
         name, shape = self._assignment.target, self._transform.shape(self._array.tensor.shape)
         if name is None or shape is None:
-            for rows in self._slices():
-                self._count(rows)
-        elif self._dtype == "int8" and is_quantised(name, shape):
+            raise ValueError(f"{self._array.name} sets no parameter")  # the plan knows it as unfit
+        if self._dtype == "int8" and is_quantised(name, shape):
             self._convert_int8(name, shape, sink)
         else:
             self._convert_float(name, shape, sink)
@@ -159,16 +161,13 @@ class _Job:
 
     def whole(self) -> np.ndarray:
         """Returns the source array."""
-        slices = [rows.copy() for rows in self._slices()]
-        return np.concatenate(slices) if self._array.tensor.shape else slices[0]
+        return np.ascontiguousarray(self._array.read_strided(self._file))
 
     def compare(self, other: Array, files: Mapping[Path, OpenFile]) -> list[str]:
         """Returns a fault unless another source array has the same bytes."""
         fault = [f"{self._array.name}: differs from {other.name}, to which it must be tied"]
         if self._array.file == other.file and self._array.tensor == other.tensor:
             return []
-        if self._array.header != other.header:
-            return []  # reported by the plan
         theirs = _Job(self._assignment, other, files[other.file], _Scratch(), self._dtype)
         for a, b in zip(self._slices(), theirs._slices(), strict=True):
             if not np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)):
@@ -215,16 +214,10 @@ class _Job:
 
     def _slices(self) -> Iterator[np.ndarray]:
         """Yields the source array some rows at a time; each slice is overwritten by the next."""
-        shape = self._array.tensor.shape
-        if not self._array.contiguous:
-            yield self._array.read_strided(self._file)
-            return
-        row_bytes = math.prod(shape[1:]) * numpy_dtype(self._array.tensor.dtype).itemsize
-        count = shape[0] if shape else 1
+        row_bytes = self._array.nbytes // max(self._array.tensor.shape[0] if self._array.tensor.shape else 1, 1)
         step = max(1, _SLICE_BYTES // max(row_bytes, 1))
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            yield self._array.read(self._file, start, stop, self._scratch.take("input", (stop - start) * row_bytes))
+        buffer = self._scratch.take("input", min(step * row_bytes, self._array.nbytes)) if self._array.contiguous else _NOTHING
+        yield from self._array.slices(self._file, buffer, step)
 
     def _cast(self, rows: np.ndarray, stored: str) -> np.ndarray:
         self._count(rows)
@@ -278,35 +271,3 @@ def _turn(transform: Transform, rows: np.ndarray, out: np.ndarray, start: int) -
 def _bits(array: np.ndarray) -> np.ndarray:
     """Returns bfloat16 as uint16: NumPy moves built-in types faster."""
     return array.view(np.uint16) if array.dtype.itemsize == 2 else array
-
-
-class Checksums:
-    """The sha256 of files, computed on a thread; use as a context manager.
-
-    Started before the values are converted, it reads ahead of the workers, which then find the pages in memory.
-    """
-
-    def __init__(self, paths: Sequence[Path]):
-        self._paths = paths
-
-    def __enter__(self) -> Self:
-        self._stopped = threading.Event()
-        self._pool = ThreadPoolExecutor(1)
-        self._futures = [self._pool.submit(self._sha256, path) for path in self._paths]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._pool.shutdown(cancel_futures=True)
-
-    def result(self) -> list[str]:
-        """Returns the checksums, in hexadecimal, when all are known."""
-        return [future.result() for future in self._futures]
-
-    def _sha256(self, path: Path) -> str:
-        digest = hashlib.sha256()
-        for piece in file_pieces(path, np.empty(_SLICE_BYTES, np.uint8)):
-            if self._stopped.is_set():
-                break
-            digest.update(piece)
-        return digest.hexdigest()

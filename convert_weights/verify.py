@@ -1,6 +1,7 @@
 """Compares a model directory with its own manifests, and with the checkpoint it was made from.
 
-Invariant: every byte of every parameter is read.  Nothing is written or repaired.
+Invariant: every byte of every parameter is read, and every array of a source twice, by our reader and by one that shares
+nothing with it.  Nothing is written or repaired.
 """
 
 import contextlib
@@ -13,12 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from convert_weights import parameter_shapes
+from convert_weights import parameter_shapes, second_reader
+from convert_weights.all_networks import find_networks, is_pipeline, options_of
 from convert_weights.checkpoint import DEFAULTS, Options, Source, open_source
-from convert_weights.readers import file_pieces, open_checkpoint
+from convert_weights.checksums import Checksums
+from convert_weights.companions import tokenizer_fault
+from convert_weights.errors import SourceError
+from convert_weights.readers import open_checkpoint
 from convert_weights.rules import common_prefix
-from convert_weights.torch_zip import SourceError
-from convert_weights.values import Checksums, Write, convert_values
+from convert_weights.source_file import file_pieces
+from convert_weights.values import Write, convert_values
 from sora_jax.storage.directory import (
     NETWORK_FILE,
     Manifest,
@@ -38,14 +43,17 @@ def verify(
     source: str | os.PathLike[str] | None = None,
     network: str | None = None,
     options: Options = DEFAULTS,
+    note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[str]]:
     """Returns the faults of each network: of checksum, shape, dtype or presence, and of the values against ``source``.
 
     Args:
       directory: the model directory.
-      source: the checkpoint of one network; its values are converted again and compared bit for bit.
+      source: the checkpoint of one network, or the folder of several that ``convert pipeline`` takes; its values are read by
+        two readers, converted again and compared bit for bit.
       network: look at this one only; with ``source``, default is the network whose arrays have the source's names.
       options: how the source is read.
+      note: called with what is worth knowing about how the source was compared.
 
     Raises:
       ModelDirectoryError: nothing to verify, or a manifest that cannot be read.
@@ -57,9 +65,22 @@ def verify(
     manifests = {name: open_network(directory, name) for name in networks}
     faults = {name: _stored_faults(manifest) for name, manifest in manifests.items()}
     if source is not None:
-        name = network or _network_of_source(source, manifests, options)
-        faults[name] += _source_faults(manifests[name], open_source(name, source, options))
+        for name, opened in _sources(source, manifests, network, options):
+            faults[name] += _source_faults(manifests[name], opened, note)
     return faults
+
+
+def _sources(
+    source: str | os.PathLike[str], manifests: Mapping[str, Manifest], network: str | None, options: Options
+) -> Iterator[tuple[str, Source]]:
+    """Yields the networks that a source is to be compared with."""
+    if is_pipeline(source):
+        folders = find_networks(source, list(manifests))
+        for name in manifests:
+            yield name, open_source(name, folders[name], options_of(name, folders, options))
+    else:
+        name = network or _network_of_source(source, manifests, options)
+        yield name, open_source(name, source, options)
 
 
 def _stored_faults(manifest: Manifest) -> list[str]:
@@ -74,7 +95,8 @@ def _stored_faults(manifest: Manifest) -> list[str]:
         if name in expected and recorded != expected[name]:
             faults.append(f"{name}: recorded as {recorded}, expected {expected[name]}")
         faults += _array_faults(manifest, name)
-    return faults + _stray_files(manifest)
+    lost = tokenizer_fault(manifest)
+    return faults + ([lost] if lost else []) + _stray_files(manifest)
 
 
 def _expected(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -139,16 +161,18 @@ def _bare(names: Any) -> set[str]:
     return {name.removeprefix(prefix) for name in names}
 
 
-def _source_faults(manifest: Manifest, opened: Source) -> list[str]:
+def _source_faults(manifest: Manifest, opened: Source, note: Callable[[str], None]) -> list[str]:
     faults = [f"source: {fault}" for fault in opened.plan.faults]
     if opened.resolved.config != manifest.config:
         faults.append(f"source: its configuration {opened.resolved.config} differs from {manifest.config}")
     if faults:
         return faults
     sink = _Compare(manifest)
-    with Checksums(opened.checkpoint.files) as checksums:
+    with Checksums(opened.checkpoint) as checksums:
         faults += convert_values(opened.plan, opened.checkpoint, sink, dtype=manifest.dtype)
         digests = checksums.result()
+    names = [assignment.source for assignment in opened.plan.assignments]
+    faults += second_reader.differences(opened.checkpoint, names, note=note)
     faults += sink.faults()
     recorded = {entry["name"]: entry["sha256"] for entry in manifest.origin.get("files", ())}
     for file, digest in zip(opened.checkpoint.files, digests, strict=True):

@@ -1,22 +1,47 @@
 """Files that are whole or absent: every output is written under a temporary name beside its target, then published.
 
 Invariant: a path handed to the user never names a half-written file, and an existing file is replaced only on request.
-This module knows nothing about videos or networks.
+Temporary names are random and made anew, so that no link that was put there before is followed; what a dead process left
+under such a name is removed by the next one that writes into the folder.  This module knows nothing about videos or networks.
 """
 
 import contextlib
+import errno
+import functools
+import hashlib
 import os
+import re
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+_PARTIAL = re.compile(r"\..*\.([0-9a-f]{8})-([0-9]+)-([0-9]+)-[0-9a-f]{8}\.partial", re.DOTALL)
+_MAX_NAME_BYTES = 100  # of the target's name in a temporary one; file systems allow 255
+_REPLACED = ".sora-jax-replaced"
+_ADVICE = {
+    errno.EACCES: "check the permissions of the file and of its folders",
+    errno.EPERM: "check the permissions of the file and of its folders",
+    errno.EROFS: "choose a folder on a disk that can be written",
+    errno.ENOSPC: "make room and give the same command again",
+    errno.EDQUOT: "make room within your quota and give the same command again",
+    errno.EIO: "the disk or the network drive failed; check it before trying again",
+    errno.EMFILE: "allow more open files (ulimit -n 4096)",
+    errno.ELOOP: "symbolic links point at each other",
+    errno.ESTALE: "the network drive lost the file; mount it again",
+}
+# Leftovers of another machine or an earlier boot, whose processes cannot be seen from here.
+_ABANDONED_S = 24 * 3600.0
 
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; what was written there (file or folder) becomes ``path`` on success.
+    """Yields a temporary path; what was written there (file or folder) becomes ``path`` on success.
 
-    On any exception, Ctrl-C included, the temporary path is removed and ``path`` is left as it was.
+    The temporary path has the target's own name, in a new folder beside the target that nobody else may enter.  On any
+    exception, Ctrl-C included, it is removed and ``path`` is left as it was.
 
     Raises:
       FileExistsError: ``path`` exists and ``overwrite`` is False; also when it appeared while the body ran.
@@ -24,18 +49,57 @@ def whole_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     path = Path(path)
     if not overwrite:
         refuse_existing(path)
-    temporary = path.with_name(f".{path.name[:60]}{_partial_suffix()}")
+    remove_leftovers(path.parent)
+    folder = path.parent / _partial_name(path.name)
     try:
-        yield temporary
-        _publish(temporary, path, overwrite)
+        folder.mkdir(0o700)
+    except OSError as error:  # the hidden name would tell the user nothing
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+    try:
+        yield folder / path.name
+        _publish(folder / path.name, path, overwrite)
     finally:
-        _remove(temporary)
+        _remove(folder)
+
+
+def write_durably(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a small file, or replaces it, so that it has its old or its new content whatever happens.
+
+    A link with that name is replaced, not followed.  The content is on the disk when the function returns.
+    """
+    path = Path(path)
+    temporary = path.parent / _partial_name(path.name)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    synchronise(path.parent)
+
+
+def synchronise(path: str | os.PathLike[str]) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, overwrite: bool = False) -> None:
     """Writes a text file (UTF-8), whole or not at all."""
     with whole_file(path, overwrite=overwrite) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def advice(error: OSError) -> str:
+    """Returns what to do about an error of the system, to be put behind what it said; empty where that is clear."""
+    known = _ADVICE.get(error.errno or 0)
+    return f"; {known}" if known else ""
 
 
 def refuse_missing(path: str | os.PathLike[str], what: str, *, remedy: str = "") -> None:
@@ -78,10 +142,10 @@ def refuse_unwritable(folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"cannot write into folder {folder}: it is a file.")
-    probe = folder / f".probe{_partial_suffix()}"
+    probe = folder / _partial_name("probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        probe.touch(exist_ok=False)
     except OSError as error:
         raise type(error)(error.errno, f"cannot write into folder {folder}: {error.strerror}") from error
     finally:
@@ -92,8 +156,22 @@ def refuse_unwritable(folder: str | os.PathLike[str]) -> None:
 def remove_partial(*folders: str | os.PathLike[str]) -> None:
     """Removes what this process has begun to write in the folders: for a process that ends without unwinding."""
     for folder in folders:
-        for path in Path(folder).glob(f".*.{os.getpid()}-*.partial"):
+        for path, owner in _partials(Path(folder)):
+            if owner == _owner():
+                with contextlib.suppress(OSError):
+                    _remove(path)
+
+
+@functools.cache
+def remove_leftovers(folder: Path) -> None:
+    """Removes what dead processes had begun to write in a folder; looks at each folder once in the life of this process.
+
+    A folder whose replacement was interrupted between its two renames is completed instead.
+    """
+    for path, owner in _partials(folder):
+        if _is_dead(path, owner):
             with contextlib.suppress(OSError):
+                _complete(path)
                 _remove(path)
 
 
@@ -115,22 +193,95 @@ def numbered(path: Path, beside: Callable[[Path], Path] = lambda path: path) -> 
     return candidate
 
 
-def _partial_suffix() -> str:
-    return f".{os.getpid()}-{secrets.token_hex(4)}.partial"
+Owner = tuple[str, int, int]
+
+
+def _partial_name(name: str) -> str:
+    """Returns a new temporary name, which tells the process that writes it."""
+    machine, process, start = _owner()
+    stem = os.fsencode(name)[:_MAX_NAME_BYTES].decode("utf-8", "ignore")
+    return f".{stem}.{machine}-{process}-{start}-{secrets.token_hex(4)}.partial"
+
+
+def _owner() -> Owner:
+    """Returns what tells this process from all others: machine and boot, number, and start time."""
+    return _machine(), os.getpid(), _start_time(os.getpid()) or 0
+
+
+def _partials(folder: Path) -> list[tuple[Path, Owner]]:
+    """Returns what is being written, or was left, in a folder, with its owner."""
+    found = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(".partial") and (match := _PARTIAL.fullmatch(entry.name)):
+                machine, process, start = match.groups()
+                found.append((folder / entry.name, (machine, int(process), int(start))))
+    return found
+
+
+def _is_dead(path: Path, owner: Owner) -> bool:
+    machine, process, start = owner
+    if machine == _machine():
+        return not _is_alive(process, start)
+    with contextlib.suppress(OSError):
+        touched = max(entry.lstat().st_mtime for entry in (path, *path.rglob("*")))
+        return time.time() - touched > _ABANDONED_S
+    return False
+
+
+def _is_alive(process: int, start: int) -> bool:
+    found = _start_time(process)
+    if found is not None:
+        return found == start
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+@functools.cache
+def _machine() -> str:
+    """Returns eight hexadecimal digits for this boot of this machine and, in a container, its own count of processes."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii")
+        text = boot + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        text = socket.gethostname()
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _start_time(process: int) -> int | None:
+    """Returns when a process began, in the kernel's ticks; None where the system does not tell."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
-    if temporary.is_dir():
-        if overwrite:
-            _remove(path)
-        else:
+    if temporary.is_dir() and not temporary.is_symlink():
+        if not overwrite:
             refuse_existing(path)  # rename would replace an empty folder
+        elif path.exists() or path.is_symlink():
+            os.rename(path, temporary.parent / _REPLACED)
         os.rename(temporary, path)
     elif overwrite:
         _refuse_folder(path)
         os.replace(temporary, path)
     else:
         _link(temporary, path)
+
+
+def _complete(partial: Path) -> None:
+    """Finishes the replacement of a folder: where the old one was moved away, the new one is whole."""
+    if partial.is_dir() and os.path.lexists(partial / _REPLACED):
+        for new in partial.iterdir():
+            target = partial.parent / new.name
+            if new.name != _REPLACED and not os.path.lexists(target):
+                os.rename(new, target)
 
 
 def _refuse_folder(path: Path) -> None:

@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks._support.machine import new_folder, write_report
-from convert_weights.readers import SAFETENSORS_DTYPES
 from convert_weights.rules import numpy_dtype
+from convert_weights.safetensors_header import SAFETENSORS_DTYPES
 from convert_weights.source_config import to_upstream
 from sora_jax.config import open_sora_1_2
 from tests.support.sources import torch_program

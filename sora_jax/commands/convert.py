@@ -4,7 +4,6 @@ It parses, calls and prints; a failure is one line (or one report of faults) on 
 """
 
 import argparse
-import errno
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from convert_weights.checkpoint import Options, Source, convert_checkpoint
 from convert_weights.to_torch import to_torch
 from convert_weights.verify import verify
 from sora_jax.config import NETWORKS
+from sora_jax.files import advice
 from sora_jax.process import peak_bytes
 from sora_jax.shell import BAD_INPUT, FAILED, INTERRUPTED, OK, Parser
 from sora_jax.storage.directory import STORED_DTYPES, Manifest, open_network, present_networks
@@ -47,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), FAILED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        advice = "; make room and give the same command again to go on" if error.errno == errno.ENOSPC else ""
-        return _fail(f"{where}{error.strerror or error}{advice}.", FAILED)
+        return _fail(f"{where}{error.strerror or error}{advice(error)}.", FAILED)
 
 
 def _fail(message: str, code: int) -> int:
@@ -174,7 +173,9 @@ def _dtypes(text: str) -> dict[str, str]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    faults = verify(options.directory, source=options.source, network=options.network, options=_source_options(options))
+    faults = verify(
+        options.directory, source=options.source, network=options.network, options=_source_options(options), note=print
+    )
     for network, found in faults.items():
         count = len(open_network(options.directory, network).parameters)
         print(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from convert_weights.checkpoint import convert_checkpoint
-from convert_weights.readers import OpenFile
+from convert_weights.source_file import OpenFile
 from sora_jax.commands.convert import main
 from sora_jax.storage.directory import open_network
 from sora_jax.storage.writer import NetworkWriter
@@ -149,7 +149,7 @@ def test_a_failure_on_the_way_is_one_line_and_loses_nothing(
         patch.setattr(OpenFile, "read", read)
         assert _run("t5", source, tmp_path / "model", "--quiet") == (130 if isinstance(error, KeyboardInterrupt) else 1)
     message = _one_line(capsys)
-    assert "go on" in message or "Input/output error" in message
+    assert "give the same command again" in message or "Input/output error" in message
     assert not (tmp_path / "model" / "t5").exists()
     written = {path.name for path in (tmp_path / "model" / ".t5.partial").glob("*/*")}
     assert written

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save_file
 from convert_weights import convert
 from convert_weights.all_networks import convert_pipeline
 from convert_weights.checkpoint import Options, convert_checkpoint
-from convert_weights.readers import OpenFile
+from convert_weights.errors import SourceError
 from convert_weights.rules import ConversionError
 from convert_weights.source_config import resolve, to_upstream
-from convert_weights.torch_zip import SourceError
+from convert_weights.source_file import OpenFile
 from convert_weights.verify import verify
 from sora_jax.commands.convert import main
 from sora_jax.storage.checkpoint import save_network

@@ -17,8 +17,8 @@ from safetensors.numpy import save
 
 from convert_weights import convert
 from convert_weights.checkpoint import convert_checkpoint
+from convert_weights.errors import SourceError
 from convert_weights.rules import ConversionError
-from convert_weights.torch_zip import SourceError
 from tests.support import sources
 
 OPTIONAL = {"rope.freqs", "encoder.embed_tokens.weight"}  # a formula's value, and a tied copy: may be absent

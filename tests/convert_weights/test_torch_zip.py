@@ -1,5 +1,6 @@
 """PyTorch files are read without executing anything they contain, and hostile ones are refused."""
 
+import contextlib
 import pickle
 import pickletools
 import zipfile
@@ -10,8 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert_weights.readers import OpenFile, open_checkpoint
-from convert_weights.torch_zip import SourceError, Tensor, read_tree
+from convert_weights.errors import SourceError
+from convert_weights.readers import open_checkpoint
+from convert_weights.source_file import OpenFile
+from convert_weights.torch_zip import Tensor, read_tree
 from tests.support.sources import torch_call, write_torch_file
 
 
@@ -151,9 +154,11 @@ def test_malformed_programs_are_one_clear_line(tmp_path: Path, case: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_deep_nesting_and_huge_memo_indices_cost_nothing(tmp_path: Path) -> None:
-    nested = b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."
-    assert isinstance(read_tree(_zip(tmp_path / "nested.pt", nested)), list)
+def test_deep_nesting_is_refused_and_huge_memo_indices_cost_nothing(tmp_path: Path) -> None:
+    for depth, accepted in ((60, True), (100, False), (100_000, False)):
+        nested = b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."
+        with contextlib.nullcontext() if accepted else pytest.raises(SourceError, match="nests its values more than 64 deep"):
+            assert isinstance(read_tree(_zip(tmp_path / "nested.pt", nested)), list)
     assert read_tree(_zip(tmp_path / "memo.pt", b"\x80\x02}r\xff\xff\xff\x7f.")) == {}
 
 

@@ -134,6 +134,13 @@ def torch_call(module: str, name: str, *arguments: Any) -> Any:
     return _Call(module, name, *arguments)
 
 
+def torch_tensor(key: str, dtype: str, length: int, *, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+    """Returns a value for ``write_torch_file``: a view of the storage ``key`` of ``length`` elements, however impossible."""
+    storage = _StorageOf(key, dtype, length)
+    arguments = (storage, 0, shape, strides, False, _Call("collections", "OrderedDict"))
+    return _Call("torch._utils", "_rebuild_tensor_v2", *arguments)
+
+
 def torch_program(tensors: Mapping[str, tuple[str, str, tuple[int, ...]]]) -> bytes:
     """Returns the pickle of a state dict whose contiguous tensors have the given storage key, dtype and shape."""
     tree = {}
