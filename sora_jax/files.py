@@ -62,6 +62,22 @@ def whole_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
         _remove(folder)
 
 
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty folder, which becomes ``path`` on success, as `whole_file` does it; on any exception it is removed.
+
+    Whenever the process dies while it replaces a folder, the old or the new one is whole, and `remove_leftovers` gives it
+    its name.  What a library wrote for its owner alone becomes readable to whom the umask allows.
+
+    Raises:
+      FileExistsError: ``path`` exists and ``overwrite`` is False; also when it appeared while the body ran.
+    """
+    with whole_file(path, overwrite=overwrite) as temporary:
+        temporary.mkdir()
+        yield temporary
+        _open_to_readers(temporary)
+
+
 def write_durably(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes a small file, or replaces it, so that it has its old or its new content whatever happens.
 
@@ -282,6 +298,14 @@ def _complete(partial: Path) -> None:
             target = partial.parent / new.name
             if new.name != _REPLACED and not os.path.lexists(target):
                 os.rename(new, target)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Gives everything in a folder the rights that the folder itself was made with, as the umask wants them."""
+    rights = folder.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(rights if path.is_dir() else rights & 0o666)
 
 
 def _refuse_folder(path: Path) -> None:

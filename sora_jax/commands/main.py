@@ -22,6 +22,8 @@ from sora_jax.shell import BAD_INPUT, FAILED, INTERRUPTED, OK, TERMINATED, descr
 
 __all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "OK", "TERMINATED", "describe", "main"]
 
+_UNWIND_S = 5.0  # that an interrupted export has to end its process and to remove what it wrote
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; ``arguments`` default to those of the process."""
@@ -93,9 +95,21 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from sora_jax.commands import export
+    stop, ended = threading.Event(), threading.Event()
 
-    export.run(options)
+    def work() -> None:
+        from sora_jax.commands import export
+
+        try:
+            export.run(options, stop)
+        finally:
+            ended.set()
+
+    def end() -> None:
+        stop.set()
+        ended.wait(_UNWIND_S)
+
+    _interruptibly(work, [options.out.parent], end)
 
 
 def _run_exported(options: argparse.Namespace) -> None:
@@ -107,10 +121,11 @@ def _run_exported(options: argparse.Namespace) -> None:
     _interruptibly(work, [options.output.parent])
 
 
-def _interruptibly(work: Callable[[], None], folders: Sequence[Path]) -> None:
+def _interruptibly(work: Callable[[], None], folders: Sequence[Path], end: Callable[[], None] = lambda: None) -> None:
     """Runs ``work`` in a thread, so that Ctrl-C is answered at once even while XLA compiles or computes.
 
-    On an interrupt the process ends here, after removing what this process had begun to write in ``folders``.
+    On an interrupt ``end`` may let the work end by itself; then the process ends here, after removing what it had begun to
+    write in ``folders``.
     """
     failures: list[BaseException] = []
 
@@ -130,6 +145,8 @@ def _interruptibly(work: Callable[[], None], folders: Sequence[Path]) -> None:
 
         from sora_jax import files
 
+        with contextlib.suppress(KeyboardInterrupt):
+            end()
         files.remove_partial(*folders)
         code = INTERRUPTED if isinstance(interrupt, KeyboardInterrupt) else TERMINATED
         with tqdm.get_lock():  # the worker still runs, and must not draw its bar once more

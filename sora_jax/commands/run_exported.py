@@ -27,24 +27,18 @@ def run(options: argparse.Namespace) -> None:
       ValueError: the folder is no finished export, or lacks what the clip needs.
     """
     model = ExportedModel(options.folder, keep=not options.unload)
-    tokens, sizes = model.manifest["tokens"], {size["key"]: size for size in model.manifest["sizes"]}
-    size = sizes.get(options.size) if options.size else next(iter(sizes.values()))
-    if size is None:
-        raise ValueError(f"{options.folder} was not exported for size {options.size}; it has {', '.join(sizes)}.")
-    if tokens["file"] is None:
-        raise ValueError(f"{options.folder} has no tokenizer; export it with the stage t5.")
-    leap = _leap_entry(options.leap)
+    tokens, tokenizer, size = model.manifest["tokens"], model.tokenizer(), model.size(options.size)
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("num_steps", "guidance", "merge_steps")}
+    given |= {"leap": _leap_entry(options.leap)}
+    used, loop = model.sampling(**given), "sampler" if options.sampler else "stages"
     video.check_target(options.output, size["num_frames"], overwrite=options.overwrite)
     files.refuse_unwritable(options.output.parent)
     text = prompt.prompt_at_loop(prompt.prepare_prompt(options.prompt, **tokens["scores"]), 0)
-    ids, mask = Tokenizer.from_file(options.folder / tokens["file"]).encode([text], tokens["length"])
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("num_steps", "guidance", "merge_steps")}
-    given |= {"leap": leap, "loop": "sampler" if options.sampler else "stages"}
+    ids, mask = Tokenizer.from_file(tokenizer).encode([text], tokens["length"])
     began = time.perf_counter()
     z_BTHWC = np.asarray(noise.initial_noise(options.seed, (1, *size["latents"])))
-    made = model(ids, mask, z_BTHWC, size=size["key"], **given)
-    used = {**model.manifest["sampling"], **{name: value for name, value in given.items() if value is not None}}
-    parameters = {"prompt": options.prompt, "seed": options.seed, "exported": model.manifest["target"], **used}
+    made = model(ids, mask, z_BTHWC, size=size["key"], loop=loop, **given)
+    parameters = {"prompt": options.prompt, "seed": options.seed, "exported": model.manifest["target"], "loop": loop, **used}
     frames = video.quantise(made.frames_Bthw3)[0]
     video.save(frames, options.output, fps=size["conditions"]["fps_B"], parameters=parameters, overwrite=options.overwrite)
     if not options.quiet:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sora_jax.config import ModelConfig
+from sora_jax.export.host_program import guided
 from sora_jax.export.size import Size
 from sora_jax.export.stages import Function, Stage
 from sora_jax.inputs import prompt, sizes
@@ -63,9 +64,3 @@ def after_stage(stage: Stage, values: Values, outputs: Mapping[str, Any], guidan
         values["noise_BTHWC"] = values["z_BTHWC"]
         values["z_BTHWC"] = values["z_BTHWC"] + v * (values["t_B"][0] / np.float32(OPEN_SORA_TIMESTEPS))
     return values
-
-
-def guided(v_RTHWC: np.ndarray, guidance: float) -> np.ndarray:
-    """Returns the velocity of the batch, of the rows [conditional, unconditional]."""
-    conditional, unconditional = np.split(v_RTHWC, 2)
-    return np.asarray(unconditional + np.float32(guidance) * (conditional - unconditional))

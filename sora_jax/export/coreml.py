@@ -5,8 +5,8 @@ differ in their programs and read the same weights.  Inputs have the names of th
 the stage's with ``_out`` behind it, because Core ML takes no input and output of one name.  Inputs and outputs are float32
 (token ids int32) whatever the precision inside.
 
-Invariant: weights are compressed before functions are merged (coremltools refuses the other order), and `open_function`
-runs what lies on the disk, by the interpreter of `mil_check`.  Nothing here was compiled or run on Apple hardware.
+Invariant: weights are compressed before functions are merged (coremltools refuses the other order).  Nothing here was compiled
+or run on Apple hardware; `coreml_open` runs what lies on the disk, by the interpreter of `mil_check`.
 """
 
 import contextlib
@@ -26,9 +26,11 @@ import jax
 import numpy as np
 
 from sora_jax.config import FLOAT32, DTypePolicy
+from sora_jax.export.entries import ArtefactEntry, Precision, Weights
+from sora_jax.export.opening import require
 from sora_jax.export.palettes import nearest_table
 from sora_jax.export.stages import Function, Stage
-from sora_jax.export.targets import Artefact, Options, Precision, Runner, Weights, require
+from sora_jax.export.targets import Options
 from sora_jax.storage.quantisation import is_quantised
 
 SUFFIX = ".mlpackage"
@@ -54,7 +56,7 @@ def policy(options: Options) -> DTypePolicy:
     return dataclasses.replace(FLOAT32, half_range=True)
 
 
-def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: Options) -> dict[str, Artefact]:
+def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: Options) -> dict[str, ArtefactEntry]:
     """Writes the package of a stage; see `targets.Target`.  A package of one function calls it ``main``."""
     package = folder / f"{stage.name}{SUFFIX}"
     names = [function.name for function in stage.functions]
@@ -72,22 +74,6 @@ def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: 
         name: {"file": package.name, "function": function, "output_suffix": OUTPUT_SUFFIX}
         for name, function in zip(names, called, strict=True)
     }
-
-
-def open_function(folder: Path, artefact: Artefact) -> Runner:
-    """Returns a saved function, run by the interpreter; see `targets.Target`."""
-    require("coreml", "coremltools")
-    from sora_jax.export import mil_check
-
-    program = mil_check.load(folder / artefact["file"])
-    function, suffix = artefact["function"], artefact["output_suffix"]
-    inputs = program.inputs(function)
-
-    def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        outputs = program.run(function, {name: np.asarray(given[name]) for name in inputs})
-        return {name.removesuffix(suffix): value for name, value in outputs.items()}
-
-    return run
 
 
 def _save_function(function: Function, params: Mapping[str, np.ndarray], path: Path, *, stage: Stage, options: Options) -> None:

@@ -1,38 +1,53 @@
 """Export of a model directory: stage by stage, each in its own process, checked, published whole or not at all.
 
 Invariant: the folder that is asked for appears only when every artefact has passed its check and the manifest fits its
-schema; whatever ends an export before that removes what it wrote.
+schema; whatever ends an export before that ends its process too and removes what it wrote, and what a killed one left behind
+goes with the next export of the folder.
 """
 
+import dataclasses
 import json
 import os
+import selectors
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sora_jax import files
 from sora_jax.config import ModelConfig
-from sora_jax.export import capture, manifest, worker
+from sora_jax.export import capture, describe, manifest, worker
 from sora_jax.export.check import CheckError
+from sora_jax.export.entries import (
+    ExportManifest,
+    Precision,
+    SamplerEntry,
+    SamplingEntry,
+    StageEntry,
+    TargetName,
+    TokensEntry,
+    UnsealedManifest,
+    Weights,
+)
 from sora_jax.export.job import WORK, Job, groups, parameter_bytes, save_values
+from sora_jax.export.phases import phases
+from sora_jax.export.progress import Meter, Progress, work_of
 from sora_jax.export.size import Size
 from sora_jax.export.stages import DEFAULT_PARTS, Stage, check_parts
-from sora_jax.export.targets import Options, Precision, TargetName, Weights, target_module
+from sora_jax.export.targets import Options, target_module
 from sora_jax.networks import merging
 from sora_jax.pipeline.pipeline import POCKET, Pipeline, tokenizer_path
 from sora_jax.pipeline.settings import Settings
 from sora_jax.storage import directory as model_directory
-from sora_jax.storage.directory import Manifest
 
 GROUP_BYTES = 256_000_000  # float32 weights that one process exports; a stage of a large model has more
 _SPARE_BYTES = 200_000_000
 _BYTES_PER_VALUE = {"float32": 4, "float16": 2}
-
-Progress = Callable[[str, int, int], Any]
+_WAIT_S = 0.5  # between two looks at a process that says nothing: how soon a raising ``progress`` ends an export
 
 
 class ExportError(RuntimeError):
@@ -55,8 +70,8 @@ def export(
     licence: str | None = None,
     fuse_attention: bool = True,
     overwrite: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+    progress: Callable[[Progress], Any] | None = None,
+) -> ExportManifest:
     """Returns the manifest of the folder ``out``, exported from a model directory (None: the pocket model).
 
     Args:
@@ -74,7 +89,7 @@ def export(
       licence: of the weights, for the manifest and Core ML packages; None: not stated.
       fuse_attention: Core ML only: use the converter's fused attention.
       overwrite: replace an existing folder, once the new one is complete.
-      progress: called with a stage's name, how many stages are done and how many there are.
+      progress: called about twice a second; what it raises ends the export.
 
     Raises:
       ValueError: something asked for cannot be made, or the model directory is incomplete or damaged.
@@ -84,24 +99,15 @@ def export(
     """
     out = Path(out)
     check_parts(stages)
-    if not overwrite:
-        files.refuse_existing(out)
-    elif out.exists() and not (out / manifest.MANIFEST_FILE).is_file():
-        raise FileExistsError(f"{out} is not an exported folder, which --overwrite replaces; choose another name or remove it.")
+    _refuse_target(out, overwrite)
     pipeline = Pipeline.from_pretrained(directory)
-    source = POCKET if directory is None else Path(directory)
     chosen = pipeline.resolve({"num_frames": num_frames, "height": height, "width": width, **(settings or {})})
-    sampling = manifest.sampling_entry(chosen)
-    options = Options(
-        precision=precision,
-        weights=weights,
-        fuse_attention=fuse_attention,
-        metadata={"model": pipeline.model_id, "licence": licence or "not stated"},
-    )
+    metadata = {"model": pipeline.model_id, "licence": licence or "not stated"}
+    options = Options(precision=precision, weights=weights, fuse_attention=fuse_attention, metadata=metadata)
     target_module(target).check_options(options)
     sizes = (Size(num_frames=chosen.num_frames, height=chosen.height, width=chosen.width), *further_sizes)
     job = Job(
-        directory=str(source.resolve()),
+        directory=str((POCKET if directory is None else Path(directory)).resolve()),
         target=target,
         options=options,
         parts=tuple(dict.fromkeys(stages)),
@@ -109,22 +115,52 @@ def export(
         guidance=chosen.guidance,
         sampler=target == "stablehlo" and "stdit3" in stages,
     )
+    order = _Order(job=job, pipeline=pipeline, settings=chosen, sampling=describe.sampling_entry(chosen), licence=licence)
     listed = _checked_stages(job, pipeline.config, chosen)
     files.refuse_unwritable(out.parent)
     _check_disk(job, listed, out)
-    with files.whole_file(out, overwrite=overwrite) as folder:
-        (folder / WORK).mkdir(parents=True)
-        job.write(folder)
-        for size in job.sizes:
-            save_values(folder, size, capture.start(pipeline.config, pipeline.tokenizer, size, chosen))
-        entries = _run_groups(job, listed, folder, progress)
-        shutil.rmtree(folder / WORK)
-        manifest.write(folder, _manifest(job, pipeline, chosen, sampling, licence, entries, folder))
+    with files.whole_folder(out, overwrite=overwrite) as folder:
+        _fill(folder, order, listed, progress)
     return manifest.read(out)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Order:
+    """What one export is to be: its job, the model it is of, and the numbers of the loop."""
+
+    job: Job
+    pipeline: Pipeline
+    settings: Settings
+    sampling: SamplingEntry
+    licence: str | None
+
+
+def _refuse_target(out: Path, overwrite: bool) -> None:
+    files.remove_leftovers(out.parent)
+    if not overwrite:
+        files.refuse_existing(out)
+    elif out.exists() and not (out / manifest.MANIFEST_FILE).is_file():
+        raise FileExistsError(f"{out} is not an exported folder, which --overwrite replaces; choose another name or remove it.")
+
+
+def _fill(folder: Path, order: _Order, listed: Sequence[Stage], progress: Callable[[Progress], Any] | None) -> None:
+    """Writes all artefacts and the manifest."""
+    job, pipeline = order.job, order.pipeline
+    (folder / WORK).mkdir()
+    job.write(folder)
+    for size in job.sizes:
+        save_values(folder, size, capture.start(pipeline.config, pipeline.tokenizer, size, order.settings))
+    stages, sampler = _run_groups(job, listed, folder, progress)
+    shutil.rmtree(folder / WORK)
+    manifest.write(folder, _manifest(order, stages, sampler, folder))
+
+
 def _checked_stages(job: Job, config: ModelConfig, chosen: Settings) -> list[Stage]:
-    """Returns the stages to run, having seen that parts, sizes and merging are possible."""
+    """Returns the stages to run.
+
+    Raises:
+      ValueError: parts, sizes or merging are not possible.
+    """
     listed = job.reference_stages(config)
     if chosen.merge_steps:
         for size in job.sizes:
@@ -142,32 +178,67 @@ def _check_disk(job: Job, listed: Sequence[Stage], out: Path) -> None:
         raise ValueError(f"the disk of {out.parent} has {free / 1e9:.1f} GB free; the export needs {needed / 1e9:.1f} GB.")
 
 
-def _run_groups(job: Job, listed: Sequence[Stage], folder: Path, progress: Progress | None) -> dict[str, Any]:
-    """Returns the manifest entries by stage name, with one process for each group of stages."""
+def _run_groups(
+    job: Job, listed: Sequence[Stage], folder: Path, progress: Callable[[Progress], Any] | None
+) -> tuple[list[StageEntry], SamplerEntry | None]:
+    """Returns the manifest entries of all stages and of the sampler, with one process for each group of stages."""
+    work = work_of(listed, parameter_bytes)
+    if job.sampler:
+        work[worker.SAMPLER] = sum(work[stage.name] for stage in listed if stage.network == "stdit3")
+    meter = Meter(work, progress)
     planned = groups(listed, GROUP_BYTES) + ([[worker.SAMPLER]] if job.sampler else [])
-    total, done = sum(map(len, planned)), 0
     for names in planned:
-        if progress is not None:
-            progress(names[0], done, total)
-        _run_process(folder, names)
-        done += len(names)
-    if progress is not None:
-        progress("manifest", done, total)
-    entries = {}
-    for names in planned:
-        for name in names:
-            path = folder / WORK / f"{name}.json"
-            if path.exists():
-                entries[name] = json.loads(path.read_text("utf-8"))
-    return entries
+        meter.advance(names[0], 0.0)
+        _run_process(folder, names, meter)
+    written = [stage.name for stage in listed if job.writes(stage)]
+    entries = {name: json.loads((folder / WORK / f"{name}.json").read_text("utf-8")) for name in written}
+    sampler = folder / WORK / f"{worker.SAMPLER}.json"
+    return list(entries.values()), json.loads(sampler.read_text("utf-8")) if job.sampler else None
 
 
-def _run_process(folder: Path, names: Sequence[str]) -> None:
-    """Runs one group to its end; on an interrupt its process ends with this one."""
+def _run_process(folder: Path, names: Sequence[str], meter: Meter) -> None:
+    """Runs one group to its end, telling the meter how far it is; whatever ends this call ends the process too."""
     command = [sys.executable, "-m", "sora_jax.export.worker", str(folder), *names]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    if done.returncode == 0:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        # Its own group, so that Ctrl-C reaches this process alone.  Standard input says whether this process still lives.
+        process = subprocess.Popen(
+            command, env=environment, process_group=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+        )
+        try:
+            for line in _lines(process.stdout, meter):
+                event = json.loads(line)
+                meter.advance(event["stage"], event["share"])
+            code = process.wait()
+        finally:
+            process.kill()
+            process.communicate()
+        errors.seek(0)
+        last = errors.read().strip().splitlines()[-1:] or ["no message"]
+    if code:
+        _raise_failure(folder, names[0], code, last[0])
+
+
+def _lines(stream: IO[bytes] | None, meter: Meter) -> Iterator[bytes]:
+    """Yields what a process writes, line by line; the meter reports while nothing comes."""
+    if stream is None:
         return
+    rest = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(stream, selectors.EVENT_READ)
+        while True:
+            if not selector.select(_WAIT_S):
+                meter.wait()
+                continue
+            read = os.read(stream.fileno(), 65536)
+            if not read:
+                return
+            *lines, rest = (rest + read).split(b"\n")
+            yield from lines
+
+
+def _raise_failure(folder: Path, name: str, code: int, last: str) -> None:
+    """Raises what a process ended with."""
     report = folder / WORK / "error.json"
     if report.exists():
         error = json.loads(report.read_text("utf-8"))
@@ -175,48 +246,49 @@ def _run_process(folder: Path, names: Sequence[str]) -> None:
             raise CheckError(error["message"])
         if error["input"]:
             raise ValueError(error["message"])
-        failure = ExportError(f"export of {names[0]} failed: {error['kind']}: {error['message']}")
+        failure = ExportError(f"export of {name} failed: {error['kind']}: {error['message']}")
         failure.add_note(error["traceback"])  # shown by --debug
         raise failure
-    if done.returncode == -signal.SIGKILL:
-        raise ExportError(f"the process that exported {names[0]} was killed, as the system does when memory is short.")
-    last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-    raise ExportError(f"the process that exported {names[0]} ended with code {done.returncode}: {last[0]}")
+    if code == -signal.SIGKILL:
+        raise ExportError(f"the process that exported {name} was killed, as the system does when memory is short.")
+    raise ExportError(f"the process that exported {name} ended with code {code}: {last}")
 
 
-def _manifest(
-    job: Job,
-    pipeline: Pipeline,
-    chosen: Settings,
-    sampling: Mapping[str, Any],
-    licence: str | None,
-    entries: Mapping[str, Any],
-    folder: Path,
-) -> dict[str, Any]:
-    networks: dict[str, Manifest] = job.networks()
-    index = model_directory.read_model_file(job.directory)
-    scores = {name: getattr(chosen, name) for name in ("aes", "flow", "camera_motion")}
-    tokens: dict[str, Any] = {"length": pipeline.config.stdit3.model_max_length, "file": None, "scores": scores}
-    if "t5" in job.parts:
-        source = tokenizer_path(Path(job.directory), index.get("tokenizer"))
-        shutil.copyfile(source, folder / source.name)
-        tokens["file"] = source.name
-    stages = [entry for name, entry in entries.items() if name != worker.SAMPLER]
-    found = manifest.file_entries(folder)
+def _manifest(order: _Order, stages: list[StageEntry], sampler: SamplerEntry | None, folder: Path) -> UnsealedManifest:
+    job, pipeline = order.job, order.pipeline
+    networks = job.networks()
+    tokens = _copy_tokenizer(order, folder)
+    found = describe.file_entries(folder)
     return {
         "format_version": manifest.FORMAT_VERSION,
         "target": job.target,
         "precision": job.options.precision,
-        "weights": manifest.weights_entry(networks, job.options.weights),
-        "made_by": manifest.versions(target_module(job.target).PACKAGES),
-        "model": manifest.model_entry(networks, pipeline.model_id, licence),
+        "weights": describe.weights_entry(networks, job.options.weights),
+        "made_by": describe.versions(target_module(job.target).PACKAGES),
+        "model": describe.model_entry(networks, pipeline.model_id, order.licence),
         "tokens": tokens,
-        "sizes": [manifest.size_entry(pipeline.config, size, chosen) for size in job.sizes],
-        "sampling": dict(sampling),
-        "phases": manifest.phases([entry["name"] for entry in stages]),
+        "sizes": [describe.size_entry(pipeline.config, size, order.settings) for size in job.sizes],
+        "sampling": order.sampling,
+        "phases": phases([entry["name"] for entry in stages]),
         "stages": stages,
-        "sampler": entries.get(worker.SAMPLER),
+        "sampler": sampler,
         "files": found,
         "total_bytes": sum(entry["bytes"] for entry in found.values()),
         "notes": [target_module(job.target).NOTE],
     }
+
+
+def _copy_tokenizer(order: _Order, folder: Path) -> TokensEntry:
+    """Returns how prompts become ids, and copies the tokenizer where the text encoder is exported."""
+    settings = order.settings
+    tokens: TokensEntry = {
+        "length": order.pipeline.config.stdit3.model_max_length,
+        "file": None,
+        "scores": {"aes": settings.aes, "flow": settings.flow, "camera_motion": settings.camera_motion},
+    }
+    if "t5" in order.job.parts:
+        index = model_directory.read_model_file(order.job.directory)
+        source = tokenizer_path(Path(order.job.directory), index.get("tokenizer"))
+        shutil.copyfile(source, folder / source.name)
+        tokens["file"] = source.name
+    return tokens

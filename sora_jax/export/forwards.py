@@ -10,9 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from sora_jax.networks.layers import lifted
 from sora_jax.networks.merging import Merge
-from sora_jax.networks.stdit3 import Conditioning
+from sora_jax.networks.stdit3 import Conditioning, with_null_caption
 from sora_jax.storage.checkpoint import unflatten
 
 Modules = Mapping[str, Any]
@@ -58,11 +57,10 @@ def front(
 ) -> Outputs:
     """Returns tokens and conditioning of the rows [conditional, unconditional]; the latter have the null caption."""
     embed = modules[""]
-    null_BLE = jnp.broadcast_to(lifted(embed.y_embedder.y_embedding[...], 3).astype(caption_BLE.dtype), caption_BLE.shape)
     x_RTSD, given = embed(
         _twice(z_BTHWC),
         _twice(t_B),
-        jnp.concatenate([caption_BLE, null_BLE]),
+        with_null_caption(caption_BLE, embed.y_embedder.y_embedding[...]),
         _is_real(mask_BL),
         fps_B=fps_B,
         height_px_B=height_px_B,

@@ -1,27 +1,36 @@
-"""The host program of an exported model: token ids in, frames out, from the manifest and the artefacts alone.
+"""The reference host program of an exported model: token ids in, frames out, from the manifest and the artefacts alone.
 
-What a phone's host program does, in NumPy: it keeps one dictionary of named arrays, loads stages in the manifest's order, runs
-them, lets them go, and does the loop's arithmetic (guidance, steps, leap) itself.
+Port this file to Swift (or to C++): what is here is all that a phone's program has to do besides cleaning and splitting the
+prompt.  It keeps one dictionary of named arrays, loads stages in the manifest's order, runs them, lets them go, and does the
+loop's arithmetic itself: schedule, guidance, leap and merge switch, in NumPy.  These rules stand in the sampler too; they are
+written a second time on purpose, as its independent check, and a test holds the two against each other.
 
-Invariant: every number comes from ``manifest.json``; no configuration, network or checkpoint of this package is read.
+Invariant: every number comes from ``manifest.json``, every byte that is run was compared with its checksum (`contents`); no
+configuration, network, sampler or checkpoint of this package is imported.
 """
 
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from sora_jax.export import manifest as manifests
-from sora_jax.export.targets import Runner, target_module
+from sora_jax.export.contents import Contents
+from sora_jax.export.entries import ChunkEntry, LeapEntry, PhaseEntry, SamplingEntry, SizeEntry
+from sora_jax.export.opening import Runner, open_function
+from sora_jax.export.phases import stage_function
 
 TINY = 1e-8
+MAX_STEPS = 100_000
+MAX_GUIDANCE = 1000.0
 
 Values = dict[str, np.ndarray]
+VelocityFn = Callable[[np.ndarray, np.float32, bool], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,14 +46,19 @@ class ExportedModel:
     """An exported folder, opened.
 
     ``keep`` keeps stages loaded between steps; without it every stage is let go where the manifest says it may be.
+
+    Raises:
+      ExportFileError: the folder is no finished export, a file is missing, or the manifest was changed or is wrong.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: bool = True):
         self.folder, self.keep = Path(folder), keep
         self.manifest = manifests.read(self.folder)
-        self.target = target_module(self.manifest["target"])
+        self.contents = Contents(self.folder, self.manifest["files"])
         self.stages = {stage["name"]: stage for stage in self.manifest["stages"]}
         self.loaded: dict[tuple[str, str], Runner] = {}
+        for size in self.manifest["sizes"]:
+            self._check_times(size)
 
     def __call__(
         self,
@@ -76,22 +90,23 @@ class ExportedModel:
 
         Raises:
           ValueError: the manifest has no such size, phase or sampler, frames cannot be given, or a value is out of range.
+          ExportFileError: a file is damaged, or not what the manifest says.
         """
         if loop not in ("stages", "sampler"):
             raise ValueError(f"loop is {loop!r}; expected stages or sampler.")
-        at = self._size(size)
-        sampling = self._sampling(num_steps, guidance, merge_steps, leap)
+        at = self.size(size)
+        sampling = self.sampling(num_steps=num_steps, guidance=guidance, merge_steps=merge_steps, leap=leap)
+        frame_mask = self._frame_mask(frame_mask_BT, noise_BTHWC.shape[:2], loop)
         values: Values = {"ids_BL": np.asarray(ids_BL, np.int32), "mask_BL": np.asarray(mask_BL, np.float32)}
         values |= {name: np.full(len(values["ids_BL"]), value, np.float32) for name, value in at["conditions"].items()}
-        values = self._phase("text", at["key"], values)
-        values["frame_mask_BT"] = self._frame_mask(frame_mask_BT, noise_BTHWC.shape[:2], loop)
-        sample = self._sample if loop == "stages" else self._sample_resident
-        z, evaluations = sample(at, np.asarray(noise_BTHWC, np.float32), values, sampling)
+        values = self._phase("text", at["key"], values) | {"frame_mask_BT": frame_mask}
+        run = self._sample if loop == "stages" else self._sample_resident
+        z, evaluations = run(at, np.asarray(noise_BTHWC, np.float32), values, sampling)
         return Result(frames_Bthw3=self.decode(z, at["key"]), latents_BTHWC=z, evaluations=evaluations)
 
     def decode(self, z_BTHWC: Float[np.ndarray, "B T H W C"], size: str | None = None) -> Float[np.ndarray, "B t h w 3"]:
         """Returns the frames of latents: chunk by chunk, then frame by frame."""
-        at = self._size(size)
+        at = self.size(size)
         frames, start = [], 0
         for chunk in at["chunks"]:
             given = {"z_BTHWC": z_BTHWC[:, start : start + chunk["latents"]]}
@@ -105,10 +120,10 @@ class ExportedModel:
 
     def encode(self, frames_Bthw3: Float[np.ndarray, "B t h w 3"], size: str | None = None) -> Float[np.ndarray, "B T H W C"]:
         """Returns the latents of an image (one frame), or of a clip of the size's length, in [-1, 1]."""
-        at = self._size(size)
-        chunks: list[dict[str, Any]] = at["chunks"] if frames_Bthw3.shape[1] > 1 else [{"frames": 1, "variant": "frames_1"}]
+        at = self.size(size)
+        image: list[ChunkEntry] = [{"frames": 1, "latents": 1, "variant": "frames_1"}]
         latents, start = [], 0
-        for chunk in chunks:
+        for chunk in at["chunks"] if frames_Bthw3.shape[1] > 1 else image:
             each = np.split(frames_Bthw3[:, start : start + chunk["frames"]], chunk["frames"], axis=1)
             x = [self._phase("encode_frame", at["key"], {"frames_Bthw3": frame})["x_BtHWC"] for frame in each]
             given = {"x_BtHWC": np.concatenate(x, axis=1)}
@@ -123,70 +138,109 @@ class ExportedModel:
     ) -> np.ndarray:
         """Returns the guided velocity: one pass through all stages of the phase ``step``."""
         values = values | {"z_BTHWC": z_BTHWC, "t_B": np.full(len(z_BTHWC), time, np.float32)}
-        values = self._phase("step", self._size(size)["key"], values, "merged" if merged else "full")
-        conditional, unconditional = np.split(values["v_RTHWC"].astype(np.float32), 2)
-        return unconditional + np.float32(guidance) * (conditional - unconditional)
+        values = self._phase("step", self.size(size)["key"], values, "merged" if merged else "full")
+        return guided(values["v_RTHWC"], guidance)
 
-    def _sample(
-        self, at: Mapping[str, Any], z: np.ndarray, values: Values, sampling: Mapping[str, Any]
-    ) -> tuple[np.ndarray, int]:
-        """Returns latents and the number of evaluations; equal steps of flow time, unless a leap ends them."""
-        times = np.append(schedule_times(self.manifest, at, sampling["num_steps"]), np.float32(0))
-        unit = times / np.float32(self.manifest["sampling"]["num_timesteps"])
-        state = LeapState(sampling["leap"], sampling["num_steps"])
-        sampled = values["frame_mask_BT"][:, :, None, None, None] > 0
-        before = None
-        for step in range(sampling["num_steps"]):
-            if step == sampling["merge_steps"]:
-                before, state = None, LeapState(sampling["leap"], sampling["num_steps"])
-            v = self.velocity(
-                z,
-                float(times[step]),
-                values,
-                guidance=sampling["guidance"],
-                merged=step < sampling["merge_steps"],
-                size=at["key"],
-            )
-            v = np.where(sampled, v, np.float32(0))
-            leaps = state.leaps(step, v, before)
-            z = z + v * (unit[step] if leaps else unit[step] - unit[step + 1])
-            before = v
-            if leaps:
-                break
-        self._end_phase("step")
-        return z, step + 1
+    def size(self, key: str | None = None) -> SizeEntry:
+        """Returns a size by its key (None: the first).
 
-    def _sample_resident(
-        self, at: Mapping[str, Any], z: np.ndarray, values: Values, sampling: Mapping[str, Any]
-    ) -> tuple[np.ndarray, int]:
-        """Returns the same from the sampler program, which holds all stages at once."""
-        from sora_jax.export import stablehlo_sampler
+        Raises:
+          ValueError: the model was not exported for it.
+        """
+        sizes = {size["key"]: size for size in self.manifest["sizes"]}
+        key = key or next(iter(sizes))
+        if key not in sizes:
+            raise ValueError(f"{self.folder} was not exported for size {key}; it has {', '.join(sizes)}.")
+        return sizes[key]
 
-        leap = sampling["leap"]
-        mode = "dynamic" if leap["mode"] == "dynamic" else "static"
-        functions = self.manifest["sampler"]["functions"] if self.manifest["sampler"] else []
-        chosen = [function for function in functions if function["variant"] == mode and at["key"] in function["sizes"]]
-        if not chosen:
-            raise ValueError(f"{self.folder} has no sampler program; it was exported for {self.manifest['target']}.")
-        padded = np.zeros(chosen_length(chosen[0], "times"), np.float32)
-        if sampling["num_steps"] >= len(padded):
-            raise ValueError(f"num_steps is {sampling['num_steps']}; the sampler program takes at most {len(padded) - 1}.")
-        padded[: sampling["num_steps"]] = schedule_times(self.manifest, at, sampling["num_steps"])
-        artefact = chosen[0]["artefact"]
-        run = stablehlo_sampler.open_sampler(self.folder, artefact)
-        params = stablehlo_sampler.read_params(self.folder, artefact)
-        index = leap["index"] if leap["mode"] == "static" else sampling["num_steps"] - 1
-        numbers = {
-            "times": padded,
-            "num_steps": sampling["num_steps"],
-            "guidance": sampling["guidance"],
-            "merge_steps": sampling["merge_steps"],
-            "leap_index": index,
-            "leap_first": first_comparison(leap, sampling["num_steps"]),
-            "leap_tolerance": leap["tolerance"],
-            "leap_patience": leap["patience"],
+    def sampling(
+        self,
+        *,
+        num_steps: int | None = None,
+        guidance: float | None = None,
+        merge_steps: int | None = None,
+        leap: Mapping[str, Any] | None = None,
+    ) -> SamplingEntry:
+        """Returns the manifest's numbers with those given in their place; loads nothing.
+
+        Raises:
+          ValueError: a number is out of its range.
+        """
+        own = self.manifest["sampling"]
+        chosen: SamplingEntry = {
+            **own,
+            "num_steps": own["num_steps"] if num_steps is None else num_steps,
+            "guidance": own["guidance"] if guidance is None else guidance,
+            "merge_steps": own["merge_steps"] if merge_steps is None else merge_steps,
+            "leap": cast(LeapEntry, {**own["leap"], **(leap or {})}),
         }
-        made = run(params, values | {"z_BTHWC": z, **{name: np.asarray(value) for name, value in numbers.items()}})
+        mode, index, last = chosen["leap"]["mode"], chosen["leap"]["index"], chosen["num_steps"] - 1
+        for name, value, least in (("num_steps", chosen["num_steps"], 1), ("merge_steps", chosen["merge_steps"], 0)):
+            if type(value) is not int or not least <= value <= MAX_STEPS:
+                raise ValueError(f"{name} is {value!r}; expected a whole number from {least} to {MAX_STEPS}.")
+        if not (isinstance(chosen["guidance"], int | float) and abs(chosen["guidance"]) <= MAX_GUIDANCE):
+            raise ValueError(f"guidance is {chosen['guidance']!r}; expected a number, at most {MAX_GUIDANCE:g}.")
+        if mode not in ("off", "static", "dynamic"):
+            raise ValueError(f"leap mode is {mode!r}; expected off, static or dynamic.")
+        if mode == "static" and not (type(index) is int and 0 <= index <= last):
+            raise ValueError(f"leap index is {index!r}; expected a step from 0 to {last}.")
+        return chosen
+
+    def tokenizer(self) -> Path:
+        """Returns the verified file of the tokenizer.
+
+        Raises:
+          ValueError: the text encoder was not exported.
+        """
+        name = self.manifest["tokens"]["file"]
+        if name is None:
+            raise ValueError(f"{self.folder} has no tokenizer; export it with the stage t5.")
+        return self.contents.path(name)
+
+    def times(self, size: SizeEntry, num_steps: int) -> Float[np.ndarray, "n"]:
+        """Returns the times of so many steps: the manifest's own, or by its rule where the number differs."""
+        own = self.manifest["sampling"]
+        if num_steps == own["num_steps"]:
+            return np.asarray(size["times"], np.float32)
+        return schedule_times(num_steps, size["shift"], own["num_timesteps"])
+
+    def _check_times(self, size: SizeEntry) -> None:
+        """Refuses times that are not those of the rule; the schedule which made them rounds once or twice less."""
+        own = self.manifest["sampling"]
+        rule = schedule_times(own["num_steps"], size["shift"], own["num_timesteps"])
+        if not np.allclose(np.asarray(size["times"], np.float32), rule, rtol=1e-6, atol=0):
+            path = self.folder / manifests.MANIFEST_FILE
+            raise manifests.ManifestError(
+                f"{path} has times of size {size['key']} that are not those of shift {size['shift']}."
+            )
+
+    def _sample(self, at: SizeEntry, z: np.ndarray, values: Values, sampling: SamplingEntry) -> tuple[np.ndarray, int]:
+        """Returns latents and the number of evaluations."""
+
+        def velocity(z: np.ndarray, time: np.float32, merged: bool) -> np.ndarray:
+            return self.velocity(z, float(time), values, guidance=sampling["guidance"], merged=merged, size=at["key"])
+
+        made = sample(velocity, z, self.times(at, sampling["num_steps"]), sampling, values["frame_mask_BT"])
+        self._end_phase("step")
+        return made
+
+    def _sample_resident(self, at: SizeEntry, z: np.ndarray, values: Values, sampling: SamplingEntry) -> tuple[np.ndarray, int]:
+        """Returns the same from the sampler program, which holds all stages at once."""
+        from sora_jax.export import resident
+
+        mode = "dynamic" if sampling["leap"]["mode"] == "dynamic" else "static"
+        functions = self.manifest["sampler"]["functions"] if self.manifest["sampler"] else []
+        matching = [one for one in functions if one["variant"] == mode and at["key"] in one["sizes"]]
+        if not matching:
+            raise ValueError(f"{self.folder} has no sampler program; it was exported for {self.manifest['target']}.")
+        stages = [self.stages[name] for name in self._find_phase("step")["stages"]]
+        numbers = resident.sampler_numbers(
+            self.times(at, sampling["num_steps"]),
+            resident.capacity(matching[0]),
+            sampling,
+            first=first_comparison(sampling["leap"], sampling["num_steps"]),
+        )
+        made = resident.run(self.contents, matching[0], stages, values | {"z_BTHWC": z} | numbers)
         return made["z_BTHWC"], int(made["evaluations_B"][0])
 
     def _phase(self, name: str, size: str, values: Values, variant: str = "main") -> Values:
@@ -196,7 +250,7 @@ class ExportedModel:
             function = stage_function(self.stages[stage], size, variant)
             key = (stage, function["name"])
             if key not in self.loaded:
-                self.loaded[key] = self.target.open_function(self.folder, function["artefact"])
+                self.loaded[key] = open_function(self.manifest["target"], self.contents, self.stages[stage], function)
             values = values | self.loaded[key]({tensor["name"]: values[tensor["name"]] for tensor in function["inputs"]})
             if phase["unload"] == "after_use" and not self.keep:
                 del self.loaded[key]
@@ -211,50 +265,57 @@ class ExportedModel:
         """Returns the frame mask as an input: all ones unless frames are given."""
         if mask_BT is None:
             return np.ones(shape, np.float32)
-        inputs = {tensor["name"] for tensor in self.stages["stdit3_front"]["functions"][0]["inputs"]}
         if loop == "sampler":
             raise ValueError("the sampler program takes no frames; run loop 'stages'.")
-        if "frame_mask_BT" not in inputs:
+        front = self._find_phase("step")["stages"][0]
+        if "frame_mask_BT" not in {tensor["name"] for tensor in self.stages[front]["functions"][0]["inputs"]}:
             raise ValueError(f"{self.folder} cannot take frames; export it with the stage vae_encoder.")
         return np.asarray(mask_BT, np.float32)
 
-    def _find_phase(self, name: str) -> Mapping[str, Any]:
+    def _find_phase(self, name: str) -> PhaseEntry:
         found = [phase for phase in self.manifest["phases"] if phase["name"] == name]
         if not found:
             raise ValueError(f"{self.folder} was exported without the stages of phase {name}; export them too.")
         return found[0]
 
-    def _size(self, key: str | None) -> Mapping[str, Any]:
-        sizes = {size["key"]: size for size in self.manifest["sizes"]}
-        key = key or next(iter(sizes))
-        if key not in sizes:
-            raise ValueError(f"{self.folder} was not exported for size {key}; it has {', '.join(sizes)}.")
-        return sizes[key]
 
-    def _sampling(
-        self, num_steps: int | None, guidance: float | None, merge_steps: int | None, leap: Mapping[str, Any] | None
-    ) -> dict[str, Any]:
-        """Returns the manifest's numbers with those given in their place."""
-        base = self.manifest["sampling"]
-        given = {"num_steps": num_steps, "guidance": guidance, "merge_steps": merge_steps}
-        chosen: dict[str, Any] = {name: base[name] if value is None else value for name, value in given.items()}
-        chosen["leap"] = {**base["leap"], **(leap or {})}
-        mode, index = chosen["leap"]["mode"], chosen["leap"]["index"]
-        if mode not in ("off", "static", "dynamic"):
-            raise ValueError(f"leap mode is {mode!r}; expected off, static or dynamic.")
-        if chosen["num_steps"] < 1 or chosen["merge_steps"] < 0:
-            raise ValueError(
-                f"num_steps {chosen['num_steps']}, merge_steps {chosen['merge_steps']}; expected at least 1 and 0."
-            )
-        if mode == "static" and not (isinstance(index, int) and 0 <= index < chosen["num_steps"]):
-            raise ValueError(f"leap index is {index!r}; expected a step from 0 to {chosen['num_steps'] - 1}.")
-        return chosen
+def sample(
+    velocity: VelocityFn,
+    z_BTHWC: np.ndarray,
+    times: Float[np.ndarray, "n"],
+    sampling: SamplingEntry,
+    frame_mask_BT: np.ndarray,
+) -> tuple[np.ndarray, int]:
+    """Returns latents of one video and the number of evaluations: a step to each time, unless a leap ends them.
+
+    Args:
+      velocity: ``velocity(z, time, merged)``, guided.
+      z_BTHWC: noise, B = 1.
+      times: of every step; the last step ends at 0.
+      sampling: numbers of the loop.
+      frame_mask_BT: 1 where a frame is sampled; the others stay.
+    """
+    num_steps = len(times)
+    unit = np.append(times, np.float32(0)) / np.float32(sampling["num_timesteps"])
+    sampled = frame_mask_BT[:, :, None, None, None] > 0
+    state, before, z, evaluations = LeapState(sampling["leap"], num_steps), None, z_BTHWC, 0
+    for step in range(num_steps):
+        if step == sampling["merge_steps"]:  # velocities of merged and of full functions are not compared
+            before, state = None, LeapState(sampling["leap"], num_steps)
+        v = np.where(sampled, velocity(z, times[step], step < sampling["merge_steps"]), np.float32(0))
+        evaluations += 1
+        leaps = state.leaps(step, v, before)
+        z = z + v * (unit[step] if leaps else unit[step] - unit[step + 1])
+        before = v
+        if leaps:
+            break
+    return z, evaluations
 
 
 class LeapState:
     """Whether a step leaps; for the dynamic rule, the best cosine so far and the patience left."""
 
-    def __init__(self, leap: Mapping[str, Any], num_steps: int):
+    def __init__(self, leap: LeapEntry, num_steps: int):
         self.leap, self.first = leap, first_comparison(leap, num_steps)
         self.best, self.patience = -1.0, leap["patience"]
 
@@ -273,32 +334,19 @@ class LeapState:
         return bool(self.patience <= 0)
 
 
-def first_comparison(leap: Mapping[str, Any], num_steps: int) -> int:
+def first_comparison(leap: LeapEntry, num_steps: int) -> int:
     """Returns the first step whose velocity is compared with the one before (1e-9: rounding of the product must not count)."""
     return max(1, math.ceil(leap["min_share"] * num_steps - 1e-9) - 1)
 
 
-def schedule_times(manifest: Mapping[str, Any], size: Mapping[str, Any], num_steps: int) -> np.ndarray:
-    """Returns the float32 times of so many steps: the manifest's own, or by its rule where the number differs."""
-    if num_steps == manifest["sampling"]["num_steps"]:
-        return np.asarray(size["times"], np.float32)
-    end, ratio = np.float32(manifest["sampling"]["num_timesteps"]), np.float32(size["shift"])
+def guided(v_RTHWC: np.ndarray, guidance: float) -> np.ndarray:
+    """Returns the velocity of the batch, of the rows [conditional, unconditional]."""
+    conditional, unconditional = np.split(v_RTHWC.astype(np.float32), 2)
+    return np.asarray(unconditional + np.float32(guidance) * (conditional - unconditional))
+
+
+def schedule_times(num_steps: int, shift: float, num_timesteps: float) -> Float[np.ndarray, "n"]:
+    """Returns the float32 times of so many steps: equal ones, moved by the size's shift."""
+    end, ratio = np.float32(num_timesteps), np.float32(shift)
     unit = ((1.0 - np.arange(num_steps) / num_steps) * float(end)).astype(np.float32) / end
     return np.minimum(ratio * unit / (np.float32(1) + (ratio - np.float32(1)) * unit) * end, end)
-
-
-def chosen_length(function: Mapping[str, Any], name: str) -> int:
-    """Returns the length of a function's one-dimensional input."""
-    return int(next(tensor["shape"][0] for tensor in function["inputs"] if tensor["name"] == name))
-
-
-def stage_function(stage: Mapping[str, Any], size: str, variant: str) -> Mapping[str, Any]:
-    """Returns the stage's function for a size: the variant asked for, or the only one there is."""
-    mine = [function for function in stage["functions"] if size in function["sizes"]]
-    matching = [function for function in mine if function["variant"] == variant] or [
-        function for function in mine if function["variant"] == "main"
-    ]
-    if not matching:
-        have = ", ".join(function["variant"] for function in mine)
-        raise ValueError(f"stage {stage['name']} has no function {variant} for size {size}; it has {have}.")
-    return matching[0]

@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from sora_jax.config import FLOAT32, NETWORKS, ModelConfig
+from sora_jax.export.entries import TargetName
 from sora_jax.export.size import Size
 from sora_jax.export.stages import PARTS, Stage, list_stages
 from sora_jax.export.targets import Options, target_module
@@ -26,7 +27,7 @@ class Job:
 
     Attributes:
       directory: the model directory, absolute.
-      target: see `targets.TargetName`.
+      target: what artefacts are made.
       options: how stages are written.
       parts: what is written; stages before the last of them run too, because their outputs are its inputs.
       sizes: of the videos; the first is the one whose functions have plain names.
@@ -35,7 +36,7 @@ class Job:
     """
 
     directory: str
-    target: str
+    target: TargetName
     options: Options
     parts: tuple[str, ...]
     sizes: tuple[Size, ...]

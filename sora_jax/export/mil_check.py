@@ -47,6 +47,10 @@ class Program:
         """Returns dtype and shape of a function's inputs."""
         return self.package.inputs(function)
 
+    def outputs(self, function: str) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Returns dtype and shape of a function's outputs."""
+        return self.package.outputs(function)
+
     def operation_counts(self, function: str) -> collections.Counter[str]:
         """Returns how often each operation occurs, constants left out."""
         operations = self.package.block(function).operations
@@ -72,9 +76,8 @@ class Program:
             known[name] = _rounded(np.asarray(inputs[name]), dtype)
         with np.errstate(all="ignore"):  # infinities and NaN are results here, and fail the comparison
             results = self._run_block(block, known)
-        dtypes = {name: dtype for name, (dtype, _) in declared.items()}
-        dtypes |= {output.name: tensor_type(output.type)[0] for operation in block.operations for output in operation.outputs}
-        return {name: value.astype(dtypes[name]) for name, value in zip(block.outputs, results, strict=True)}
+        outputs = self.outputs(function).items()
+        return {name: value.astype(dtype) for (name, (dtype, _)), value in zip(outputs, results, strict=True)}
 
     def _run_block(self, block: Any, known: Values) -> list[Any]:
         """Returns the outputs of a block; a value is let go after the last operation that reads it."""

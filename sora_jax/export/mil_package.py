@@ -52,11 +52,19 @@ class Package:
         if not path.is_dir():
             raise FileNotFoundError(2, "no Core ML package", str(path))
         self.path = path
-        spec = load_spec(str(path))
+        try:
+            spec = load_spec(str(path))
+        except Exception as error:  # of protobuf, of JSON, of coremltools
+            raise MilError(f"{path.name} cannot be read ({type(error).__name__}: {error}).") from error
         self.description = spec.description
         if spec.WhichOneof("Type") != "mlProgram":
             raise MilError(f"{path.name} holds a {spec.WhichOneof('Type')}; expected an ML program.")
         self.functions: dict[str, Any] = dict(spec.mlProgram.functions)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the exporter wrote into the package, by name."""
+        return dict(self.description.metadata.userDefined)
 
     def block(self, function: str) -> Any:
         """Returns the operations of a function.
@@ -73,6 +81,16 @@ class Package:
         """Returns dtype and shape of a function's inputs, in order."""
         self.block(function)
         return {entry.name: tensor_type(entry.type) for entry in self.functions[function].inputs}
+
+    def outputs(self, function: str) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Returns dtype and shape of a function's outputs, in order."""
+        block = self.block(function)
+        made = {output.name: output.type for operation in block.operations for output in operation.outputs}
+        passed = {entry.name: entry.type for entry in self.functions[function].inputs}
+        types = passed | made
+        if unknown := [name for name in block.outputs if name not in types]:
+            raise MilError(f"{self.path.name} returns {', '.join(unknown)}, which nothing computes.")
+        return {name: tensor_type(types[name]) for name in block.outputs}
 
     def value(self, value: Any) -> Any:
         """Returns a constant: an array, or a Python string."""

@@ -17,8 +17,11 @@ import numpy as np
 
 from sora_jax.config import FLOAT32, DTypePolicy
 from sora_jax.export import weight_file
+from sora_jax.export.entries import ArtefactEntry
+from sora_jax.export.onnx_open import graph_name
+from sora_jax.export.opening import require
 from sora_jax.export.stages import Function, Stage
-from sora_jax.export.targets import Artefact, Options, Runner, refuse_weights, require, rounded
+from sora_jax.export.targets import Options, refuse_weights
 from sora_jax.storage.quantisation import SCALE_SUFFIX, scale_axis
 
 PACKAGES = ("jax2onnx", "onnx", "onnxruntime")
@@ -39,7 +42,7 @@ def policy(options: Options) -> DTypePolicy:
     return dataclasses.replace(FLOAT32, half_range=options.precision == "float16")
 
 
-def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: Options) -> dict[str, Artefact]:
+def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: Options) -> dict[str, ArtefactEntry]:
     """Writes the stage's weights and a graph for each function; see `targets.Target`."""
     import onnx
 
@@ -47,8 +50,8 @@ def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: 
     weights = folder / f"{stage.name}.safetensors"
     dtype = np.float16 if half else np.float32
     stored = weight_file.stored_arrays(params, int8=options.weights_of(stage) == "int8")
-    weight_file.write(weights, {name: _narrowed(array, dtype) for name, array in stored.items()})
-    artefacts = {}
+    weight_file.write(weights, {name: _narrowed(array, dtype) for name, array in stored.items()}, stage=stage.name)
+    artefacts: dict[str, ArtefactEntry] = {}
     for function in stage.functions:
         model = _graph(stage, function)
         if half:
@@ -61,23 +64,6 @@ def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: 
         onnx.checker.check_model(str(folder / file))
         artefacts[function.name] = {"file": file, "weights": weights.name, "output_suffix": OUTPUT_SUFFIX}
     return artefacts
-
-
-def open_function(folder: Path, artefact: Artefact) -> Runner:
-    """Returns a saved graph as an onnxruntime session on the CPU; the converter is not needed."""
-    require("onnx", "onnxruntime")
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(folder / artefact["file"], providers=["CPUExecutionProvider"])
-    dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32}
-    inputs = {entry.name: dtypes[entry.type] for entry in session.get_inputs()}
-    outputs = [entry.name for entry in session.get_outputs()]
-
-    def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        made = session.run(outputs, rounded(given, inputs))
-        return {name.removesuffix(artefact["output_suffix"]): value for name, value in zip(outputs, made, strict=True)}
-
-    return run
 
 
 def _graph(stage: Stage, function: Function) -> Any:
@@ -94,7 +80,7 @@ def _graph(stage: Stage, function: Function) -> Any:
     model = jax2onnx.to_onnx(
         call,
         [*function.inputs.values(), *stage.program.abstract.values()],
-        model_name=f"{stage.name}_{function.name}",
+        model_name=graph_name(stage.name, function.name),
         input_names=[*names, *(_WEIGHT + name for name in weights)],
         output_names=[name + OUTPUT_SUFFIX for name in function.outputs],
     )
@@ -124,7 +110,8 @@ def _attach(model: Any, weights: Path) -> None:
     """Makes initialisers of the weights that the graph takes as inputs, with their data in the file."""
     import onnx
 
-    entries, start = weight_file.index(weights)
+    found = weight_file.index(weights)
+    entries, start = found.entries, found.start
     own = [value for value in model.graph.input if not value.name.startswith(_WEIGHT)]
     taken = [value for value in model.graph.input if value.name.startswith(_WEIGHT)]
     del model.graph.input[:]

@@ -19,7 +19,6 @@ pairs of blocks, every batch, caption length and (for the same number of frames)
 Invariant: an artefact holds no weights and no host callback, and computes the bits that jitting the stage does on a CPU.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,10 @@ import numpy as np
 
 from sora_jax.config import FLOAT32, DTypePolicy
 from sora_jax.export import weight_file
+from sora_jax.export.entries import ArtefactEntry
+from sora_jax.export.opening import require
 from sora_jax.export.stages import Function, Stage
-from sora_jax.export.targets import Artefact, Options, Runner, refuse_weights, require, rounded
+from sora_jax.export.targets import Options, refuse_weights
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SUFFIX = ".jaxexport"
@@ -64,12 +65,12 @@ def policy(options: Options) -> DTypePolicy:
     return FLOAT32 if options.precision == "float32" else FLOAT16
 
 
-def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: Options) -> dict[str, Artefact]:
+def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: Options) -> dict[str, ArtefactEntry]:
     """Writes the stage's weights, and its program unless a stage before did; see `targets.Target`."""
     weights = f"{stage.name}.safetensors"
     int8 = options.weights_of(stage) == "int8"
-    weight_file.write(folder / weights, weight_file.stored_arrays(params, int8=int8))
-    artefacts = {}
+    weight_file.write(folder / weights, weight_file.stored_arrays(params, int8=int8), stage=stage.name)
+    artefacts: dict[str, ArtefactEntry] = {}
     for function in stage.functions:
         file = f"{stage.program.name}.{function.name}{SUFFIX}"
         if not (folder / file).exists():
@@ -78,23 +79,15 @@ def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: 
     return artefacts
 
 
-def open_function(folder: Path, artefact: Artefact) -> Runner:
-    """Returns a saved function with its weights; stages of one program share its compilation."""
-    path = folder / artefact["file"]
-    call, inputs = program(path, path.stat().st_mtime_ns)
-    params = jax.device_put(weight_file.read(folder / artefact["weights"]))
-
-    def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        outputs = call(params, rounded(given, inputs))
-        return {name: np.asarray(value) for name, value in outputs.items()}
-
-    return run
-
-
 def serialise(
-    call: Callable[..., Any], params: Mapping[str, jax.ShapeDtypeStruct], inputs: Mapping[str, jax.ShapeDtypeStruct]
+    call: Callable[..., Any],
+    params: Mapping[str, jax.ShapeDtypeStruct],
+    inputs: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    name: str,
 ) -> bytes:
-    """Returns ``call(params, inputs)``, of two flat dictionaries, as one program for all platforms."""
+    """Returns ``call(params, inputs)``, of two flat dictionaries, as one program for all platforms, which knows its name."""
+    call.__name__ = name
     exported = jax.export.export(jax.jit(call), platforms=PLATFORMS)(dict(params), dict(inputs))
     return bytes(exported.serialize())
 
@@ -107,7 +100,7 @@ def _export_function(stage: Stage, function: Function, *, int8: bool) -> bytes:
 
     letters = SYMBOLIC.get(stage.program.name, "")
     inputs = symbolic_inputs(function.inputs, letters) if letters else function.inputs
-    return serialise(call, weight_file.stored_specs(abstract, int8=int8), inputs)
+    return serialise(call, weight_file.stored_specs(abstract, int8=int8), inputs, name=f"{stage.program.name}.{function.name}")
 
 
 def symbolic_inputs(inputs: Mapping[str, jax.ShapeDtypeStruct], letters: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -120,17 +113,3 @@ def symbolic_inputs(inputs: Mapping[str, jax.ShapeDtypeStruct], letters: str) ->
         return jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"({text},)", scope=scope), spec.dtype)
 
     return {name: symbolic(name, spec) for name, spec in inputs.items()}
-
-
-@functools.lru_cache(maxsize=32)
-def program(path: Path, _modified_ns: int) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Returns the jitted program of a file, and the dtypes of its inputs; compiled once until the file changes."""
-    exported, _, inputs = deserialised(path)
-    return jax.jit(exported.call), {name: aval.dtype for name, aval in inputs.items()}
-
-
-def deserialised(path: Path) -> tuple[jax.export.Exported, dict[str, Any], dict[str, Any]]:
-    """Returns the program of a file, with shapes and dtypes of its stored parameters and of its inputs."""
-    exported = jax.export.deserialize(bytearray(path.read_bytes()))
-    (params, inputs), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-    return exported, params, inputs

@@ -10,28 +10,28 @@ merged steps and thresholds are inputs.  Weights are those of the transformer's 
     run = jax.export.deserialize(open("sampler.dynamic.jaxexport", "rb").read()).call
     z = run(params, given)["z_BTHWC"]  # given: noise, caption, times, num_steps, ... as the manifest lists them
 
-Invariant: this is `sampler.Sampler` and `velocity.Velocity`, traced; nothing of either is repeated here.
+Invariant: this is `sampler.Sampler` and `velocity.Velocity`, traced; nothing of either is repeated here.  `resident` opens
+and runs what is saved here.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from sora_jax.config import DTypePolicy, ModelConfig
 from sora_jax.export import weight_file
+from sora_jax.export.consistency import SAMPLER_WEIGHTS
+from sora_jax.export.entries import ArtefactEntry
+from sora_jax.export.resident import sampler_name
 from sora_jax.export.size import Size
-from sora_jax.export.stablehlo import SUFFIX, deserialised, serialise
+from sora_jax.export.stablehlo import SUFFIX, serialise
 from sora_jax.export.stages import MERGE, Function, Stage
-from sora_jax.export.targets import Artefact, rounded
-from sora_jax.networks.stdit3 import STDiT3
+from sora_jax.networks.stdit3 import STDiT3, with_null_caption
 from sora_jax.pipeline.velocity import Velocity
-from sora_jax.process import return_freed_memory
 from sora_jax.sampling.leap import LeapRule, Mode
 from sora_jax.sampling.sampler import Sampler, as_partial
 from sora_jax.sampling.schedule import OPEN_SORA_TIMESTEPS, Schedule, capacity
@@ -39,14 +39,6 @@ from sora_jax.storage.checkpoint import unflatten
 
 MODES: tuple[Mode, ...] = ("static", "dynamic")
 CAPACITY = capacity(1)
-# On CPUs XLA would keep the caption's keys and values of every block from step to step, twice while it computes them, and
-# order operations for speed: 0.7 GB of STDiT3-XL/2.  These compile the step as it is written, with the least memory.
-LEAST_MEMORY: dict[str, str | bool] = {
-    "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-}
-
-Outputs = dict[str, np.ndarray]
 
 
 def sampler_functions(
@@ -83,52 +75,20 @@ def sampler_functions(
     return functions
 
 
-def save(functions: Sequence[Function], stages: Sequence[Stage], folder: Path, *, int8: bool) -> dict[str, Artefact]:
+def save(functions: Sequence[Function], stages: Sequence[Stage], folder: Path, *, int8: bool) -> dict[str, ArtefactEntry]:
     """Writes the programs; the stages' weights lie there already."""
     abstract = {f"{stage.name}/{name}": spec for stage in stages for name, spec in stage.program.abstract.items()}
-    artefacts = {}
+    artefacts: dict[str, ArtefactEntry] = {}
     for function in functions:
-        file = f"sampler.{function.name}{SUFFIX}"
+        file, name = f"sampler.{function.name}{SUFFIX}", sampler_name(function.name)
 
         def call(stored: Mapping[str, jax.Array], inputs: Mapping[str, jax.Array], f: Function = function) -> dict[str, Any]:
             return f.call(weight_file.restored(stored, abstract), **inputs)
 
-        (folder / file).write_bytes(serialise(call, weight_file.stored_specs(abstract, int8=int8), function.inputs))
-        artefacts[function.name] = {"file": file, "weights": "stdit3_*.safetensors"}
+        specs = weight_file.stored_specs(abstract, int8=int8)
+        (folder / file).write_bytes(serialise(call, specs, function.inputs, name=name))
+        artefacts[function.name] = {"file": file, "weights": SAMPLER_WEIGHTS}
     return artefacts
-
-
-def read_params(folder: Path, artefact: Artefact) -> dict[str, jax.Array]:
-    """Returns the transformer's weights, which all samplers of a folder share."""
-    params: dict[str, jax.Array] = {}
-    for file in sorted(folder.glob(artefact["weights"])):
-        params |= {f"{file.stem}/{name}": jax.device_put(array) for name, array in weight_file.read(file).items()}
-        return_freed_memory()  # what was read and copied to the device: else an eighth of the weights stays allocated
-    return params
-
-
-def open_sampler(folder: Path, artefact: Artefact) -> Callable[[Mapping[str, jax.Array], Mapping[str, np.ndarray]], Outputs]:
-    """Returns a saved sampler as a function of weights and inputs.
-
-    It is compiled before weights are read, which may then have the memory that compiling takes.
-    """
-    path = folder / artefact["file"]
-    compiled, dtypes = _compiled(path, path.stat().st_mtime_ns)
-
-    def run(params: Mapping[str, jax.Array], given: Mapping[str, np.ndarray]) -> Outputs:
-        return {name: np.asarray(value) for name, value in compiled(dict(params), rounded(given, dtypes)).items()}
-
-    return run
-
-
-@functools.lru_cache(maxsize=len(MODES))
-def _compiled(path: Path, _modified_ns: int) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Returns the compiled program of a file, and the dtypes of its inputs; compiled once until the file changes."""
-    exported, params, inputs = deserialised(path)
-    options = LEAST_MEMORY if jax.default_backend() == "cpu" else None
-    compiled = jax.jit(exported.call).lower(params, inputs).compile(compiler_options=options)
-    return_freed_memory()
-    return compiled, {name: aval.dtype for name, aval in inputs.items()}
 
 
 def _inputs(config: ModelConfig, size: Size, front: Stage) -> dict[str, jax.ShapeDtypeStruct]:
@@ -149,11 +109,9 @@ def _inputs(config: ModelConfig, size: Size, front: Stage) -> dict[str, jax.Shap
 
 def _sample(network: STDiT3, mode: Mode, given: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns latents and evaluations; with ``static``, leap_index num_steps - 1 never leaps."""
-    caption_BLE = given["caption_BLE"]
-    null_BLE = jnp.broadcast_to(network.null_caption_LE.astype(caption_BLE.dtype)[None], caption_BLE.shape)
     velocity = Velocity(
         network=network,
-        caption_RLE=jnp.concatenate([caption_BLE, null_BLE]),
+        caption_RLE=with_null_caption(given["caption_BLE"], network.null_caption_LE),
         mask_BL=given["mask_BL"] > 0.5,
         fps=given["fps_B"],
         height_px=given["height_px_B"],

@@ -1,33 +1,22 @@
 """What an export target is to the rest of the package, and the choice of one by its name.
 
-A target is a module with the four functions of `Target`.  It saves one stage at a time and opens what was saved as plain
-functions of NumPy arrays; capturing, checking, the manifest and the loop are the same for all targets.
+A target is a module with the three functions of `Target`, which saves one stage at a time; what was saved is opened by its
+twin (`opening`).  Capturing, checking, the manifest and the loop are the same for all targets.
 
-Invariant: a target opens its artefacts from the files alone, never from what it still has in memory.
+Invariant: how stages are written is decided by `Options` alone.
 """
 
 import dataclasses
 import importlib
-import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Protocol, cast, get_args, runtime_checkable
 
 import numpy as np
 
 from sora_jax.config import DTypePolicy
+from sora_jax.export.entries import ArtefactEntry, Precision, TargetName, Weights
 from sora_jax.export.stages import Stage
-
-TargetName = Literal["stablehlo", "onnx", "coreml"]
-Precision = Literal["float32", "float16"]
-Weights = Literal["float", "int8", "lut6", "int4"]
-
-Artefact = dict[str, str]
-Runner = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
-
-
-class MissingExtraError(ValueError):
-    """A package of an optional extra is not installed; the message holds the pip line."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +51,7 @@ class Options:
 
 @runtime_checkable  # for the type checks of the tests
 class Target(Protocol):
-    """What a target's module has: the packages whose versions decide its artefacts, what was not verified, four functions."""
+    """What a target's module has: the packages whose versions decide its artefacts, what was not verified, three functions."""
 
     PACKAGES: tuple[str, ...]
     NOTE: str
@@ -71,7 +60,7 @@ class Target(Protocol):
         """Refuses what the target cannot do.
 
         Raises:
-          MissingExtraError: a package is missing, see `require`.
+          MissingExtraError: a package is missing, see `opening.require`.
           ValueError: the target has no such precision or weights.
         """
 
@@ -81,18 +70,11 @@ class Target(Protocol):
         The reference is always float32, and so are stages marked ``keep_float32``.
         """
 
-    def save(self, stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: Options) -> dict[str, Artefact]:
+    def save(self, stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: Options) -> dict[str, ArtefactEntry]:
         """Writes a stage's files into ``folder``, their names beginning with the stage's or its program's name.
 
-        Returns for every function of the stage where it is: ``file`` (relative to ``folder``) and what else `open_function`
+        Returns for every function of the stage where it is: ``file`` (relative to ``folder``) and what else its opener
         needs.  A file that exists already belongs to an earlier stage of the same program and is left as it is.
-        """
-
-    def open_function(self, folder: Path, artefact: Artefact) -> Runner:
-        """Returns a saved function: named arrays in (converted to the declared dtypes), named arrays out.
-
-        Raises:
-          MissingExtraError: what runs it is not installed.
         """
 
 
@@ -107,27 +89,7 @@ def target_module(name: str) -> Target:
     return cast(Target, importlib.import_module(f"sora_jax.export.{name}"))
 
 
-def require(extra: str, *modules: str) -> None:
-    """Refuses to go on where a package of an extra is missing.
-
-    Raises:
-      MissingExtraError: names the packages and the pip line that installs them.
-    """
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise MissingExtraError(f"{', '.join(missing)} not installed; install with: pip install 'sora_jax[{extra}]'")
-
-
 def refuse_weights(target: str, options: Options, *known: str) -> None:
     """Raises ValueError where a target does not have the weights that are asked for."""
     if options.weights not in known:
         raise ValueError(f"target {target} has no weights {options.weights!r}; it has {', '.join(known)}.")
-
-
-def rounded(inputs: Mapping[str, Any], dtypes: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the named inputs in the dtypes a function declares, in its order.
-
-    Raises:
-      KeyError: an input is missing.
-    """
-    return {name: np.asarray(inputs[name]).astype(dtype, copy=False) for name, dtype in dtypes.items()}

@@ -1,7 +1,8 @@
 """The process that exports a group of stages: reference, save, run what was saved, compare.
 
 ``python -m sora_jax.export.worker FOLDER STAGE...`` reads the job of an unfinished folder; the exporter starts one process
-after the other, so that nothing of a stage stays in memory.
+after the other, so that nothing of a stage stays in memory.  How far it is goes to standard output, a JSON line each; when
+standard input ends, the exporter is gone and so is this process.
 
 Invariant: an entry for the manifest is written only for a stage whose every function has passed its check.
 """
@@ -10,30 +11,36 @@ import functools
 import json
 import os
 import sys
+import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from sora_jax.config import ModelConfig
-from sora_jax.export import capture, check, manifest, stablehlo, stablehlo_sampler
-from sora_jax.export.host_program import stage_function
+from sora_jax.export import capture, check, describe, resident, stablehlo_open, stablehlo_sampler
+from sora_jax.export.contents import Contents
+from sora_jax.export.entries import SamplerEntry, SamplingEntry, StageEntry
+from sora_jax.export.host_program import guided
 from sora_jax.export.job import WORK, Job, load_values, save_values
+from sora_jax.export.opening import Runner, open_function
+from sora_jax.export.phases import stage_function
 from sora_jax.export.size import Size
 from sora_jax.export.stages import Function, Stage, load_parameters
-from sora_jax.export.targets import Runner, target_module
+from sora_jax.export.targets import target_module
 from sora_jax.process import peak_bytes
 from sora_jax.sampling.schedule import OPEN_SORA_TIMESTEPS
 
 SAMPLER = "sampler"  # the name of the group that writes the sampler programs
 
 Cases = dict[str, tuple[capture.Values, dict[str, Any]]]  # inputs and reference outputs by case
+Tell = Callable[[str, float], Any]  # takes a stage's name and how much of it is done
 
 
-def run_group(folder: Path, names: list[str]) -> None:
+def run_group(folder: Path, names: list[str], tell: Tell) -> None:
     """Exports the named stages and leaves their manifest entries in the work folder."""
     job = Job.read(folder)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -42,101 +49,135 @@ def run_group(folder: Path, names: list[str]) -> None:
     config = ModelConfig(**{network: entry.config for network, entry in networks.items()})
     exported = job.exported_stages(config)
     values = {size.key: load_values(folder, size) for size in job.sizes}
-    compiled: dict[tuple[str, str], Any] = {}
     if names == [SAMPLER]:
-        _write_entry(folder, SAMPLER, _export_sampler(job, config, exported, folder, values))
+        _write_entry(folder, SAMPLER, _export_sampler(job, config, exported, folder, values, tell))
         return
+    references = _References(values)
     for stage in job.reference_stages(config):
         if stage.name not in names:
             continue
+        tell(stage.name, 0.0)
         params = load_parameters(networks[stage.network], stage)
-        cases: dict[str, Cases] = {}
         if stage.name in exported:
-            cases = {function.name: _reference(compiled, stage, function, params, values) for function in stage.functions}
-            saved = exported[stage.name]
-            narrowed = {name: params[name].astype(spec.dtype, copy=False) for name, spec in saved.program.abstract.items()}
-            entry = _export_stage(job, saved, narrowed, folder, cases)
+            entry = _export_stage(job, stage, exported[stage.name], params, folder, references, tell)
             _write_entry(folder, stage.name, entry)
         for size in job.sizes:
-            made = next(function for function in stage.functions if size.key in function.sizes)
-            known = cases.get(made.name) if size.key == made.sizes[0] else None
-            _, outputs = (known or _reference(compiled, stage, made, params, values, size=size))["captured"]
+            outputs = references.outputs(stage, params, size)
             values[size.key] = capture.after_stage(stage, values[size.key], outputs, job.guidance)
     for size in job.sizes:
         save_values(folder, size, values[size.key])
 
 
-def _reference(
-    compiled: dict[tuple[str, str], Any],
-    stage: Stage,
-    function: Function,
-    params: Mapping[str, np.ndarray],
-    values: Mapping[str, capture.Values],
-    size: Size | None = None,
-) -> Cases:
-    """Returns inputs and JAX's outputs of a function; for a given size as captured only."""
-    key = (stage.program.name, function.name)
-    if key not in compiled:
-        compiled[key] = jax.jit(lambda params, given: function.call(params, **given))
-    inputs = capture.stage_inputs(function, values[size.key if size else function.sizes[0]])
-    given = {"captured": inputs}
-    moved = check.with_outliers(inputs)
-    if moved is not None and size is None:
-        given["outliers"] = moved
-    return {case: (arrays, jax.device_get(compiled[key](params, arrays))) for case, arrays in given.items()}
+class _References:
+    """JAX's own results for the captured values; stages of one program share what is compiled."""
+
+    def __init__(self, values: Mapping[str, capture.Values]):
+        self.values = values
+        self._compiled: dict[tuple[str, str], Any] = {}
+        self._known: dict[tuple[str, str, str], dict[str, Any]] = {}
+
+    def cases(self, stage: Stage, function: Function, params: Mapping[str, np.ndarray]) -> Cases:
+        """Returns inputs and outputs of a function for its first size, as captured and, of streams, with outliers."""
+        inputs = capture.stage_inputs(function, self.values[function.sizes[0]])
+        given = {"captured": inputs}
+        moved = check.with_outliers(inputs)
+        if moved is not None:
+            given["outliers"] = moved
+        cases = {case: (arrays, self._run(stage, function, params, arrays)) for case, arrays in given.items()}
+        self._known = {(stage.name, function.name, function.sizes[0]): cases["captured"][1]} | {
+            key: outputs for key, outputs in self._known.items() if key[0] == stage.name
+        }
+        return cases
+
+    def outputs(self, stage: Stage, params: Mapping[str, np.ndarray], size: Size) -> dict[str, Any]:
+        """Returns the captured outputs of the function by which a stage goes on for a size."""
+        function = next(function for function in stage.functions if size.key in function.sizes)
+        known = self._known.get((stage.name, function.name, size.key))
+        inputs = capture.stage_inputs(function, self.values[size.key])
+        return self._run(stage, function, params, inputs) if known is None else known
+
+    def _run(
+        self, stage: Stage, function: Function, params: Mapping[str, np.ndarray], inputs: capture.Values
+    ) -> dict[str, Any]:
+        key = (stage.program.name, function.name)
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(lambda params, given: function.call(params, **given))
+        return cast(dict[str, Any], jax.device_get(self._compiled[key](params, inputs)))
 
 
 def _export_stage(
-    job: Job, stage: Stage, params: Mapping[str, np.ndarray], folder: Path, cases: Mapping[str, Cases]
-) -> dict[str, Any]:
+    job: Job,
+    reference: Stage,
+    stage: Stage,
+    params: Mapping[str, np.ndarray],
+    folder: Path,
+    references: _References,
+    tell: Tell,
+) -> StageEntry:
     """Returns the entry of a stage that was saved, run and found exact enough."""
-    target = target_module(job.target)
-    artefacts = target.save(stage, params, folder, job.options)
+    steps = 3 * len(stage.functions)  # references, saving, checks
+    cases: dict[str, Cases] = {}
+    for function in reference.functions:
+        cases[function.name] = references.cases(reference, function, params)
+        tell(stage.name, len(cases) / steps)
+    narrowed = {name: params[name].astype(spec.dtype, copy=False) for name, spec in stage.program.abstract.items()}
+    artefacts = target_module(job.target).save(stage, narrowed, folder, job.options)
+    entry = describe.stage_entry(stage, job.options, artefacts)
     limits = check.limits(job.options.precision_of(stage), job.options.weights_of(stage))
-    functions = []
-    for function in stage.functions:
-        artefact = artefacts[function.name]
-        run = target.open_function(folder, artefact)
-        checks = _checked(f"{stage.name} {function.name}", run, cases[function.name], limits)
-        functions.append(manifest.function_entry(function, artefact, checks))
-    return manifest.stage_entry(stage, job.options.precision_of(stage), functions, peak_bytes())
+    for number, function_entry in enumerate(entry["functions"]):
+        tell(stage.name, (2 * len(stage.functions) + number) / steps)
+        run = open_function(job.target, Contents(folder, None), entry, function_entry)
+        name = function_entry["name"]
+        function_entry["checks"] = [one.to_dict() for one in _checked(f"{stage.name} {name}", run, cases[name], limits)]
+    entry["peak_rss_bytes"] = peak_bytes()
+    tell(stage.name, 1.0)
+    return entry
 
 
-def _checked(where: str, run: Runner, cases: Cases, limits: check.Limits) -> list[dict[str, Any]]:
+def _checked(where: str, run: Runner, cases: Cases, limits: check.Limits) -> list[check.Check]:
+    """Returns the measurements of a function that keeps its limits."""
     checks = []
     for case, (inputs, reference) in cases.items():
         measured = check.compare(case, inputs, reference, run(inputs), limits)
         check.require_passed(where, measured)
-        checks += [one.to_dict() for one in measured]
+        checks += measured
     return checks
 
 
 def _export_sampler(
-    job: Job, config: ModelConfig, exported: Mapping[str, Stage], folder: Path, values: Mapping[str, capture.Values]
-) -> dict[str, Any]:
+    job: Job,
+    config: ModelConfig,
+    exported: Mapping[str, Stage],
+    folder: Path,
+    values: Mapping[str, capture.Values],
+    tell: Tell,
+) -> SamplerEntry:
     """Returns the entry of the sampler programs.
 
     One step of each, to the end, is compared with the captured evaluation; two, of which the first merges, with the stages.
     """
+    tell(SAMPLER, 0.0)
     stages = [stage for stage in exported.values() if stage.network == "stdit3"]
-    policy = target_module(job.target).policy(job.options)
+    contents, policy = Contents(folder, None), target_module(job.target).policy(job.options)
     functions = stablehlo_sampler.sampler_functions(config, job.sizes, stages, policy=policy)
     artefacts = stablehlo_sampler.save(functions, stages, folder, int8=job.options.weights == "int8")
+    entries = [describe.function_entry(function, artefacts[function.name]) for function in functions]
     limits = check.limits(job.options.precision, job.options.weights).relaxed(check.WHOLE_NETWORK_DB)
-    saved = [json.loads((folder / WORK / f"{stage.name}.json").read_text("utf-8")) for stage in stages]
-    cases = {size.key: _sampler_cases(job, saved, folder, size.key, values[size.key]) for size in job.sizes}
-    stablehlo.program.cache_clear()  # the stages' programs, which the cases needed
-    opened = {function.name: stablehlo_sampler.open_sampler(folder, artefacts[function.name]) for function in functions}
-    params = stablehlo_sampler.read_params(folder, artefacts[functions[0].name])
-    entries = []
-    for function in functions:
-        run = functools.partial(opened[function.name], params)
-        checks = _checked(f"sampler {function.name}", run, cases[function.sizes[0]], limits)
-        entries.append(manifest.function_entry(function, artefacts[function.name], checks))
+    saved: list[StageEntry] = [json.loads((folder / WORK / f"{stage.name}.json").read_text("utf-8")) for stage in stages]
+    cases = {size.key: _sampler_cases(job, saved, contents, size.key, values[size.key]) for size in job.sizes}
+    tell(SAMPLER, 0.4)
+    stablehlo_open.program.cache_clear()  # the stages' programs, which the cases needed
+    opened = [resident.open_sampler(contents, entry) for entry in entries]
+    tell(SAMPLER, 0.8)
+    params = resident.read_params(contents, saved, opened[0][0])
+    for entry, (_, call) in zip(entries, opened, strict=True):
+        checks = _checked(f"sampler {entry['name']}", functools.partial(call, params), cases[entry["sizes"][0]], limits)
+        entry["checks"] = [one.to_dict() for one in checks]
+    tell(SAMPLER, 1.0)
     return {"peak_rss_bytes": peak_bytes(), "functions": entries}
 
 
-def _sampler_cases(job: Job, saved: list[dict[str, Any]], folder: Path, size: str, values: capture.Values) -> Cases:
+def _sampler_cases(job: Job, saved: list[StageEntry], contents: Contents, size: str, values: capture.Values) -> Cases:
     """Returns inputs and latents of one captured step, and of two steps through the saved stages of a size."""
     first = float(values["t_B"][0])
     given = values | {"z_BTHWC": values["noise_BTHWC"]}
@@ -148,9 +189,9 @@ def _sampler_cases(job: Job, saved: list[dict[str, Any]], folder: Path, size: st
         known = given | {"z_BTHWC": z, "t_B": np.full_like(values["t_B"], time)}
         for stage in saved:
             function = stage_function(stage, size, "merged" if step < merged else "full")
-            run = target_module(job.target).open_function(folder, function["artefact"])
+            run = open_function(job.target, contents, stage, function)
             known = known | run({tensor["name"]: known[tensor["name"]] for tensor in function["inputs"]})
-        z = z + capture.guided(known["v_RTHWC"], job.guidance) * np.float32((time - after) / OPEN_SORA_TIMESTEPS)
+        z = z + guided(known["v_RTHWC"], job.guidance) * np.float32((time - after) / OPEN_SORA_TIMESTEPS)
     cases["two_steps"] = (given | sampler_numbers(times, merged, job.guidance), z)
     steps = {"captured": 1, "two_steps": 2}
     return {
@@ -161,33 +202,50 @@ def _sampler_cases(job: Job, saved: list[dict[str, Any]], folder: Path, size: st
 
 def sampler_numbers(visited: list[float], merge_steps: int, guidance: float) -> dict[str, np.ndarray]:
     """Returns the sampler's numbers for steps at these times, the last one to the end, without a leap."""
-    num_steps = len(visited)
-    times = np.zeros(stablehlo_sampler.CAPACITY + 1, np.float32)
-    times[:num_steps] = visited
-    whole = {
-        "num_steps": num_steps,
+    sampling: SamplingEntry = {
+        "num_steps": len(visited),
+        "num_timesteps": OPEN_SORA_TIMESTEPS,
+        "guidance": guidance,
         "merge_steps": merge_steps,
-        "leap_index": num_steps - 1,
-        "leap_first": num_steps,
-        "leap_patience": 1,
+        "leap": {"mode": "off", "index": None, "tolerance": 0.0, "min_share": 1.0, "patience": 1},
     }
-    return {
-        "times": times,
-        "guidance": np.asarray(guidance, np.float32),
-        "leap_tolerance": np.asarray(0, np.float32),
-        **{name: np.asarray(value, np.int32) for name, value in whole.items()},
-    }
+    times = np.asarray(visited, np.float32)
+    return resident.sampler_numbers(times, stablehlo_sampler.CAPACITY + 1, sampling, first=len(visited))
 
 
 def _write_entry(folder: Path, name: str, entry: Any) -> None:
     (folder / WORK / f"{name}.json").write_text(json.dumps(entry), encoding="utf-8")
 
 
+def _end_with_the_exporter() -> None:
+    """Ends this process when standard input ends: the exporter holds its other end for as long as it lives."""
+
+    def wait() -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _channel() -> Tell:
+    """Returns what writes lines to the exporter; whatever else a library prints goes to standard error."""
+    lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def tell(stage: str, share: float) -> None:
+        lines.write(json.dumps({"stage": stage, "share": share}) + "\n")
+        lines.flush()
+
+    return tell
+
+
 def main(arguments: list[str]) -> int:
     """Runs the group; a failure is left in the work folder for the exporter to report."""
     folder = Path(arguments[0])
+    _end_with_the_exporter()
     try:
-        run_group(folder, arguments[1:])
+        run_group(folder, arguments[1:], _channel())
     except Exception as error:
         report = {"kind": type(error).__name__, "input": isinstance(error, ValueError), "message": str(error)}
         report["traceback"] = traceback.format_exc()

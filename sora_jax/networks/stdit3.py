@@ -21,7 +21,7 @@ from sora_jax.networks.layers import Linear, gelu, lifted, linear
 from sora_jax.networks.positions import SINUSOID_SIZE, position_embedding, sinusoid
 from sora_jax.networks.stdit3_block import Conditioning, STDiT3Block, modulated
 
-__all__ = ["Conditioning", "Embed", "Final", "STDiT3", "STDiT3Block"]
+__all__ = ["Conditioning", "Embed", "Final", "STDiT3", "STDiT3Block", "with_null_caption"]
 
 
 class STDiT3(nnx.Module):
@@ -251,6 +251,11 @@ class Final(nnx.Module):
     def _modulation(self, t_BD: Array) -> tuple[Array, Array]:
         mod_B12D = lifted(self.scale_shift_table[...], 4).astype(jnp.float32) + t_BD[:, None, None, :]
         return mod_B12D[:, :, :1], mod_B12D[:, :, 1:]
+
+
+def with_null_caption(caption_BLE: Float[Array, "B L E"], null_LE: Float[Array, "L E"]) -> Float[Array, "R L E"]:
+    """Returns the captions of guided rows: those of the batch, then the null caption once for each of them."""
+    return jnp.concatenate([caption_BLE, jnp.broadcast_to(lifted(null_LE, 3).astype(caption_BLE.dtype), caption_BLE.shape)])
 
 
 def _tiled(x: Array, batch: int, name: str) -> Array:

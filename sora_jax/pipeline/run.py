@@ -19,7 +19,7 @@ from jaxtyping import Float
 from sora_jax.inputs import prompt, sizes
 from sora_jax.inputs import references as conditioning
 from sora_jax.inputs.tokenizer import Tokenizer
-from sora_jax.networks.stdit3 import STDiT3
+from sora_jax.networks.stdit3 import STDiT3, with_null_caption
 from sora_jax.networks.vae.codec import latent_size
 from sora_jax.pipeline.coders import Coders
 from sora_jax.pipeline.open_model import Networks
@@ -300,17 +300,16 @@ class Generation:
 
     def velocity(self, stdit3: STDiT3 | StreamedSTDiT3, caption_BLE: np.ndarray, mask_BL: np.ndarray) -> Velocity:
         """Returns the velocity with its conditions; with guidance the null captions follow the prompts' captions."""
-        settings = self.settings
+        settings, caption_RLE = self.settings, jnp.asarray(caption_BLE)
         if settings.guided:
-            null_LE = np.asarray(stdit3.null_caption_LE).astype(caption_BLE.dtype)
-            caption_BLE = np.concatenate([caption_BLE, np.broadcast_to(null_LE, caption_BLE.shape)])
+            caption_RLE = with_null_caption(caption_RLE, jnp.asarray(stdit3.null_caption_LE))
         sizes_1 = sizes.size_conditions(
             1, height=settings.height, width=settings.width, num_frames=settings.num_frames, fps=settings.fps
         )
         fps, height_px, width_px = (jnp.asarray(sizes_1[name]) for name in ("fps_B", "height_px_B", "width_px_B"))
         return Velocity(
             network=stdit3,
-            caption_RLE=jnp.asarray(caption_BLE),
+            caption_RLE=caption_RLE,
             mask_BL=jnp.asarray(mask_BL),
             fps=fps,
             height_px=height_px,

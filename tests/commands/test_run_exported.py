@@ -1,12 +1,16 @@
-"""``sora-jax run-exported`` refuses in one line; its clip is compared in tests/export/test_export_targets.py."""
+"""``sora-jax run-exported`` refuses in one line; its clip is compared in tests/export/test_targets.py."""
+
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from sora_jax.commands import main
-from sora_jax.export import ExportedModel, coreml, manifest, onnx
-from sora_jax.export.targets import MissingExtraError
-from tests.export.test_export_check import complete_manifest
+from sora_jax.export import ExportedModel, manifest
+from sora_jax.export.contents import Contents
+from sora_jax.export.entries import TargetName
+from sora_jax.export.opening import MissingExtraError, open_function
+from tests.support.exports import complete_manifest, write_folder
 
 pytest.importorskip("jsonschema", reason="manifests are validated with jsonschema (extra stablehlo, onnx or coreml)")
 
@@ -18,43 +22,34 @@ pytest.importorskip("jsonschema", reason="manifests are validated with jsonschem
         (("--size", "20x16x16"), "was not exported for size 20x16x16; it has 20x16x32"),
         (("--leap", "never"), "leap is 'never'; expected off, dynamic, or the number of a step"),
         (("-o", "clip.avi"), "avi"),
+        (("--steps", "0"), "num_steps is 0; expected a whole number from 1"),
+        (("--guidance", "nan"), "guidance is nan; expected a number, at most 1000"),
     ],
 )
 def test_an_exported_folder_that_cannot_make_the_clip_says_why(tmp_path, capsys, arguments, message):
-    made = complete_manifest()
-    if arguments:
-        made["tokens"]["file"] = "a"
-    manifest.write(tmp_path, made)
-    (tmp_path / "a").write_bytes(b"x")
+    write_folder(tmp_path, complete_manifest(tokenizer="a" if arguments else None))
     assert main.main(["run-exported", str(tmp_path), "a red circle", *arguments]) == main.BAD_INPUT
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"leap": {"mode": "released"}}, "leap mode is 'released'; expected off, static or dynamic."),
-        ({"loop": "Sampler"}, "loop is 'Sampler'; expected stages or sampler."),
-        ({"num_steps": 0}, "num_steps 0, merge_steps 0; expected at least 1 and 0."),
-    ],
-)
-def test_what_an_exported_model_cannot_do_is_refused_before_anything_runs(tmp_path, options, message):
-    manifest.write(tmp_path, complete_manifest())
-    (tmp_path / "a").write_bytes(b"x")
+def test_a_loop_that_there_is_not_is_refused_before_anything_runs(tmp_path):
+    write_folder(tmp_path, complete_manifest())
     model = ExportedModel(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        model(np.ones((1, 4), int), np.ones((1, 4), bool), np.zeros((1, 5, 2, 4, 4)), **options)
+    with pytest.raises(ValueError, match=r"loop is 'Sampler'; expected stages or sampler\."):
+        model(np.ones((1, 4), int), np.ones((1, 4), bool), np.zeros((1, 5, 2, 4, 4)), loop="Sampler")
     assert not model.loaded
 
 
 def test_a_missing_extra_is_named_with_its_pip_line(tmp_path, monkeypatch):
+    write_folder(tmp_path, complete_manifest())
+    stage = manifest.read(tmp_path)["stages"][0]
+    contents, function = Contents(tmp_path, None), stage["functions"][0]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for extra, call in (
-        ("stablehlo", lambda: manifest.validate({})),
-        ("onnx", lambda: onnx.open_function(tmp_path, {"file": "a.onnx"})),
-        ("coreml", lambda: coreml.open_function(tmp_path, {"file": "a.mlpackage"})),
+        ("onnx", lambda: manifest.read(tmp_path)),
+        *((target, lambda target=target: open_function(target, contents, stage, function)) for target in get_args(TargetName)),
     ):
         with pytest.raises(MissingExtraError, match=rf"pip install 'sora_jax\[{extra}\]'"):
             call()

@@ -16,7 +16,9 @@ pytest.importorskip("coremltools", reason="the coreml extra (coremltools, stable
 pytest.importorskip("stablehlo_coreml", reason="the coreml extra (coremltools, stablehlo-coreml) is not installed")
 
 from sora_jax.config import FLOAT32, DTypePolicy, ModelConfig, open_sora_1_2
-from sora_jax.export import check, coreml, mil_check
+from sora_jax.export import check, coreml, coreml_open, describe, mil_check
+from sora_jax.export.contents import Contents
+from sora_jax.export.entries import ArtefactEntry
 from sora_jax.export.mil_package import Package
 from sora_jax.export.size import Size
 from sora_jax.export.stages import Stage, list_stages
@@ -69,7 +71,7 @@ def random_inputs(specs: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def saved(
     folder: Path, name: str, options: Options, *, num_functions: int | None = None, **given: Any
-) -> tuple[Stage, dict[str, dict[str, str]]]:
+) -> tuple[Stage, dict[str, ArtefactEntry]]:
     stage = stage_of(name, **{"policy": coreml.policy(options), **given})
     stage = with_functions(stage, num_functions)
     return stage, coreml.save(stage, random_params(stage), folder, options)
@@ -83,7 +85,7 @@ def with_functions(stage: Stage, count: int | None) -> Stage:
 def measured(
     folder: Path,
     stage: Stage,
-    artefacts: Mapping[str, dict[str, str]],
+    artefacts: Mapping[str, ArtefactEntry],
     options: Options,
     *,
     config: ModelConfig = SMALL,
@@ -92,9 +94,11 @@ def measured(
     """Returns the comparison of every saved function with JAX in its usual form, on plain inputs and on outliers."""
     limits = check.limits(options.precision_of(stage), options.weights_of(stage))
     params, checks = random_params(stage), []
+    entry = describe.stage_entry(stage, options, artefacts)
+    by_name = {function["name"]: function for function in entry["functions"]}
     for function in stage_of(stage.name, config=config, sizes=sizes, policy=FLOAT32).functions[: len(artefacts)]:
         call = jax.jit(lambda params, given, function=function: function.call(params, **given))
-        run = coreml.open_function(folder, artefacts[function.name])
+        run = coreml_open.open_function(Contents(folder, None), entry, by_name[function.name])
         inputs = random_inputs(function.inputs)
         for case, given in (("captured", inputs), ("outliers", check.with_outliers(inputs))):
             if given is not None:
@@ -107,7 +111,7 @@ def weight_bytes(package: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Stage, dict[str, dict[str, str]], Options]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Stage, dict[str, ArtefactEntry], Options]:
     """A float16 pair with its full and merged functions for two sizes."""
     folder = tmp_path_factory.mktemp("pair")
     options = Options(precision="float16", metadata={"model": "toy", "licence": "Apache-2.0", "source": "0" * 64})

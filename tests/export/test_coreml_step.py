@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,7 +11,7 @@ pytest.importorskip("stablehlo_coreml", reason="the coreml extra (coremltools, s
 pytest.importorskip("jsonschema", reason="manifests are validated with jsonschema (the coreml extra)")
 
 from sora_jax import Pipeline
-from sora_jax.export import ExportedModel, check, exporter, worker
+from sora_jax.export import ExportedModel, check, exporter
 from sora_jax.export.size import Size
 from sora_jax.inputs import prompt
 from sora_jax.sampling import noise
@@ -24,13 +23,11 @@ LATENTS_DB = {"float32": 90.0, "float16": 40.0}
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_one_step_is_the_pipelines(tiny_model: Path, tmp_path: Path, monkeypatch: Any, precision: Any) -> None:
-    monkeypatch.setattr(exporter, "_run_process", lambda folder, names: worker.run_group(folder, list(names)))
+def test_one_step_is_the_pipelines(tiny_model: Path, tmp_path: Path, precision: Any) -> None:
     size = {"num_frames": SIZE.num_frames, "height": SIZE.height, "width": SIZE.width}
-    before = jax.config.jax_compilation_cache_dir
     made = exporter.export(tiny_model, tmp_path / "out", target="coreml", precision=precision, **size)
-    jax.config.update("jax_compilation_cache_dir", before)
     assert any("Apple hardware" in note for note in made["notes"])
     pipeline = Pipeline.from_pretrained(tiny_model)
     model = ExportedModel(tmp_path / "out", keep=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sora_jax.config import FLOAT32
-from sora_jax.export import stablehlo_sampler
+from sora_jax.export import resident, stablehlo_sampler
 from sora_jax.export.size import Size
 from sora_jax.export.stages import list_stages
 from tests.support.tiny_model import CONFIG
@@ -23,7 +23,7 @@ def temporary_bytes(folder: Path, depth: int) -> int:
     stages = list_stages(config, (SIZE,), parts=("stdit3",), policy=FLOAT32)
     functions = stablehlo_sampler.sampler_functions(config, (SIZE,), stages, policy=FLOAT32)
     artefact = stablehlo_sampler.save(functions[:1], stages, folder, int8=False)[functions[0].name]
-    compiled, _ = stablehlo_sampler._compiled(folder / artefact["file"], 0)
+    compiled = resident._compiled(folder / artefact["file"], 0)
     return compiled.memory_analysis().temp_size_in_bytes
 
 
