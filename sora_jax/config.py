@@ -17,7 +17,7 @@ DType = type[Any] | np.dtype[Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DTypePolicy:
-    """Which dtype parameters are stored in, activations are computed in, and reductions accumulate in: always float32.
+    """Which dtype parameters are stored in and activations are computed in; sums and statistics are always float32.
 
     ``half_range`` is for programs that a converter turns into float16 throughout, float32 statistics included: norms scale
     their input first and attention keeps its sums small, so that nothing leaves float16's range.  Equal in exact arithmetic.
@@ -25,16 +25,11 @@ class DTypePolicy:
 
     param: DType
     compute: DType
-    accumulate: DType
     half_range: bool = False
 
-    def __post_init__(self) -> None:
-        if np.dtype(self.accumulate) != np.float32:
-            raise ValueError(f"accumulate is {np.dtype(self.accumulate)}; expected float32, in which sums and statistics are.")
 
-
-FLOAT32 = DTypePolicy(param=np.float32, compute=np.float32, accumulate=np.float32)
-BFLOAT16 = DTypePolicy(param=ml_dtypes.bfloat16, compute=ml_dtypes.bfloat16, accumulate=np.float32)
+FLOAT32 = DTypePolicy(param=np.float32, compute=np.float32)
+BFLOAT16 = DTypePolicy(param=ml_dtypes.bfloat16, compute=ml_dtypes.bfloat16)
 
 
 def policy_of(dtype: str) -> DTypePolicy:

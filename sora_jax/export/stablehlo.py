@@ -41,7 +41,7 @@ PACKAGES = ("jaxlib",)
 NOTE = "Every program was run after saving on the CPU; its cuda and tpu versions were not."
 
 # Float16 arrays, float32 sums and statistics: what the networks do with any compute dtype.
-FLOAT16 = DTypePolicy(param=jnp.float16, compute=jnp.float16, accumulate=jnp.float32)
+FLOAT16 = DTypePolicy(param=jnp.float16, compute=jnp.float16)
 
 # By program, the axes whose length may be any; letters as in the names of the inputs.
 SYMBOLIC: Mapping[str, str] = {

@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float
 
 from sora_jax.config import FLOAT32, DTypePolicy, STDiT3Config
 from sora_jax.networks import merging
-from sora_jax.networks.layers import Linear, RMSNorm, attention, gelu, layer_norm, lifted
+from sora_jax.networks.attention import attention
+from sora_jax.networks.layers import Linear, RMSNorm, gelu, layer_norm, lifted
 from sora_jax.networks.positions import rotate
 
 NORM_EPSILON = 1e-6

@@ -1,9 +1,9 @@
 """The T5 v1.1 encoder: token ids to caption features.
 
 The relative position bias depends on the sequence length only, so it is computed once, by ``embed``, and handed to every
-block.  ``embed``, each ``block[i]`` and ``final`` can be called one at a time, as export does; `T5Encoder.segments` are the
-halves of blocks that the host loop runs one at a time.  There is no decoder, no dropout and no cache here, and this module
-reads no file.
+block.  ``embed``, each ``block[i]`` and ``final`` can be called one at a time, as export does; a block is cut between its
+methods ``attend`` and ``feed_forward``, which the host loop runs one at a time (`T5Encoder.segments`).  There is no decoder,
+no dropout and no cache here, and this module reads no file.
 """
 
 import math
@@ -16,8 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax.config import FLOAT32, DTypePolicy, T5Config
-from sora_jax.networks.layers import Linear, RMSNorm, attention, gelu
-from sora_jax.networks.segments import Segment, run
+from sora_jax.networks.attention import attention
+from sora_jax.networks.layers import Linear, RMSNorm, gelu
+from sora_jax.networks.segment import Segment
 
 
 def position_buckets(length: int, config: T5Config) -> Int[np.ndarray, "L L"]:
@@ -115,14 +116,27 @@ class T5Block(nnx.Module):
         mask_BL: Bool[Array, "B L"] | None,
     ) -> Float[Array, "B L E"]:
         """Returns the hidden states after this block, in the dtype of ``x_BLE``."""
-        return run(self, self.segments(), x_BLE, bias_1NLL, mask_BL)
+        return self.feed_forward(self.attend(x_BLE, bias_1NLL, mask_BL))
+
+    def attend(
+        self,
+        x_BLE: Float[Array, "B L E"],
+        bias_1NLL: Float[Array, "1 N L L"],
+        mask_BL: Bool[Array, "B L"] | None,
+    ) -> Float[Array, "B L E"]:
+        """Returns the hidden states after the block's first half."""
+        return x_BLE + self.attn(self.attn_norm(x_BLE), bias_1NLL, mask_BL)
+
+    def feed_forward(self, x_BLE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
+        """Returns the hidden states after the block's second half."""
+        return x_BLE + self.mlp(self.mlp_norm(x_BLE))
 
     @staticmethod
-    def segments(prefix: str = "") -> list[Segment]:
-        """Returns the two halves of a block, whose submodules have names that begin with ``prefix``."""
+    def segments() -> list[Segment]:
+        """Returns the two halves of a block; the first takes position bias and mask as context."""
         return [
-            Segment((f"{prefix}attn_norm", f"{prefix}attn"), _attended),
-            Segment((f"{prefix}mlp_norm", f"{prefix}mlp"), _fed_forward),
+            Segment(T5Block.attend, parts=("attn_norm", "attn"), takes_context=True),
+            Segment(T5Block.feed_forward, parts=("mlp_norm", "mlp")),
         ]
 
 
@@ -148,29 +162,15 @@ class T5Encoder(nnx.Module):
             their own, as in the source; ``None`` means that all tokens are real.
         """
         x_BLE, bias_1NLL = self.embed(ids_BL)
-        return run(self, self.segments(self.config), x_BLE, bias_1NLL, mask_BL)
+        for block in self.block:
+            x_BLE = block(x_BLE, bias_1NLL, mask_BL)
+        return self.final(x_BLE)
 
     @staticmethod
     def segments(config: T5Config) -> list[Segment]:
-        """Returns what follows ``embed``; every segment takes hidden states, position bias and mask."""
-        halves = [segment for i in range(config.num_layers) for segment in T5Block.segments(f"block.{i}.")]
-        return [*halves, Segment(("final",), _normed)]
-
-
-def _attended(
-    norm: RMSNorm, attn: T5Attention, x_BLE: Array, bias_1NLL: Array, mask_BL: Bool[Array, "B L"] | None
-) -> Float[Array, "B L E"]:
-    return x_BLE + attn(norm(x_BLE), bias_1NLL, mask_BL)
-
-
-def _fed_forward(
-    norm: RMSNorm, mlp: T5MLP, x_BLE: Array, bias_1NLL: Array, mask_BL: Bool[Array, "B L"] | None
-) -> Float[Array, "B L E"]:
-    return x_BLE + mlp(norm(x_BLE))
-
-
-def _normed(final: RMSNorm, x_BLE: Array, bias_1NLL: Array, mask_BL: Bool[Array, "B L"] | None) -> Float[Array, "B L E"]:
-    return final(x_BLE)
+        """Returns what follows ``embed``, cut: hidden states in and out; the context is the position bias and the mask."""
+        halves = [half.inside("block", i) for i in range(config.num_layers) for half in T5Block.segments()]
+        return [*halves, Segment(RMSNorm.__call__, ("final",))]
 
 
 def _linear(in_features: int, out_features: int, *, fan_in: int, policy: DTypePolicy, rngs: nnx.Rngs) -> Linear:

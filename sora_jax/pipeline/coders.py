@@ -20,7 +20,7 @@ from sora_jax.streaming import host_loop
 from sora_jax.streaming.memory_plan import MemoryPlan
 from sora_jax.streaming.segment_loop import SegmentLoop
 
-FRAME_PIXELS = 2**19  # pixels that the spatial autoencoder holds at a time; its activations are hundreds of bytes for each
+FRAME_PIXELS = 2**19  # that the spatial autoencoder in memory takes at a time: eight times `host_loop.FRAME_PIXELS`
 
 
 class Coders:

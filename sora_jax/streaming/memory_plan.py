@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sora_jax.config import ModelConfig
-from sora_jax.networks.segments import Segment, within
+from sora_jax.networks.segment import Segment
 from sora_jax.networks.t5 import T5Encoder
-from sora_jax.networks.vae.codec import chunks, latent_size
-from sora_jax.networks.vae.temporal import TemporalDecoder, TemporalEncoder
+from sora_jax.networks.vae.codec import VAE, chunks, latent_size
 from sora_jax.storage.directory import STORED_DTYPES, Manifest
 from sora_jax.storage.quantisation import SCALE_SUFFIX
 from sora_jax.streaming import activations
@@ -204,15 +203,15 @@ def _denoise(
 def _encode(
     manifests: Mapping[str, Manifest], config: ModelConfig, workload: Workload, baseline: int, budget: int | None
 ) -> StagePlan:
-    segments = within("temporal_encoder", TemporalEncoder.segments(config.vae.temporal))
-    return _autoencoder(manifests["vae"], config, workload, baseline, budget, "encode", segments)
+    by_frame, *over_time = VAE.encode_segments(config.vae)
+    return _autoencoder(manifests["vae"], config, workload, baseline, budget, "encode", over_time, by_frame)
 
 
 def _decode(
     manifests: Mapping[str, Manifest], config: ModelConfig, workload: Workload, baseline: int, budget: int | None
 ) -> StagePlan:
-    segments = within("temporal_decoder", TemporalDecoder.segments(config.vae.temporal))
-    return _autoencoder(manifests["vae"], config, workload, baseline, budget, "decode", segments)
+    *over_time, by_frame = VAE.decode_segments(config.vae, config.vae.micro_frame_size)
+    return _autoencoder(manifests["vae"], config, workload, baseline, budget, "decode", over_time, by_frame)
 
 
 def _autoencoder(
@@ -222,16 +221,15 @@ def _autoencoder(
     baseline: int,
     budget: int | None,
     name: str,
-    segments: Sequence[Segment],
+    over_time: Sequence[Segment],
+    by_frame: Segment,
 ) -> StagePlan:
     """Returns the wider of the temporal part, streamed for every chunk, and the spatial one, which is read once."""
     decoder, vae, batch = name == "decode", config.vae, workload.batch
     _, rows, columns = latent_size(vae, workload.num_frames, workload.height, workload.width)
     pixels = rows * columns * vae.spatial.downsampling**2
     lengths = [chunk.num_frames for chunk in chunks(vae, workload.num_frames)]
-    sizes = _segment_bytes(manifest, segments)
-    spatial = Segment((f"spatial_{name}r",), lambda network, x: x)
-    (spatial_bytes,) = _segment_bytes(manifest, [spatial])
+    sizes, (spatial_bytes,) = _segment_bytes(manifest, over_time), _segment_bytes(manifest, [by_frame])
     at_a_time = max(part.stop - part.start for part in frame_batches(batch * max(lengths), pixels))
     held = activations.video_bytes(batch, workload.num_frames, pixels)
     cast = 4 * (spatial_bytes // _itemsize(manifest)) if workload.dtype != manifest.dtype else 0
@@ -243,17 +241,17 @@ def _autoencoder(
         + activations.spatial_flops(vae.spatial, frames, pixels, decoder=decoder)
         for frames in lengths
     )
-    over_time = StagePlan(
+    temporal_half = StagePlan(
         **common,
         parameters=max(sizes),
         activations=activations.temporal_bytes(vae.temporal, batch, max(lengths), rows * columns) + held // 3,
         staging=max(sizes),
         num_slots=2,
     )
-    by_frame = StagePlan(**common, parameters=spatial_bytes, activations=spatial_activations + held, staging=0, num_slots=2)
-    over_time = _within_budget(over_time, budget)
-    wider = max(over_time, by_frame, key=lambda stage: stage.peak)
-    return dataclasses.replace(wider, num_slots=over_time.num_slots)
+    spatial_half = StagePlan(**common, parameters=spatial_bytes, activations=spatial_activations + held, staging=0)
+    temporal_half = _within_budget(temporal_half, budget)
+    wider = max(temporal_half, spatial_half, key=lambda stage: stage.peak)
+    return dataclasses.replace(wider, num_slots=temporal_half.num_slots)
 
 
 def token_shape(config: ModelConfig, workload: Workload) -> tuple[int, int, int]:
@@ -275,7 +273,7 @@ def _segment_bytes(manifest: Manifest, segments: Sequence[Segment]) -> list[int]
 
 
 def _names(manifest: Manifest, segment: Segment) -> list[str]:
-    prefixes = tuple(f"{part}." for part in segment.parts)
+    prefixes = tuple(f"{name}." for name in segment.names)
     return [name for name in manifest.parameters if name.startswith(prefixes)]
 
 

@@ -1,13 +1,13 @@
 """A network's segments run from its files: each is one compiled program, and the next one's parameters are read meanwhile.
 
 Invariant: parameters of at most ``num_slots`` segments are in memory, in their stored dtype, and none when a method returns.
-Segments of one kind and shape share a program.  Which segments make up a network is not known here.
+Segments of one method and shape share a program.  Which segments make up a network is the network's own knowledge.
 """
 
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from flax import nnx
 from sora_jax.config import DTypePolicy
 from sora_jax.networks.kernels import Int8Matrix
 from sora_jax.networks.layers import precision_chosen
-from sora_jax.networks.segments import Segment, part
+from sora_jax.networks.segment import Segment
 from sora_jax.process import Timings, return_freed_memory
 from sora_jax.storage.checkpoint import flatten
 from sora_jax.storage.directory import Manifest, ModelDirectoryError
@@ -28,7 +28,7 @@ from sora_jax.streaming.staging import Staging, Verified
 
 NUM_SLOTS = 2
 
-Stored = tuple[Any, ...]  # a stored array, and its scale where it is int8
+Stored = Mapping[str, tuple[Any, ...]]  # by name inside its module: a stored array, and its scale where it is int8
 
 
 class SegmentLoop:
@@ -63,31 +63,31 @@ class SegmentLoop:
         self._abstract = jax.eval_shape(lambda: build(manifest.config, policy=policy, rngs=nnx.Rngs(0)))
 
     def run(self, stage: str, segments: Sequence[Segment], x: Any, *context: Any) -> jax.Array:
-        """Returns the activations ``x`` after the segments; every one is handed ``context`` too.
+        """Returns the activations ``x`` after the segments; those that take it are handed ``context`` too.
 
         Raises:
           ModelDirectoryError: a parameter is missing or damaged.
         """
         with contextlib.closing(self._loaded(segments)) as loaded:
-            for segment, parts in zip(segments, loaded, strict=True):
-                x = self._apply(stage, segment, parts, x, *context)
+            for segment, stored in zip(segments, loaded, strict=True):
+                x = self._apply(stage, segment, stored, x, *(context if segment.takes_context else ()))
         return x
 
-    def each(self, stage: str, segment: Segment, inputs: Iterable[Any]) -> Generator[np.ndarray]:
-        """Yields what one segment, read once, makes of each of the inputs.
+    @contextlib.contextmanager
+    def held(self, stage: str, segment: Segment) -> Iterator[Callable[[Any], jax.Array]]:
+        """Yields a segment as a function of its activations; its parameters are read once, for all calls of it.
 
         Raises:
           ModelDirectoryError: a parameter is missing or damaged.
         """
         with contextlib.closing(self._loaded([segment])) as loaded:
-            parts = next(loaded)
-            for x in inputs:
-                yield np.asarray(self._apply(stage, segment, parts, x))
+            stored = next(loaded)
+            yield lambda x: self._apply(stage, segment, stored, x)
 
-    def _loaded(self, segments: Sequence[Segment]) -> Generator[list[list[Stored]]]:
-        """Yields for each segment, and each of its parts, the stored arrays in the order of the part's leaves."""
-        names = [[self._stored_names(name) for name in segment.parts] for segment in segments]
-        groups = [[name for stored in parts for leaf in stored for name in leaf] for parts in names]
+    def _loaded(self, segments: Sequence[Segment]) -> Generator[Stored]:
+        """Yields the stored arrays of each segment."""
+        names = [self._stored_names(segment) for segment in segments]
+        groups = [[name for leaf in stored.values() for name in leaf] for stored in names]
 
         @contextlib.contextmanager
         def around(position: int, num_bytes: int) -> Iterator[None]:
@@ -96,33 +96,37 @@ class SegmentLoop:
 
         with Staging(self.manifest, groups, num_slots=self._num_slots, verified=self._verified, around=around) as staging:
             arrays_of_group = iter(staging)
-            for parts, segment in zip(names, segments, strict=True):
+            for stored, segment in zip(names, segments, strict=True):
                 with self.timings.measure("load"), self._recorded("wait", segment):
                     arrays = next(arrays_of_group)
-                yield [[tuple(arrays[name] for name in leaf) for leaf in stored] for stored in parts]
+                yield {local: tuple(arrays[name] for name in leaf) for local, leaf in stored.items()}
                 del arrays
 
-    def _stored_names(self, name: str) -> list[tuple[str, ...]]:
-        """Returns the stored arrays of a part, for each of its leaves: the array, and its scale where it is int8."""
-        stored: list[tuple[str, ...]] = []
-        for rest, leaf in flatten(part(self._abstract, name)).items():
-            full = f"{name}.{rest}"
+    def _stored_names(self, segment: Segment) -> dict[str, tuple[str, ...]]:
+        """Returns what a segment reads, by name inside its module: the stored array, and its scale where it is int8."""
+        module, parts = ".".join(map(str, segment.path)), tuple(f"{part}." for part in segment.parts)
+        stored: dict[str, tuple[str, ...]] = {}
+        for local, leaf in flatten(segment.module(self._abstract)).items():
+            if parts and not local.startswith(parts):
+                continue
+            full = f"{module}.{local}" if module else local
             found = self.manifest.parameters.get(full)
             if found is None or tuple(found.shape) != tuple(leaf.shape):
                 state = "is missing" if found is None else f"has shape {tuple(found.shape)}, expected {tuple(leaf.shape)}"
                 raise ModelDirectoryError(f"{self.manifest.path} does not fit its configuration: {full} {state}.")
             scale = full + SCALE_SUFFIX
-            stored.append((full, scale) if scale in self.manifest.parameters else (full,))
+            stored[local] = (full, scale) if scale in self.manifest.parameters else (full,)
         return stored
 
-    def _apply(self, stage: str, segment: Segment, loaded: list[list[Stored]], *args: Any) -> jax.Array:
-        structures = tuple(jax.tree.structure(part(self._abstract, name)) for name in segment.parts)
-        leaves, structure = jax.tree.flatten((loaded, args))
+    def _apply(self, stage: str, segment: Segment, stored: Stored, *args: Any) -> jax.Array:
+        module = segment.module(self._abstract)
+        leaves, structure = jax.tree.flatten((stored, args))
         with self.timings.measure("compile"):
+            kind = segment.method, segment.static, jax.tree.structure(module), tuple(flatten(module))
             shapes = tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves)
-            program = _compiled(segment.apply, structures, structure, shapes, precision_chosen())
+            program = _compiled(kind, structure, shapes, precision_chosen())
         with self.timings.measure(stage), self._recorded("compute", segment):
-            return jax.block_until_ready(program(loaded, args))
+            return jax.block_until_ready(program(stored, args))
 
     @contextlib.contextmanager
     def _recorded(self, lane: Lane, segment: Segment) -> Iterator[None]:
@@ -133,17 +137,17 @@ class SegmentLoop:
 
 
 @functools.lru_cache(maxsize=128)
-def _compiled(
-    apply: Callable[..., Any], structures: tuple[Any, ...], structure: Any, shapes: tuple[Any, ...], _precision: str | None
-) -> Any:
-    """Returns the program of a kind of segment, for stored arrays and arguments of these shapes; it holds no arrays."""
+def _compiled(kind: tuple[Any, ...], structure: Any, shapes: tuple[Any, ...], _precision: str | None) -> Any:
+    """Returns the program of a kind of segment, for stored arrays and arguments of these shapes; it holds no arrays.
 
-    def program(loaded: Sequence[Sequence[Stored]], args: tuple[Any, ...]) -> Any:
-        modules = [
-            jax.tree.unflatten(module, [_value(*leaf) for leaf in leaves])
-            for module, leaves in zip(structures, loaded, strict=True)
-        ]
-        return apply(*modules, *args)
+    Parameters that the segment does not read are no arrays in its module, so that reading one is an error.
+    """
+    method, static, module, names = kind
+
+    def program(stored: Stored, args: tuple[Any, ...]) -> Any:
+        x, *context = args
+        values = [_value(*stored[name]) if name in stored else None for name in names]
+        return method(jax.tree.unflatten(module, values), x, *context, *static)
 
     abstract = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes])
     compiled = jax.jit(program).lower(*abstract).compile()
@@ -152,8 +156,8 @@ def _compiled(
 
 
 def _name(segment: Segment) -> str:
-    """Returns what a segment is called in a profile: the submodule that does its work."""
-    return segment.parts[-1]
+    """Returns what a segment is called in a profile: the module that does its work."""
+    return segment.names[-1]
 
 
 def _value(stored: jax.Array, scale_O: jax.Array | None = None) -> jax.Array | Int8Matrix:

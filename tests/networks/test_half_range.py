@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from sora_jax.config import FLOAT32
-from sora_jax.networks.layers import RMSNorm, attention, layer_norm
+from sora_jax.networks.attention import attention
+from sora_jax.networks.layers import RMSNorm, layer_norm
 from sora_jax.networks.vae.layers import GroupNorm
 
 HALF_RANGE = dataclasses.replace(FLOAT32, half_range=True)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from sora_jax import config as presets
 from sora_jax.config import BFLOAT16, FLOAT32, DTypePolicy
-from sora_jax.networks.layers import attention
+from sora_jax.networks.attention import attention
 from sora_jax.networks.positions import position_embedding, rotate, sinusoid
 from sora_jax.networks.stdit3 import Conditioning, ScalarEmbedder, STDiT3, STDiT3Block
 from sora_jax.storage.checkpoint import flatten, unflatten

@@ -12,7 +12,7 @@ from flax import nnx
 
 from sora_jax import config as presets
 from sora_jax.config import BFLOAT16, T5Config
-from sora_jax.networks.layers import attention
+from sora_jax.networks.attention import attention
 from sora_jax.networks.t5 import T5Encoder, position_buckets
 from sora_jax.storage.checkpoint import flatten, unflatten
 

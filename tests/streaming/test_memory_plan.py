@@ -14,7 +14,7 @@ from flax import nnx
 
 from sora_jax.commands import main
 from sora_jax.config import FLOAT32, NETWORKS, STDiT3Config, T5Config, pocket
-from sora_jax.networks.segments import Segment, part
+from sora_jax.networks.segment import Segment
 from sora_jax.networks.stdit3 import Conditioning, STDiT3, STDiT3Block
 from sora_jax.networks.t5 import T5Block, T5Encoder
 from sora_jax.networks.vae.codec import VAE
@@ -82,7 +82,7 @@ def test_half_a_block_of_the_text_encoder_is_planned() -> None:
     block, length = jax.eval_shape(lambda: T5Block(config, policy=FLOAT32, rngs=nnx.Rngs(0))), 96
     context = zeros(1, config.num_heads, length, length), zeros(2, length, dtype=jnp.bool_)
     measured = max(
-        temporary_bytes(_run(segment), [part(block, name) for name in segment.parts], zeros(2, length, 64), *context)
+        temporary_bytes(segment.method, block, zeros(2, length, 64), *(context if segment.takes_context else ()))
         for segment in T5Block.segments()
     )
     check(activations.text_bytes(config, 2, length), measured, slack=4.0)  # bias, input and output are arguments there
@@ -92,14 +92,15 @@ def test_half_a_block_of_the_text_encoder_is_planned() -> None:
 def test_the_widest_stretch_of_the_temporal_autoencoder_is_planned(name: str) -> None:
     config, x = pocket.vae.temporal, zeros(1, 20 if name == "temporal_encoder" else 5, 12, 12, 4)
     network = getattr(jax.eval_shape(lambda: VAE(pocket.vae, rngs=nnx.Rngs(0))), name)
+    segments = TemporalEncoder.segments(config) if name == "temporal_encoder" else TemporalDecoder.segments(config, 17)
     widest, seen = 0, set()
-    for segment in (TemporalEncoder if name == "temporal_encoder" else TemporalDecoder).segments(config):
-        modules, apply = [part(network, name) for name in segment.parts], _run(segment)
-        kind = (segment.apply, str(jax.tree.map(jnp.shape, modules)), x.shape)
+    for segment in segments:
+        module, apply = segment.module(network), _run(segment)
+        kind = (segment.method, str(jax.tree.map(jnp.shape, module)), x.shape)
         if kind not in seen:
-            widest = max(widest, temporary_bytes(apply, modules, x))
+            widest = max(widest, temporary_bytes(apply, module, x))
             seen.add(kind)
-        x = jax.eval_shape(apply, modules, x)
+        x = jax.eval_shape(apply, module, x)
     check(activations.temporal_bytes(config, 1, 17, 144), widest)
 
 
@@ -210,4 +211,4 @@ def test_inspect_prints_the_plan(tiny_model: Path, capsys: pytest.CaptureFixture
 
 
 def _run(segment: Segment) -> Callable[..., Any]:
-    return lambda modules, *args: segment.apply(*modules, *args)
+    return lambda module, *args: segment.method(module, *args, *segment.static)

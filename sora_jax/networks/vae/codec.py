@@ -1,7 +1,8 @@
 """Video to latents and back: both autoencoders, the micro-frame chunks, and the statistics that normalise latents.
 
 Invariant: chunks are independent, so a host loop over ``encode_chunk`` or ``decode_chunk`` gives what ``encode`` and
-``decode`` give.  Nothing here reads files, clips pixels or converts them to bytes.
+``decode`` give; `VAE.decode_segments` and `VAE.encode_segments` are the whole of a chunk's forward, cut.  Nothing here reads
+files, clips pixels or converts them to bytes.
 
 Source: Open-Sora v1.2 vae.py VideoAutoencoderPipeline.
 """
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sora_jax.config import FLOAT32, DTypePolicy, VAEConfig
 from sora_jax.networks.layers import lifted
+from sora_jax.networks.segment import Segment
 from sora_jax.networks.vae.spatial import SpatialDecoder, SpatialEncoder
 from sora_jax.networks.vae.temporal import TemporalDecoder, TemporalEncoder
 
@@ -158,7 +160,22 @@ class VAE(nnx.Module):
         self, x_BtHWC: Float[Array, "B t H W C"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "B T H W C"]:
         """Returns normalised latents of a chunk's scaled spatial latents: the second half of ``encode_chunk``."""
-        return self.stats.normalise(sample_posterior(self.temporal_encoder(x_BtHWC), key))
+        return self.normalise_moments(self.temporal_encoder(x_BtHWC), key=key)
+
+    def normalise_moments(
+        self, moments_BTHWM: Float[Array, "B T H W moments"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B T H W C"]:
+        """Returns normalised latents of what the temporal encoder returns: the posterior means, or draws."""
+        return self.stats.normalise(sample_posterior(moments_BTHWM, key))
+
+    @staticmethod
+    def encode_segments(config: VAEConfig) -> list[Segment]:
+        """Returns ``encode_chunk`` without a key, cut: the first segment treats each frame apart, the others the chunk."""
+        return [
+            Segment(VAE.encode_frames, parts=("spatial_encoder",)),
+            *(segment.inside("temporal_encoder") for segment in TemporalEncoder.segments(config.temporal)),
+            Segment(VAE.normalise_moments, parts=("stats",)),
+        ]
 
     def decode_chunk(
         self, z_BTHWC: Float[Array, "B T H W C"], num_frames: int, *, frame_batch: int | None = None
@@ -173,7 +190,16 @@ class VAE(nnx.Module):
 
     def decode_latents(self, z_BTHWC: Float[Array, "B T H W C"], num_frames: int) -> Float[Array, "B t H W C"]:
         """Returns scaled spatial latents of a chunk's normalised latents: the first half of ``decode_chunk``."""
-        return self.temporal_decoder(self.stats.restore(z_BTHWC), num_frames).astype(jnp.float32)
+        return self.temporal_decoder(self.stats.restore(z_BTHWC), num_frames)
+
+    @staticmethod
+    def decode_segments(config: VAEConfig, num_frames: int) -> list[Segment]:
+        """Returns ``decode_chunk`` for ``num_frames`` frames, cut: the last segment treats each frame apart."""
+        return [
+            Segment(LatentStats.restore, ("stats",)),
+            *(segment.inside("temporal_decoder") for segment in TemporalDecoder.segments(config.temporal, num_frames)),
+            Segment(VAE.decode_frames, parts=("spatial_decoder",)),
+        ]
 
     def spatial_moments(
         self, video_Bthw3: Float[Array, "B t h w 3"], *, frame_batch: int | None = None

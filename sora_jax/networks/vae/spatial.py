@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sora_jax.config import FLOAT32, DTypePolicy, SpatialVAEConfig
-from sora_jax.networks.layers import Linear, attention
+from sora_jax.networks.attention import attention
+from sora_jax.networks.layers import Linear
 from sora_jax.networks.vae.layers import Conv2D, GroupNorm
 
 _EPSILON = 1e-6

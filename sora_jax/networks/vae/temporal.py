@@ -1,7 +1,8 @@
 """Causal autoencoder over time: chunks of spatial latents to four times fewer latent frames and back.
 
 Invariant: one call is one chunk; no state passes between calls.  Convolutions are causal, group norms are not: their
-statistics span the whole chunk.  The split of a clip into chunks belongs to ``codec``.
+statistics span the whole chunk.  The split of a clip into chunks belongs to ``codec``.  Both networks are cut between their
+blocks: `TemporalEncoder.segments` and `TemporalDecoder.segments` name the methods that each ``__call__`` calls.
 
 Source: Open-Sora v1.2 vae_temporal.py (VAE_Temporal, Encoder, Decoder, ResBlock).
 """
@@ -15,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sora_jax.config import FLOAT32, DTypePolicy, TemporalVAEConfig
-from sora_jax.networks.segments import Segment, run
+from sora_jax.networks.segment import Segment
 from sora_jax.networks.vae.layers import CausalConv3D, GroupNorm
 
 _EPSILON = 1e-5
@@ -40,6 +41,14 @@ class ResBlock(nnx.Module):
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = self.conv2(jax.nn.silu(self.norm2(y)))
         return y + (x if self.conv3 is None else self.conv3(x))
+
+
+class FrameDoubling(CausalConv3D):
+    """A causal convolution that makes two frames of each, side by side in its channels."""
+
+    def __call__(self, x: Float[Array, "B T H W I"]) -> Float[Array, "B t H W O"]:
+        """Returns features of twice as many frames."""
+        return rearrange(super().__call__(x), "B T H W (C s) -> B (T s) H W C", s=2)
 
 
 def _res_blocks(
@@ -76,23 +85,34 @@ class TemporalEncoder(nnx.Module):
 
     def __call__(self, x_BtHWC: Float[Array, "B t H W C"]) -> Float[Array, "B T H W moments"]:
         """Returns means, then log variances, of the chunk's latent frames, in the compute dtype."""
-        return run(self, self.segments(self.config), self.padded(x_BtHWC, self.config).astype(self.policy.compute))
+        x = self.enter(x_BtHWC)
+        for blocks, halve in zip(self.block_res_blocks, self.conv_blocks, strict=True):
+            for block in blocks:
+                x = block(x)
+            x = x if halve is None else halve(x)
+        for block in self.res_blocks:
+            x = block(x)
+        return self.leave(x)
 
-    @staticmethod
-    def padded(x_BtHWC: Float[Array, "B t H W C"], config: TemporalVAEConfig) -> Float[Array, "B T H W C"]:
-        """Returns a chunk with zeros in front, so that it has a multiple of ``config.downsampling`` frames."""
-        front = -x_BtHWC.shape[1] % config.downsampling
-        return jnp.pad(x_BtHWC, ((0, 0), (front, 0), (0, 0), (0, 0), (0, 0)))
+    def enter(self, x_BtHWC: Float[Array, "B t H W C"]) -> Float[Array, "B T H W F"]:
+        """Returns the first features of a chunk, with zeros in front, in the compute dtype."""
+        front = -x_BtHWC.shape[1] % self.config.downsampling
+        padded_BTHWC = jnp.pad(x_BtHWC, ((0, 0), (front, 0), (0, 0), (0, 0), (0, 0)))
+        return self.conv_in(padded_BTHWC.astype(self.policy.compute))
+
+    def leave(self, x: Float[Array, "B T H W F"]) -> Float[Array, "B T H W moments"]:
+        """Returns the moments that the last features mean."""
+        return self.quant_conv(self.conv2(jax.nn.silu(self.norm1(x))))
 
     @staticmethod
     def segments(config: TemporalVAEConfig) -> list[Segment]:
-        """Returns what follows the padding; every segment takes and returns features of the chunk."""
-        segments = [Segment(("conv_in",), _called)]
+        """Returns the network, cut; every segment takes and returns the chunk."""
+        segments = [Segment(TemporalEncoder.enter, parts=("conv_in",))]
         for level, halve in enumerate([*config.temporal_downsample, False]):
-            segments += _block_segments(f"block_res_blocks.{level}", config)
-            segments += [Segment((f"conv_blocks.{level}",), _called)] if halve else []
-        segments += _block_segments("res_blocks", config)
-        return [*segments, Segment(("norm1", "conv2", "quant_conv"), _to_moments)]
+            segments += _block_segments(config, "block_res_blocks", level)
+            segments += [Segment(CausalConv3D.__call__, ("conv_blocks", level))] if halve else []
+        segments += _block_segments(config, "res_blocks")
+        return [*segments, Segment(TemporalEncoder.leave, parts=("norm1", "conv2", "quant_conv"))]
 
 
 class TemporalDecoder(nnx.Module):
@@ -108,14 +128,14 @@ class TemporalDecoder(nnx.Module):
         inputs, doubles = [*widths[1:], widths[-1]], [False, *config.temporal_downsample]
         for before, width, double in zip(inputs, widths, doubles, strict=True):
             levels.append(_res_blocks(before, width, config, policy=policy, rngs=rngs))
-            ups.append(CausalConv3D(width, 2 * width, kernel_size=3, policy=policy, rngs=rngs) if double else None)
+            ups.append(FrameDoubling(width, 2 * width, kernel_size=3, policy=policy, rngs=rngs) if double else None)
         self.block_res_blocks = nnx.List(levels)
         self.conv_blocks = nnx.List(ups[1:])
         self.norm1 = GroupNorm(widths[0], groups=config.norm_num_groups, epsilon=_EPSILON, policy=policy)
         self.conv_out = CausalConv3D(widths[0], config.in_out_channels, kernel_size=3, policy=policy, rngs=rngs)
 
     def __call__(self, z_BTHWC: Float[Array, "B T H W C"], num_frames: int) -> Float[Array, "B t H W C"]:
-        """Returns the ``num_frames`` frames of the chunk; the frames of the encoder's front padding are dropped.
+        """Returns the ``num_frames`` frames of the chunk, float32; the frames of the encoder's front padding are dropped.
 
         Raises:
           ValueError: ``num_frames`` frames do not have T latents.
@@ -128,40 +148,35 @@ class TemporalDecoder(nnx.Module):
                 f"num_frames {num_frames} of a chunk has {num_latents} latent frames, got {z_BTHWC.shape[1]}; "
                 f"expected num_frames {most - step + 1} to {most}."
             )
-        x = run(self, self.segments(self.config), z_BTHWC.astype(self.policy.compute))
-        return x[:, x.shape[1] - num_frames :]
+        x = self.enter(z_BTHWC)
+        for block in self.res_blocks:
+            x = block(x)
+        for level in reversed(range(len(self.block_res_blocks))):
+            for block in self.block_res_blocks[level]:
+                x = block(x)
+            double = self.conv_blocks[level - 1] if level else None  # conv_blocks[i] belongs to level i + 1
+            x = x if double is None else double(x)
+        return self.leave(x, num_frames)
+
+    def enter(self, z_BTHWC: Float[Array, "B T H W C"]) -> Float[Array, "B T H W F"]:
+        """Returns the first features of a chunk, in the compute dtype."""
+        return self.conv1(self.post_quant_conv(z_BTHWC.astype(self.policy.compute)))
+
+    def leave(self, x: Float[Array, "B T H W F"], num_frames: int) -> Float[Array, "B t H W C"]:
+        """Returns the last ``num_frames`` frames that the features mean, float32."""
+        out = self.conv_out(jax.nn.silu(self.norm1(x)))
+        return out[:, out.shape[1] - num_frames :].astype(jnp.float32)
 
     @staticmethod
-    def segments(config: TemporalVAEConfig) -> list[Segment]:
-        """Returns the network up to the frames of the encoder's padding, which are still to be dropped."""
-        segments = [Segment(("post_quant_conv", "conv1"), _entered), *_block_segments("res_blocks", config)]
+    def segments(config: TemporalVAEConfig, num_frames: int) -> list[Segment]:
+        """Returns the network for a chunk of ``num_frames`` frames, cut; every segment takes and returns the chunk."""
+        segments = [Segment(TemporalDecoder.enter, parts=("post_quant_conv", "conv1")), *_block_segments(config, "res_blocks")]
         doubles = [False, *config.temporal_downsample]
         for level in reversed(range(len(doubles))):
-            segments += _block_segments(f"block_res_blocks.{level}", config)
-            # conv_blocks[i] belongs to level i + 1; where time is not doubled it is None and has no parameters
-            segments += [Segment((f"conv_blocks.{level - 1}",), _doubled)] if doubles[level] else []
-        return [*segments, Segment(("norm1", "conv_out"), _left)]
+            segments += _block_segments(config, "block_res_blocks", level)
+            segments += [Segment(FrameDoubling.__call__, ("conv_blocks", level - 1))] if doubles[level] else []
+        return [*segments, Segment(TemporalDecoder.leave, parts=("norm1", "conv_out"), static=(num_frames,))]
 
 
-def _block_segments(prefix: str, config: TemporalVAEConfig) -> list[Segment]:
-    return [Segment((f"{prefix}.{i}",), _called) for i in range(config.num_res_blocks)]
-
-
-def _called(module: ResBlock | CausalConv3D, x: Array) -> Array:
-    return module(x)
-
-
-def _to_moments(norm: GroupNorm, conv: CausalConv3D, quant_conv: CausalConv3D, x: Array) -> Array:
-    return quant_conv(conv(jax.nn.silu(norm(x))))
-
-
-def _entered(post_quant_conv: CausalConv3D, conv: CausalConv3D, x: Array) -> Array:
-    return conv(post_quant_conv(x))
-
-
-def _doubled(up: CausalConv3D, x: Array) -> Array:
-    return rearrange(up(x), "B T H W (C s) -> B (T s) H W C", s=2)
-
-
-def _left(norm: GroupNorm, conv: CausalConv3D, x: Array) -> Array:
-    return conv(jax.nn.silu(norm(x)))
+def _block_segments(config: TemporalVAEConfig, *path: str | int) -> list[Segment]:
+    return [Segment(ResBlock.__call__, (*path, i)) for i in range(config.num_res_blocks)]
