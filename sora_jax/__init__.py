@@ -14,12 +14,25 @@ if TYPE_CHECKING:
     from sora_jax.pipeline.clip import Clip
     from sora_jax.pipeline.pipeline import Pipeline
     from sora_jax.sampling.calibration import calibrate
+    from sora_jax.sampling.integration import integrate
     from sora_jax.sampling.leap import Leap
     from sora_jax.sampling.reuse import Plan
-    from sora_jax.sampling.sampler import sample
+    from sora_jax.sampling.sampler import Sampler, sample
     from sora_jax.sampling.schedule import Schedule
 
-__all__ = ["Clip", "Leap", "Merge", "Pipeline", "Plan", "Schedule", "__version__", "calibrate", "sample"]
+__all__ = [
+    "Clip",
+    "Leap",
+    "Merge",
+    "Pipeline",
+    "Plan",
+    "Sampler",
+    "Schedule",
+    "__version__",
+    "calibrate",
+    "integrate",
+    "sample",
+]
 
 _MODULES = {
     "Clip": "pipeline.clip",
@@ -27,8 +40,10 @@ _MODULES = {
     "Merge": "networks.merging",
     "Pipeline": "pipeline.pipeline",
     "Plan": "sampling.reuse",
+    "Sampler": "sampling.sampler",
     "Schedule": "sampling.schedule",
     "calibrate": "sampling.calibration",
+    "integrate": "sampling.integration",
     "sample": "sampling.sampler",
 }
 

@@ -9,8 +9,11 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 _STATM, _STATUS, _MEMINFO = Path("/proc/self/statm"), Path("/proc/self/status"), Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -27,6 +30,17 @@ class Timings(dict[str, float]):
             yield
         finally:
             self[stage] = self.get(stage, 0.0) + time.perf_counter() - start
+
+    def each(self, stage: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Yields the items, and adds the time that each takes to come to a stage."""
+        iterator = iter(items)
+        while True:
+            with self.measure(stage):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
 
 
 class PeakMeter:

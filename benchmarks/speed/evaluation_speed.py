@@ -32,7 +32,8 @@ from sora_jax.config import STDiT3Config, open_sora_1_2
 from sora_jax.pipeline.velocity import Velocity
 from sora_jax.sampling import noise
 from sora_jax.sampling.evaluation import guided_velocity
-from sora_jax.sampling.sampler import Sampler
+from sora_jax.sampling.options import Sampling
+from sora_jax.sampling.velocity import Point
 
 RESULTS = Path(__file__).parents[1] / "results" / "evaluation_speed.json"
 CONFIG = open_sora_1_2.stdit3
@@ -137,8 +138,8 @@ def prepared(
 @functools.partial(jax.jit, static_argnames="merge")
 def evaluation(velocity: Velocity, z: jax.Array, *, merge: bool) -> jax.Array:
     """Returns the guided velocity of one sample: what a step of the sampler evaluates."""
-    sampler = Sampler.create(velocity, Schedule.uniform(1), guidance=GUIDANCE, merge_steps=0)
-    return guided_velocity(sampler, z, jnp.asarray(TIMESTEP), None, merged=merge)
+    sampling = Sampling.resolve(Schedule.uniform(1), guidance=GUIDANCE)
+    return guided_velocity(sampling, Point(velocity=velocity, z=z, t=jnp.asarray(TIMESTEP), active_BT=None, merged=merge))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ from sora_jax.export.stages import MERGE, Function, Stage
 from sora_jax.networks.stdit3 import STDiT3, with_null_caption
 from sora_jax.pipeline.velocity import Velocity
 from sora_jax.sampling.leap import LeapRule, Mode
-from sora_jax.sampling.sampler import Sampler, as_partial
+from sora_jax.sampling.options import Sampling
+from sora_jax.sampling.sampler import Sampler
 from sora_jax.sampling.schedule import OPEN_SORA_TIMESTEPS, Schedule, capacity
 from sora_jax.storage.checkpoint import unflatten
 
@@ -118,8 +119,7 @@ def _sample(network: STDiT3, mode: Mode, given: Mapping[str, jax.Array]) -> dict
         width_px=given["width_px_B"],
         merge=MERGE,
     )
-    sampler = Sampler(
-        velocity_fn=as_partial(velocity),
+    sampling = Sampling(
         schedule=Schedule(times=given["times"], num_steps=given["num_steps"], num_timesteps=OPEN_SORA_TIMESTEPS),
         guidance=given["guidance"],
         merge_steps=given["merge_steps"] if given["z_BTHWC"].shape[1] > 1 else None,  # one frame: nothing to merge
@@ -137,5 +137,6 @@ def _sample(network: STDiT3, mode: Mode, given: Mapping[str, jax.Array]) -> dict
         plan=None,
         solver="euler",
     )
+    sampler = Sampler.of(velocity, sampling)
     carry = sampler.run(sampler.start(given["z_BTHWC"]), given["num_steps"])
     return {"z_BTHWC": carry.z, "evaluations_B": carry.evaluations_B}

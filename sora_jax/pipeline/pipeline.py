@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-from jaxtyping import Array
 
 from sora_jax.config import NETWORKS
 from sora_jax.inputs.tokenizer import Tokenizer
@@ -25,7 +24,7 @@ from sora_jax.pipeline.clip import Clip, check_latents_target, load_latents, sav
 from sora_jax.pipeline.open_model import Networks
 from sora_jax.pipeline.recipe_file import PlanFile
 from sora_jax.pipeline.run import Callback, Generation, Inputs, read_inputs
-from sora_jax.pipeline.sampling import make_sampler
+from sora_jax.pipeline.sampling import make_sampling
 from sora_jax.pipeline.settings import Settings
 from sora_jax.process import Timings
 from sora_jax.sampling.leap import Leap
@@ -325,7 +324,7 @@ class Pipeline:
           ValueError: they do not go together, or ``num_clips`` such videos do not fit into memory.
         """
         settings.check_room(chosen, num_clips)
-        make_sampler(_no_velocity, chosen)
+        make_sampling(chosen)
         self._check_merging(chosen)
 
     def _check_merging(self, chosen: Settings) -> None:
@@ -359,11 +358,6 @@ class Pipeline:
             digest.update((self.networks.directory / network / model_directory.NETWORK_FILE).read_bytes())
         directory = self.networks.directory.resolve()
         return f"{'pocket' if directory == POCKET.resolve() else directory.name} {digest.hexdigest()[:16]}"
-
-
-def _no_velocity(z: Array, t_B: Array, **options: Any) -> Array:
-    """Stands for the network where settings are only checked."""
-    raise NotImplementedError
 
 
 def _each(values: str | Sequence[str] | None, prompts: Sequence[str]) -> list[str]:

@@ -282,15 +282,11 @@ class Generation:
             sampler = make_sampler(velocity, settings, frame_weights=weights, seed=self._seed)
             self._report("compile")
             with self.timings.measure("compile"):
-                carry = jax.block_until_ready(sampler.run(sampler.start(jnp.asarray(z)), 0))
-            for step in range(settings.num_steps):
-                self._report("denoise", step, carry if step else None)
-                with self.timings.measure("denoise"):
-                    carry = sampler.run(carry, step + 1)
-                    done = np.asarray(carry.done_B).all()
-                if done:
-                    break
-            self._report("denoise", settings.num_steps, carry)
+                start = jax.block_until_ready(sampler.run(sampler.start(jnp.asarray(z)), 0))
+            self._report("denoise")
+            for carry in self.timings.each("denoise", sampler.steps(start)):
+                ended = np.asarray(carry.done_B).all()
+                self._report("denoise", settings.num_steps if ended else int(carry.step), carry)
             return finish(carry)
 
     def _transformer(self) -> AbstractContextManager[STDiT3 | StreamedSTDiT3]:

@@ -8,8 +8,10 @@ import numpy as np
 
 from sora_jax.pipeline.settings import OFF, Settings
 from sora_jax.sampling.leap import Leap
-from sora_jax.sampling.sampler import Sampler, VelocityFn
+from sora_jax.sampling.options import Sampling
+from sora_jax.sampling.sampler import Sampler
 from sora_jax.sampling.schedule import Schedule
+from sora_jax.sampling.velocity import Velocity
 
 
 def make_schedule(settings: Settings) -> Schedule:
@@ -28,16 +30,13 @@ def guidance_scale(settings: Settings) -> float | None:
     return settings.guidance if settings.guided else None
 
 
-def make_sampler(
-    velocity_fn: VelocityFn, settings: Settings, *, frame_weights: np.ndarray | None = None, seed: int = 0
-) -> Sampler:
-    """Returns the sampler that the settings ask for.
+def make_sampling(settings: Settings, *, frame_weights: np.ndarray | None = None, seed: int = 0) -> Sampling:
+    """Returns times and options that the settings ask for.
 
     Raises:
       ValueError: solver, leap, plan and merging do not go together, or not with the number of steps.
     """
-    return Sampler.create(
-        velocity_fn,
+    return Sampling.resolve(
         make_schedule(settings),
         guidance=guidance_scale(settings),
         solver=settings.solver,
@@ -47,6 +46,11 @@ def make_sampler(
         frame_weights=frame_weights,
         seed=seed,
     )
+
+
+def make_sampler(velocity: Velocity, settings: Settings, *, frame_weights: np.ndarray | None = None, seed: int = 0) -> Sampler:
+    """Returns the sampler that the settings ask for; raises what `make_sampling` raises."""
+    return Sampler.of(velocity, make_sampling(settings, frame_weights=frame_weights, seed=seed))
 
 
 def leap_rule(leap: int | str | Leap) -> Leap | None:

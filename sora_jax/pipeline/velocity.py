@@ -11,7 +11,7 @@ import jax
 from jaxtyping import Array, Bool, Float
 
 from sora_jax.networks.merging import Merge
-from sora_jax.networks.stdit3 import STDiT3
+from sora_jax.networks.stdit3 import Conditioning, STDiT3
 from sora_jax.streaming.network import StreamedSTDiT3
 
 
@@ -19,7 +19,7 @@ from sora_jax.streaming.network import StreamedSTDiT3
 @no_type_check  # a pytree also holds shapes and paths in place of arrays
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Velocity:
-    """A ``velocity_fn`` for `sampler.sample`: a network, a caption for each row, and the sizes of the video.
+    """A `sampling.velocity.ReusableVelocity`: a network, a caption for each row, and the sizes of the video.
 
     Attributes:
       network: the transformer, in memory or streamed.
@@ -39,34 +39,58 @@ class Velocity:
     width_px: Float[Array, "N"]
     merge: Merge = dataclasses.field(default=Merge(), metadata={"static": True})
 
-    def __call__(
+    def evaluate(
         self,
-        z_RTHWC: Float[Array, "R T H W C"],
-        t_R: Float[Array, "R"],
+        z: Float[Array, "R T H W C"],
+        t_B: Float[Array, "R"],
         *,
         frame_mask_BT: Bool[Array, "R T"] | None = None,
-        merge: bool = False,
-        residual: Float[Array, "R T S D"] | None = None,
-        keep_residual: bool = False,
-    ) -> Float[Array, "R T H W C"] | tuple[Float[Array, "R T H W C"], Float[Array, "R T S D"]]:
-        """Returns the velocity of the latents, float32; fewer rows than captions use the first captions.
+        merged: bool = False,
+    ) -> Float[Array, "R T H W C"]:
+        """Returns the velocity of the latents, float32; fewer rows than captions use the first captions."""
+        tokens_RTSD, conditioning = self._embed(z, t_B, frame_mask_BT)
+        return self._final(z, self._stack(tokens_RTSD, conditioning, merged=merged), conditioning)
 
-        With ``keep_residual`` also what the block stack added to its tokens; ``residual`` is added in place of the stack.
-        """
-        rows, channels = len(z_RTHWC), z_RTHWC.shape[-1]
-        tokens_RTSD, conditioning = self.network.embed(
-            z_RTHWC,
+    def evaluate_keeping(
+        self,
+        z: Float[Array, "R T H W C"],
+        t_B: Float[Array, "R"],
+        *,
+        frame_mask_BT: Bool[Array, "R T"] | None = None,
+        merged: bool = False,
+    ) -> tuple[Float[Array, "R T H W C"], Float[Array, "R T S D"]]:
+        """Returns the same, and what the block stack added to its tokens."""
+        tokens_RTSD, conditioning = self._embed(z, t_B, frame_mask_BT)
+        out_RTSD = self._stack(tokens_RTSD, conditioning, merged=merged)
+        return self._final(z, out_RTSD, conditioning), out_RTSD - tokens_RTSD
+
+    def reuse(
+        self,
+        z: Float[Array, "R T H W C"],
+        t_B: Float[Array, "R"],
+        residual: Float[Array, "R T S D"],
+        *,
+        frame_mask_BT: Bool[Array, "R T"] | None = None,
+    ) -> Float[Array, "R T H W C"]:
+        """Returns the velocity with ``residual`` added to the embedded tokens in place of the block stack."""
+        tokens_RTSD, conditioning = self._embed(z, t_B, frame_mask_BT)
+        return self._final(z, tokens_RTSD + residual, conditioning)
+
+    def _embed(self, z: Array, t_R: Array, frame_mask_RT: Array | None) -> tuple[Array, Conditioning]:
+        rows = len(z)
+        return self.network.embed(
+            z,
             t_R,
             self.caption_RLE[:rows],
             None if self.mask_BL is None else self.mask_BL[:rows],
             fps_B=self.fps[:rows],
             height_px_B=self.height_px[:rows],
             width_px_B=self.width_px[:rows],
-            frame_mask_BT=frame_mask_BT,
+            frame_mask_BT=frame_mask_RT,
         )
-        if residual is None:
-            out_RTSD = self.network.stack(tokens_RTSD, conditioning, merge=self.merge if merge else None)
-        else:
-            out_RTSD = tokens_RTSD + residual
-        v = self.network.final(out_RTSD, conditioning, height=z_RTHWC.shape[2], width=z_RTHWC.shape[3])[..., :channels]
-        return (v, out_RTSD - tokens_RTSD) if keep_residual else v
+
+    def _stack(self, tokens_RTSD: Array, conditioning: Conditioning, *, merged: bool) -> Array:
+        return self.network.stack(tokens_RTSD, conditioning, merge=self.merge if merged else None)
+
+    def _final(self, z: Array, tokens_RTSD: Array, conditioning: Conditioning) -> Array:
+        return self.network.final(tokens_RTSD, conditioning, height=z.shape[2], width=z.shape[3])[..., : z.shape[-1]]

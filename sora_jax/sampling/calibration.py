@@ -9,7 +9,7 @@ Source: LeMiCa (arXiv 2511.00090), a shortest path over measured errors; here th
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sora_jax.sampling import joining
+from sora_jax.sampling.arguments import whole
 from sora_jax.sampling.evaluation import reused_velocity
+from sora_jax.sampling.options import Options, Sampling, num_steps_of
 from sora_jax.sampling.reuse import REUSE, Keep, Plan
-from sora_jax.sampling.sampler import Sampler, VelocityFn
+from sora_jax.sampling.sampler import Sampler
 from sora_jax.sampling.schedule import Schedule
-from sora_jax.sampling.state import Carry, Inputs, Kept
+from sora_jax.sampling.state import Carry, Kept
+from sora_jax.sampling.velocity import Point, Velocity, opened
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,7 @@ class Calibration:
         Raises:
           ValueError: more evaluations than steps, or fewer than the steps that must be evaluated.
         """
+        evaluations = whole("evaluations", evaluations, least=1)
         segment = self._segments()
         num_steps = len(self.error_NN)
         best = np.full((evaluations + 1, num_steps + 1), np.inf)
@@ -89,41 +93,44 @@ class Calibration:
 
 
 def calibrate(
-    velocity_fn: VelocityFn,
+    velocity: Velocity,
     z: Float[Array, "B ..."],
     schedule: Schedule,
     *,
     keep: Keep = "residual",
-    guidance: float | None = None,
-    merge_steps: int | None = None,
-    frame_weights: Array | np.ndarray | None = None,
-    seed: int = 0,
     callback: Callable[[Carry], Any] | None = None,
+    **options: Unpack[Options],
 ) -> Calibration:
-    """Returns the errors of reuse along the full sampling of a batch; the arguments are those of `sampler.sample`.
+    """Returns the errors of reuse along the full sampling of a batch.
 
     Costs one full sampling, the memory of one residual for each step, and with ``keep="residual"`` half the square of the
     number of steps in reused velocities, each an embedding and a final layer.
+
+    Args:
+      velocity: as in `sampler.sample`.
+      z: latents [B, ...], noise at the schedule's first time.
+      schedule: the times to visit.
+      keep: what a reused step takes over, see `reuse.Plan`.
+      callback: called on the host after every step with the carry.
+      **options: see `options.Options`; without a plan, which is what a calibration is for, and without a leap.
+
+    Raises:
+      TypeError: there is no such option.
+      ValueError: as `sampler.sample`, and for a plan or a leap.
     """
-    num_steps = int(schedule.num_steps)
-    sampler = Sampler.create(
-        velocity_fn,
-        schedule,
-        guidance=guidance,
-        plan=Plan.evaluate_at(range(num_steps), num_steps, keep=keep),
-        merge_steps=merge_steps,
-        frame_weights=frame_weights,
-        seed=seed,
-    )
-    carries, carry = [], sampler.start(z)
-    for step in range(num_steps):
-        carry = jax.block_until_ready(sampler.run(carry, step + 1))  # the step is over when the callback sees it
+    if options.get("plan") is not None or options.get("leap") is not None:
+        raise ValueError("calibrate measures every step of a full sampling; leave plan and leap out.")
+    num_steps = num_steps_of(schedule) if isinstance(schedule, Schedule) else 1
+    options["plan"] = Plan.evaluate_at(range(num_steps), num_steps, keep=keep)
+    sampler = Sampler.create(velocity, schedule, **options)
+    carries = []
+    for carry in sampler.steps(z):
         carries.append(carry)
         if callback is not None:
             callback(carry)
     sizes = -np.diff(np.append(schedule.visited, 0.0)) / schedule.num_timesteps
     error_NN = np.full((num_steps, num_steps), np.inf)
-    starts = _must_evaluate(sampler, num_steps)
+    starts = _must_evaluate(sampler.sampling, num_steps)
     for i in range(num_steps):
         for j in range(i + 1, num_steps):
             if j in starts:
@@ -132,23 +139,26 @@ def calibrate(
     return Calibration(error_NN=error_NN, keep=keep)
 
 
-def _must_evaluate(inputs: Inputs, num_steps: int) -> set[int]:
-    starts = {0} if inputs.merge_steps is None else {0, int(inputs.merge_steps)}
-    if inputs.weight_BT is not None:
-        times, scale = inputs.schedule.visited, inputs.schedule.num_timesteps
-        starts |= set(np.flatnonzero(joining.joining_steps(np.asarray(inputs.weight_BT), times, scale)).tolist())
+def _must_evaluate(sampling: Sampling, num_steps: int) -> set[int]:
+    starts = {0} if sampling.merge_steps is None else {0, int(sampling.merge_steps)}
+    if sampling.weight_BT is not None:
+        times, scale = sampling.schedule.visited, sampling.schedule.num_timesteps
+        starts |= set(np.flatnonzero(joining.joining_steps(np.asarray(sampling.weight_BT), times, scale)).tolist())
     return starts & set(range(num_steps))
 
 
-def _error(inputs: Inputs, source: Carry, target: Carry) -> Array:
-    held = inputs.plan is not None and inputs.plan.keep == "velocity"
-    return _distance(source.v, target.v) if held else _reuse_error(inputs, source.kept, target)
+def _error(sampler: Sampler, source: Carry, target: Carry) -> Array:
+    plan = sampler.sampling.plan
+    held = plan is not None and plan.keep == "velocity"
+    return _distance(source.v, target.v) if held else _reuse_error(sampler, source.kept, target)
 
 
 @jax.jit
-def _reuse_error(inputs: Inputs, kept: Kept, target: Carry) -> Array:
-    t = jnp.asarray(inputs.schedule.times)[target.step - 1]
-    return _distance(reused_velocity(inputs, kept, target.z_in, t, target.active_BT), target.v)
+def _reuse_error(sampler: Sampler, kept: Kept, target: Carry) -> Array:
+    t = jnp.asarray(sampler.sampling.schedule.times)[target.step - 1]
+    velocity = opened(sampler.velocity)
+    at = Point(velocity=velocity, z=target.z_in, t=t, active_BT=target.active_BT, merged=False)
+    return _distance(reused_velocity(sampler.sampling, kept, at), target.v)
 
 
 def _distance(v: Array, truth: Array) -> Array:

@@ -10,13 +10,15 @@ Source: arXiv 2502.04363 section 3.1, eq. 5; On-device-Sora schedulers/rf comput
 
 import dataclasses
 import math
-from typing import Literal, Self, no_type_check
+from collections.abc import Callable
+from typing import Any, Literal, Self, get_args, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from sora_jax.sampling.arguments import PerSample, each, finite, whole
 from sora_jax.sampling.joining import expand
 
 Mode = Literal["static", "dynamic", "released"]
@@ -26,6 +28,8 @@ TINY = 1e-8
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Leap:
     """When to leap; make one with `static`, `dynamic` or `released`.
+
+    Index, tolerance, share and patience may each be a sequence with one value for each sample of the batch.
 
     Attributes:
       mode: static.
@@ -37,29 +41,42 @@ class Leap:
     """
 
     mode: Mode
-    index: int = 0
-    tolerance: float = 1e-4
-    min_share: float = 0.5
-    patience: int = 3
+    index: PerSample = 0
+    tolerance: PerSample = 1e-4
+    min_share: PerSample = 0.5
+    patience: PerSample = 3
     extrapolate: bool = False
 
     def __post_init__(self) -> None:
-        if self.index < 0:
-            raise ValueError(f"leap index is {self.index}; expected 0 or more.")
-        if not self.tolerance >= 0:
-            raise ValueError(f"leap tolerance is {self.tolerance}; expected 0 or more.")
-        if not 0 <= self.min_share <= 1:
-            raise ValueError(f"leap min_share is {self.min_share}; expected a share from 0 to 1.")
-        if self.patience < 1:
-            raise ValueError(f"leap patience is {self.patience}; expected at least 1.")
+        checks: dict[str, Callable[[Any], Any]] = {
+            "index": lambda value: whole("leap index", value, least=0),
+            "tolerance": lambda value: _in_range("leap tolerance", value, math.inf, "0 or more"),
+            "min_share": lambda value: _in_range("leap min_share", value, 1.0, "a share from 0 to 1"),
+            "patience": lambda value: whole("leap patience", value, least=1),
+        }
+        for name, check in checks.items():
+            value = getattr(self, name)
+            values = each(f"leap {name}", value)
+            object.__setattr__(self, name, check(value) if values is None else tuple(check(one) for one in values))
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"leap mode is {self.mode!r}; expected {', '.join(get_args(Mode))}.")
+        if not isinstance(self.extrapolate, bool):
+            raise ValueError(f"leap extrapolate is {self.extrapolate!r}; expected True or False.")
 
     @classmethod
-    def static(cls, index: int, *, extrapolate: bool = False) -> Self:
+    def static(cls, index: PerSample, *, extrapolate: bool = False) -> Self:
         """Returns the leap of step ``index``: steps 0 to index are evaluated, index + 1 evaluations."""
         return cls(mode="static", index=index, extrapolate=extrapolate)
 
     @classmethod
-    def dynamic(cls, *, tolerance: float = 1e-4, min_share: float = 0.5, patience: int = 3, extrapolate: bool = False) -> Self:
+    def dynamic(
+        cls,
+        *,
+        tolerance: PerSample = 1e-4,
+        min_share: PerSample = 0.5,
+        patience: PerSample = 3,
+        extrapolate: bool = False,
+    ) -> Self:
         """Returns the paper's rule: each sample leaps when the cosine of consecutive velocities stops rising."""
         return cls(mode="dynamic", tolerance=tolerance, min_share=min_share, patience=patience, extrapolate=extrapolate)
 
@@ -80,16 +97,16 @@ class Leap:
         Raises:
           ValueError: the index is not one of the steps.
         """
-        if self.mode == "static" and self.index >= num_steps:
+        if self.mode == "static" and np.max(self.index) >= num_steps:
             raise ValueError(
-                f"leap index {self.index} is beyond the last of {num_steps} steps; expected 0 to {num_steps - 1} "
+                f"leap index {np.max(self.index)} is beyond the last of {num_steps} steps; expected 0 to {num_steps - 1} "
                 f"({num_steps - 1} leaps nowhere)."
             )
         # The subtracted 1e-9 keeps 0.55 * 20 = 11.000000000000002 from counting as 12.
-        first = 14 if self.mode == "released" else math.ceil(self.min_share * num_steps - 1e-9) - 1
+        first = 14 if self.mode == "released" else np.ceil(np.multiply(self.min_share, num_steps) - 1e-9) - 1
         return LeapRule(
             index=np.asarray(self.index, np.int32),
-            first=np.asarray(max(first, 1), np.int32),
+            first=np.maximum(first, 1).astype(np.int32),
             tolerance=np.asarray(self.tolerance, np.float32),
             patience=np.asarray(self.patience, np.int32),
             mode=self.mode,
@@ -111,7 +128,7 @@ class LeapState:
 @no_type_check  # the tree also holds shapes and paths
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeapRule:
-    """A `Leap` as runtime scalars (int32, float32); ``mode`` and ``extrapolate`` are static."""
+    """A `Leap` as runtime numbers (int32, float32; scalars or [B]); ``mode`` and ``extrapolate`` are static."""
 
     index: np.ndarray | jax.Array
     first: np.ndarray | jax.Array
@@ -162,6 +179,13 @@ class LeapRule:
             best_B=jnp.where(compared_B & better_B, cosine_B, state.best_B),
             patience_B=jnp.where(compared_B, patience_B, state.patience_B),
         )
+
+
+def _in_range(name: str, value: Any, most: float, expected: str) -> float:
+    number = finite(name, value)
+    if not 0 <= number <= most:
+        raise ValueError(f"{name} is {value}; expected {expected}.")
+    return number
 
 
 def latent_cosine(

@@ -4,6 +4,8 @@ Invariant: the generator is pinned (threefry2x32), whatever JAX's default become
 stream 1 + i the noise of step i.
 """
 
+import operator
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -23,9 +25,13 @@ def as_seed(seed: int) -> UInt[Array, ""]:
     Raises:
       ValueError: the seed does not fit 32 bits.
     """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}; expected a whole number from 0 to {2**32 - 1}.")
-    return jnp.asarray(seed, jnp.uint32)
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = -1
+    if isinstance(seed, bool) or not 0 <= number < 2**32:
+        raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to {2**32 - 1}.")
+    return jnp.asarray(number, jnp.uint32)
 
 
 def draw(

@@ -17,6 +17,8 @@ from typing import Literal, Self, no_type_check
 import jax
 import numpy as np
 
+from sora_jax.sampling.arguments import whole
+
 FULL, REUSE, HALF = 0, 1, 2
 Keep = Literal["residual", "velocity"]
 
@@ -29,8 +31,8 @@ class Plan:
       codes: for each step `FULL` (1 evaluation), `REUSE` (none) or `HALF`: the conditional rows only, with the guidance
         difference of the last full step (half an evaluation).
       keep: what a reused step takes from the last evaluation; static.  "velocity" holds the velocity itself and serves any
-        velocity; "residual" holds what the block stack added to its tokens, and embeds and projects afresh: the velocity
-        must take ``keep_residual`` and ``residual``, see `sampler`.
+        velocity; "residual" holds what the block stack added to its tokens, and embeds and projects afresh: it needs a
+        `velocity.ReusableVelocity`.
       halves: whether half steps are compiled; static.  None: only where the codes have one.
     """
 
@@ -39,9 +41,12 @@ class Plan:
     halves: bool | None = None
 
     def __post_init__(self) -> None:
-        strange = sorted(set(self.codes) - {FULL, REUSE, HALF})
+        if isinstance(self.codes, str) or not isinstance(self.codes, Iterable):
+            raise ValueError(f"plan has the codes {self.codes!r}; expected one for each step.")
+        strange = [code for code in self.codes if isinstance(code, bool) or code not in (FULL, REUSE, HALF)]
         if strange:
             raise ValueError(f"plan has the codes {strange}; expected {FULL} (full), {REUSE} (reuse) or {HALF} (half).")
+        object.__setattr__(self, "codes", tuple(int(code) for code in self.codes))
         if not self.codes or self.codes[0] != FULL:
             raise ValueError("plan does not begin with a full evaluation; step 0 has nothing to reuse, set its code to 0.")
         if self.keep not in ("residual", "velocity"):
@@ -52,15 +57,16 @@ class Plan:
     @classmethod
     def evaluate_at(cls, steps: Iterable[int], num_steps: int, *, keep: Keep = "residual") -> Self:
         """Returns the plan that evaluates in full at ``steps`` and reuses at all others."""
-        chosen = set(steps)
-        beyond = sorted(step for step in chosen if not 0 <= step < num_steps)
+        num_steps = whole("num_steps", num_steps, least=1)
+        full = {whole("a step that the plan evaluates", step, least=0) for step in steps}
+        beyond = sorted(step for step in full if step >= num_steps)
         if beyond:
             raise ValueError(f"plan evaluates at the steps {beyond}; expected steps from 0 to {num_steps - 1}.")
-        return cls(codes=tuple(FULL if step in chosen else REUSE for step in range(num_steps)), keep=keep)
+        return cls(codes=tuple(FULL if step in full else REUSE for step in range(num_steps)), keep=keep)
 
     def with_half_steps(self, first_step: int) -> Self:
         """Returns the plan with full steps from ``first_step`` on turned into half steps."""
-        first = max(first_step, 1)
+        first = max(whole("first_step", first_step, least=0), 1)
         codes = tuple(HALF if code == FULL and step >= first else code for step, code in enumerate(self.codes))
         return dataclasses.replace(self, codes=codes)
 

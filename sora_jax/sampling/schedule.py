@@ -6,13 +6,14 @@ data: a step from t to s adds ``v * (t - s)``.  Nothing here evaluates a model o
 """
 
 import dataclasses
-import operator
 from collections.abc import Sequence
 from typing import Self
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
+
+from sora_jax.sampling.arguments import finite, shown, whole
 
 MAX_STEPS = 256
 OPEN_SORA_TIMESTEPS = 1000.0
@@ -40,7 +41,11 @@ class Schedule:
         Raises:
           ValueError: the times are not finite, strictly decreasing and in (0, num_timesteps].
         """
-        visited = np.asarray(times, np.float32)
+        num_timesteps = _positive("num_timesteps", num_timesteps)
+        try:
+            visited = np.asarray(times, np.float32)
+        except (TypeError, ValueError):
+            raise ValueError(f"times is {shown(times)}; expected a sequence of numbers.") from None
         if visited.ndim != 1 or not visited.size:
             raise ValueError(f"times has shape {visited.shape}; expected one dimension and at least one time.")
         if not np.isfinite(visited).all() or visited[0] > num_timesteps or (np.diff(np.append(visited, 0.0)) >= 0).any():
@@ -52,8 +57,8 @@ class Schedule:
     @classmethod
     def uniform(cls, num_steps: int, *, shift: int | float = 1.0, num_timesteps: int | float = OPEN_SORA_TIMESTEPS) -> Self:
         """Returns equal steps from ``num_timesteps`` to 0, moved towards the noisy end where ``shift`` exceeds 1."""
-        scale = float(num_timesteps)
-        times = shift_times(linear_times(num_steps, scale), _positive("shift", shift), scale)
+        scale = _positive("num_timesteps", num_timesteps)
+        times = shift_times(linear_times(num_steps, scale), np.asarray(_positive("shift", shift), np.float32), scale)
         return cls.from_times(times, num_timesteps=scale)
 
     @classmethod
@@ -93,7 +98,7 @@ class Schedule:
         if transform:
             ratio = resolution_shift(height_px=height_px, width_px=width_px, num_frames=num_frames, size_dtype=size_dtype)
             times = shift_times(times, ratio, OPEN_SORA_TIMESTEPS)
-        return cls.from_times(shift_times(times, _positive("shift", shift), OPEN_SORA_TIMESTEPS))
+        return cls.from_times(shift_times(times, np.asarray(_positive("shift", shift), np.float32), OPEN_SORA_TIMESTEPS))
 
     @property
     def visited(self) -> np.ndarray:
@@ -112,12 +117,7 @@ def linear_times(num_steps: int, num_timesteps: float) -> np.ndarray:
     Raises:
       ValueError: num_steps is not a positive whole number.
     """
-    try:
-        count = operator.index(num_steps)
-    except TypeError:
-        raise ValueError(f"num_steps {num_steps!r} is not a whole number.") from None
-    if count < 1:
-        raise ValueError(f"num_steps is {count}; expected at least 1.")
+    count = whole("num_steps", num_steps, least=1)
     return (1.0 - np.arange(count) / count) * num_timesteps
 
 
@@ -147,8 +147,7 @@ def resolution_shift(*, height_px: int, width_px: int, num_frames: int, size_dty
       ValueError: a size is not positive.
     """
     for name, value in (("height_px", height_px), ("width_px", width_px), ("num_frames", num_frames)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1.")
+        whole(name, value, least=1)
     dtype = np.dtype(size_dtype).type
     latent_frames = 1 if num_frames == 1 else num_frames // 17 * 5 or -(-num_frames // 4)
     area = dtype(height_px) * dtype(width_px)
@@ -156,7 +155,7 @@ def resolution_shift(*, height_px: int, width_px: int, num_frames: int, size_dty
     return np.asarray(ratio, size_dtype)
 
 
-def _positive(name: str, value: int | float) -> np.ndarray:
-    if not (np.isfinite(value) and value > 0):
+def _positive(name: str, value: int | float) -> float:
+    if finite(name, value) <= 0:
         raise ValueError(f"{name} is {value}; expected a positive number.")
-    return np.asarray(value, np.float32)
+    return float(value)

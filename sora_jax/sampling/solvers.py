@@ -7,16 +7,23 @@ Invariant: a correction vanishes where velocity is constant, and the functions s
 Heun evaluates twice a step; its second evaluation belongs to the sampler.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 SOLVERS = ("euler", "ab2", "dpmpp", "heun")
 
 
-def check_solver(solver: str) -> None:
-    """Raises ValueError for an unknown solver."""
-    if solver not in SOLVERS:
+def check_solver(solver: Any) -> str:
+    """Returns the solver's name.
+
+    Raises:
+      ValueError: it is unknown.
+    """
+    if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is unknown; expected one of {', '.join(SOLVERS)}.")
+    return solver
 
 
 def ab2_correction(
@@ -53,7 +60,8 @@ def dpmpp_correction(
     log_ratio = _log_snr(t_next) - _log_snr(t)
     log_ratio_before = _log_snr(t) - _log_snr(t_before)
     weight = (1 - t_next / t) * log_ratio / (2 * log_ratio_before)
-    return jnp.where(t_next > 0, weight, 0) * (data - data_before)
+    usable = (t_next > 0) & jnp.isfinite(weight)  # also where the result is not used: gradients would be NaN
+    return jnp.where(usable, weight, 0) * (data - data_before)
 
 
 def _log_snr(t: Float[Array, ""]) -> Float[Array, ""]:

@@ -1,58 +1,18 @@
-"""The data of a sampling: inputs that stay, the carry that changes, the trace that grows.
+"""The data of a sampling that changes: the carry from step to step, and in it the trace that grows.
 
-Invariant: these are pytrees of arrays without behaviour.  Python values in them (static fields, inputs that are None)
-decide what is compiled; arrays never do.
+Invariant: these are pytrees of arrays without behaviour.  Which of their fields are None decides what is compiled; arrays
+never do.
 """
 
 import dataclasses
 from typing import no_type_check
 
 import jax
-import numpy as np
-from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from sora_jax.sampling.leap import LeapRule, LeapState
-from sora_jax.sampling.reuse import PlanRule
-from sora_jax.sampling.schedule import Schedule
-
-Scalar = np.ndarray | jax.Array
+from sora_jax.sampling.leap import LeapState
 
 # Classes marked no_type_check hold shapes or paths in place of arrays whenever JAX maps over their trees.
-
-
-@jax.tree_util.register_dataclass
-@no_type_check
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What a sampling needs besides its latents.
-
-    Runtime inputs: the arrays of ``velocity_fn`` and every array below.  Static: shapes and dtypes, ``solver``, the modes of
-    leap and plan, which of the optional inputs are None, the function inside ``velocity_fn``, ``schedule.num_timesteps``.
-
-    Attributes:
-      velocity_fn: see `sampler`.
-      schedule: times and number of steps.
-      guidance: scale of classifier-free guidance, float32; None evaluates without it, on the batch itself.
-      merge_steps: steps below this index merge temporal tokens, int32; None never passes ``merge``.
-      weight_BT: frame weights in [0, 1] of masked sampling (see `frames`).
-      seed: of the noise that joining frames get, uint32.
-      noise_NBX: recorded noise for joining frames, one per step, in place of the seed's.
-      leap: when to leap.
-      plan: which steps evaluate.
-      solver: one of `solvers.SOLVERS`.
-    """
-
-    velocity_fn: Partial
-    schedule: Schedule
-    guidance: Scalar | None
-    merge_steps: Scalar | None
-    weight_BT: Array | np.ndarray | None
-    seed: Scalar
-    noise_NBX: Array | np.ndarray | None
-    leap: LeapRule | None
-    plan: PlanRule | None
-    solver: str = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -113,7 +73,7 @@ class Carry:
       kept: what the plan keeps; None without a plan.
       evaluations_B: velocity evaluations that went into each sample.
       batch_evaluations: velocity evaluations computed so far, for whatever sample.
-      trace: record of every step.
+      trace: record of every step; without rows where nobody reads it (`integration`).
     """
 
     step: Int[Array, ""]

@@ -9,13 +9,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from sora_jax.sampling import joining, noise, solvers
-from sora_jax.sampling.evaluation import Evaluation, evaluate, guided_velocity
+from sora_jax.sampling.evaluation import Evaluation, empty_kept, evaluate, guided_velocity
 from sora_jax.sampling.joining import expand
 from sora_jax.sampling.leap import LeapState, latent_cosine, released_cosine
-from sora_jax.sampling.state import Carry, Inputs, Trace
+from sora_jax.sampling.options import Sampling
+from sora_jax.sampling.state import Carry, Trace
+from sora_jax.sampling.velocity import Point, VideoVelocity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,20 +29,42 @@ class _Frames:
     joining_BT: Array | None
 
 
-def take_step(inputs: Inputs, carry: Carry, *, merged: bool) -> Carry:
+def first_carry(sampling: Sampling, velocity: VideoVelocity, z: Float[Array, "B ..."], *, recorded: bool) -> Carry:
+    """Returns the carry before the first step; unless ``recorded``, its trace has no rows."""
+    batch = z.shape[0]
+    active_BT = None if sampling.weight_BT is None else joining.begin(jnp.asarray(sampling.weight_BT))
+    at = Point(velocity=velocity, z=z, t=jnp.zeros(()), active_BT=active_BT, merged=False)
+    return Carry(
+        step=jnp.asarray(0, jnp.int32),
+        z=z,
+        done_B=jnp.zeros(batch, bool),
+        z_in=jnp.zeros_like(z),
+        v=jnp.zeros_like(z),
+        fresh=jnp.asarray(False),
+        active_BT=active_BT,
+        leap=None if sampling.leap is None else sampling.leap.start(batch),
+        kept=empty_kept(sampling, at),
+        evaluations_B=jnp.zeros(batch, jnp.float32),
+        batch_evaluations=jnp.asarray(0, jnp.float32),
+        trace=_empty_trace(len(sampling.schedule.times) - 1 if recorded else 0, batch),
+    )
+
+
+def take_step(sampling: Sampling, velocity: VideoVelocity, carry: Carry, *, merged: bool) -> Carry:
     """Returns the carry after one step; ``merged`` is static."""
-    schedule, step = inputs.schedule, carry.step
+    schedule, step = sampling.schedule, carry.step
     t = jnp.asarray(schedule.times)[step]
-    restart = jnp.asarray(False) if inputs.merge_steps is None else step == inputs.merge_steps
+    restart = jnp.asarray(False) if sampling.merge_steps is None else step == sampling.merge_steps
     continues = (step > 0) & ~restart
 
-    now = _join_frames(inputs, carry, t)
-    evaluation = evaluate(inputs, carry, now.z_in, t, now.active_BT, merged=merged, continues=continues)
+    now = _join_frames(sampling, carry, t)
+    at = Point(velocity=velocity, z=now.z_in, t=t, active_BT=now.active_BT, merged=merged)
+    evaluation = evaluate(sampling, carry, at, continues=continues)
     comparable = continues & evaluation.fresh & carry.fresh
-    cosine_B = _cosine(inputs, carry, evaluation.v, now.active_BT, comparable)
-    leap, leaps_B = _decide_leap(inputs, carry, cosine_B, now, comparable, restart)
-    has_history = continues & _at_own_times(inputs, carry, evaluation)
-    moved, solver_cost = _move(inputs, carry, now, evaluation.v, leaps_B, has_history, merged=merged)
+    cosine_B = _cosine(sampling, carry, evaluation.v, now.active_BT, comparable)
+    leap, leaps_B = _decide_leap(sampling, carry, cosine_B, now, comparable, restart)
+    has_history = continues & _at_own_times(sampling, carry, evaluation)
+    moved, solver_cost = _move(sampling, carry, now, at, evaluation.v, leaps_B, has_history)
     if now.active_BT is not None:
         moved = jnp.where(expand(now.active_BT, moved), moved, carry.z)
 
@@ -64,39 +88,53 @@ def take_step(inputs: Inputs, carry: Carry, *, merged: bool) -> Carry:
     )
 
 
-def _join_frames(inputs: Inputs, carry: Carry, t: Array) -> _Frames:
-    if inputs.weight_BT is None or carry.active_BT is None:
+def _empty_trace(capacity: int, batch: int) -> Trace:
+    return Trace(
+        time_N=jnp.zeros(capacity, jnp.float32),
+        evaluations_N=jnp.zeros(capacity, jnp.float32),
+        cosine_NB=jnp.zeros((capacity, batch), jnp.float32),
+        reused_N=jnp.zeros(capacity, bool),
+        merged_N=jnp.zeros(capacity, bool),
+        leapt_NB=jnp.zeros((capacity, batch), bool),
+    )
+
+
+def _join_frames(sampling: Sampling, carry: Carry, t: Array) -> _Frames:
+    if sampling.weight_BT is None or carry.active_BT is None:
         return _Frames(z_in=carry.z, active_BT=None, joining_BT=None)
-    num_timesteps = inputs.schedule.num_timesteps
-    active_BT = joining.active_frames(jnp.asarray(inputs.weight_BT), t, num_timesteps)
+    num_timesteps = sampling.schedule.num_timesteps
+    active_BT = joining.active_frames(jnp.asarray(sampling.weight_BT), t, num_timesteps)
     joining_BT = active_BT & ~carry.active_BT
 
     def draw() -> Array:
-        if inputs.noise_NBX is not None:
-            return jnp.asarray(inputs.noise_NBX)[carry.step]
-        return noise.draw(jnp.asarray(inputs.seed), carry.z.shape, carry.step.astype(jnp.uint32) + 1, carry.z.dtype)
+        if sampling.noise_NBX is not None:
+            return jnp.asarray(sampling.noise_NBX)[carry.step]
+        return noise.draw(jnp.asarray(sampling.seed), carry.z.shape, carry.step.astype(jnp.uint32) + 1, carry.z.dtype)
 
     z_in = joining.join(carry.z, joining_BT, t / num_timesteps, draw)
     return _Frames(z_in=z_in, active_BT=active_BT, joining_BT=joining_BT)
 
 
-def _cosine(inputs: Inputs, carry: Carry, v: Array, active_BT: Array | None, comparable: Array) -> Array:
-    if inputs.leap is not None and inputs.leap.mode == "released":
+def _cosine(sampling: Sampling, carry: Carry, v: Array, active_BT: Array | None, comparable: Array) -> Array:
+    """Returns the cosine with the velocity before, NaN where there is none or nobody reads it."""
+    if not len(carry.trace.time_N):
+        return jnp.full(len(v), jnp.nan, jnp.float32)
+    if sampling.leap is not None and sampling.leap.mode == "released":
         return jnp.where(carry.step > 0, released_cosine(v, carry.v), jnp.nan)
     return jnp.where(comparable, latent_cosine(v, carry.v, active_BT), jnp.nan)
 
 
 def _decide_leap(
-    inputs: Inputs, carry: Carry, cosine_B: Array, now: _Frames, comparable: Array, restart: Array
+    sampling: Sampling, carry: Carry, cosine_B: Array, now: _Frames, comparable: Array, restart: Array
 ) -> tuple[LeapState | None, Array]:
     """Returns the leap rule's state and which samples leap in this step."""
-    if inputs.leap is None or carry.leap is None:
+    if sampling.leap is None or carry.leap is None:
         return None, jnp.zeros(cosine_B.shape, bool)
     comparable_B = may_leap_B = jnp.ones(cosine_B.shape, bool)
     if now.active_BT is not None and now.joining_BT is not None:
-        may_leap_B = joining.all_joined(jnp.asarray(inputs.weight_BT), now.active_BT)
+        may_leap_B = joining.all_joined(jnp.asarray(sampling.weight_BT), now.active_BT)
         comparable_B = ~jnp.any(now.joining_BT, axis=1)
-    return inputs.leap.decide(
+    return sampling.leap.decide(
         carry.leap,
         cosine_B,
         step=carry.step,
@@ -106,18 +144,18 @@ def _decide_leap(
     )
 
 
-def _at_own_times(inputs: Inputs, carry: Carry, evaluation: Evaluation) -> Array:
+def _at_own_times(sampling: Sampling, carry: Carry, evaluation: Evaluation) -> Array:
     """Returns whether this velocity and the one before belong to the times of their steps; one that is held does not."""
-    if inputs.plan is None or inputs.plan.keep == "residual":
+    if sampling.plan is None or sampling.plan.keep == "residual":
         return jnp.asarray(True)
     return evaluation.fresh & carry.fresh
 
 
 def _move(
-    inputs: Inputs, carry: Carry, now: _Frames, v: Array, leaps_B: Array, has_history: Array, *, merged: bool
+    sampling: Sampling, carry: Carry, now: _Frames, at: Point, v: Array, leaps_B: Array, has_history: Array
 ) -> tuple[Array, Array]:
     """Returns the latents one step on, or at the end where a sample leaps, and the evaluations of the solver's own."""
-    times = jnp.asarray(inputs.schedule.times) / inputs.schedule.num_timesteps
+    times = jnp.asarray(sampling.schedule.times) / sampling.schedule.num_timesteps
     t_before, t, t_next = times[carry.step - 1], times[carry.step], times[carry.step + 1]
     leaps = expand(leaps_B, v)
     moved = now.z_in + v * jnp.where(leaps, t, t - t_next)
@@ -125,31 +163,29 @@ def _move(
         has_history = expand(has_history & ~now.joining_BT, v)
 
     correction, cost = jnp.zeros_like(v), jnp.asarray(0.0, jnp.float32)
-    if inputs.solver == "ab2":
+    if sampling.solver == "ab2":
         correction = solvers.ab2_correction(v, carry.v, t_before=t_before, t=t, t_next=t_next)
         correction = jnp.where(has_history, correction, 0)
-    elif inputs.solver == "dpmpp":
+    elif sampling.solver == "dpmpp":
         data, data_before = now.z_in + t * v, carry.z_in + t_before * carry.v
         correction = solvers.dpmpp_correction(data, data_before, t_before=t_before, t=t, t_next=t_next)
         correction = jnp.where(has_history, correction, 0)
-    elif inputs.solver == "heun":
-        correction, cost = _heun_correction(inputs, now, v, t, t_next, carry.done_B | leaps_B, merged=merged)
+    elif sampling.solver == "heun":
+        correction, cost = _heun_correction(sampling, at, v, t, t_next, carry.done_B | leaps_B)
 
     to_end = jnp.zeros_like(v)
-    if inputs.leap is not None and inputs.leap.extrapolate:
+    if sampling.leap is not None and sampling.leap.extrapolate:
         to_end = solvers.ab2_correction(v, carry.v, t_before=t_before, t=t, t_next=jnp.zeros_like(t))
         to_end = jnp.where(has_history, to_end, 0)
     return moved + jnp.where(leaps, to_end, correction), cost
 
 
-def _heun_correction(
-    inputs: Inputs, now: _Frames, v: Array, t: Array, t_next: Array, idle_B: Array, *, merged: bool
-) -> tuple[Array, Array]:
+def _heun_correction(sampling: Sampling, at: Point, v: Array, t: Array, t_next: Array, idle_B: Array) -> tuple[Array, Array]:
     """Returns the trapezoid's term and its further evaluation; the last step, to t = 0, is Euler's and costs none."""
 
     def corrected() -> Array:
-        euler = now.z_in + v * (t - t_next)
-        v_next = guided_velocity(inputs, euler, t_next * inputs.schedule.num_timesteps, now.active_BT, merged=merged)
+        euler = at.z + v * (t - t_next)
+        v_next = guided_velocity(sampling, dataclasses.replace(at, z=euler, t=t_next * sampling.schedule.num_timesteps))
         return (v_next - v) * ((t - t_next) / 2)
 
     wanted = (t_next > 0) & ~jnp.all(idle_B)
@@ -160,6 +196,8 @@ def _record(
     carry: Carry, t: Array, cost: Array, cosine_B: Array, evaluation: Evaluation, leapt_B: Array, *, merged: bool
 ) -> Trace:
     trace, step = carry.trace, carry.step
+    if not len(trace.time_N):
+        return trace
     return Trace(
         time_N=trace.time_N.at[step].set(t),
         evaluations_N=trace.evaluations_N.at[step].set(cost),

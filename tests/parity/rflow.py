@@ -15,7 +15,7 @@ import numpy as np
 from sora_jax.networks.merging import Merge
 from sora_jax.pipeline.velocity import Velocity
 from sora_jax.sampling.leap import Leap
-from sora_jax.sampling.sampler import Carry, Sampler
+from sora_jax.sampling.sampler import Sampler
 from sora_jax.sampling.schedule import Schedule
 from tests.parity import limits, stdit3
 from tests.parity.fixtures import read_json, read_tensors
@@ -47,7 +47,7 @@ def compute(folder: Path, case: str) -> dict[str, np.ndarray]:
     config = read_json(folder / "config.json")
     entry = {**config["cases"], **config.get("ods_cases", {})}[case]
     sampler = _sampler(folder, entry, tensors)
-    carries = list(_steps(sampler, jnp.asarray(np.moveaxis(tensors["in.z"], 1, -1)), entry["num_sampling_steps"]))
+    carries = list(sampler.steps(jnp.asarray(np.moveaxis(tensors["in.z"], 1, -1))))
     times = carries[-1].trace.time_N[: len(carries)]
     computed = {
         "out.timesteps": np.repeat(np.asarray(times)[:, None], len(tensors["in.z"]), axis=1),
@@ -108,19 +108,10 @@ def _schedule(entry: dict[str, Any], num_frames: int, size_dtype: Any = np.float
     )
 
 
-def _steps(sampler: Sampler, z_BTHWC: jax.Array, num_steps: int) -> Any:
-    carry: Carry = sampler.start(z_BTHWC)
-    for step in range(num_steps):
-        carry = sampler.run(carry, step + 1)
-        yield carry
-        if bool(jnp.all(carry.done_B)):
-            return
-
-
 def _first_prediction(sampler: Sampler, z_BCTHW: np.ndarray, t: jax.Array) -> np.ndarray:
     """Returns both halves of the guided batch at the first step, before guidance joins them."""
     rows = jnp.tile(jnp.asarray(np.moveaxis(z_BCTHW, 1, -1)), (2, 1, 1, 1, 1))
-    return _channels_second(jax.jit(sampler.velocity_fn)(rows, jnp.full(len(rows), t)))
+    return _channels_second(jax.jit(Velocity.evaluate)(sampler.velocity, rows, jnp.full(len(rows), t)))
 
 
 def _channels_second(value: jax.Array) -> np.ndarray:

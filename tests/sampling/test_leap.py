@@ -1,5 +1,6 @@
 """Leap rules driven by velocities whose cosines are prescribed: each decision as written down, counted by hand."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 
@@ -7,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.tree_util import Partial
 
 from sora_jax.sampling.leap import Leap, latent_cosine
 from sora_jax.sampling.sampler import Result, sample
@@ -17,17 +17,23 @@ STEPS = 30
 FIRST = 14  # ceil(0.5 * 30) - 1
 
 
-def turning(angle_NB: jax.Array, z: jax.Array, t_B: jax.Array, *, merge: bool = False) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Turning:
     """Velocity of step i and sample b: the unit vector at the sum of the first i turns."""
-    step = jnp.round((1 - t_B[0] / 1000) * STEPS).astype(int)
-    angle_B = jnp.cumsum(angle_NB, axis=0)[step]
-    return jnp.stack([jnp.cos(angle_B), jnp.sin(angle_B)], axis=-1)
+
+    angle_NB: jax.Array
+
+    def evaluate(self, z: jax.Array, t_B: jax.Array, *, frame_mask_BT: None, merged: bool) -> jax.Array:
+        step = jnp.round((1 - t_B[0] / 1000) * STEPS).astype(int)
+        angle_B = jnp.cumsum(self.angle_NB, axis=0)[step]
+        return jnp.stack([jnp.cos(angle_B), jnp.sin(angle_B)], axis=-1)
 
 
 def run(cosines: dict[int, float], leap: Leap, **options: int) -> Result:
     """Samples one row whose cosine at step i is ``cosines[i]``, falling slowly elsewhere so that nothing there is better."""
     cosine_N = np.asarray([cosines.get(i, 0.5 - 0.01 * i) for i in range(STEPS)])
-    velocity = Partial(turning, jnp.asarray(np.arccos(cosine_N)[:, None], jnp.float32))
+    velocity = Turning(jnp.asarray(np.arccos(cosine_N)[:, None], jnp.float32))
     return sample(velocity, jnp.zeros((1, 2)), Schedule.uniform(STEPS), leap=leap, **options)
 
 

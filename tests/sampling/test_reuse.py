@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.tree_util import Partial
 
 from sora_jax.config import pocket
 from sora_jax.networks.stdit3 import STDiT3
@@ -19,7 +18,7 @@ from sora_jax.sampling.calibration import Calibration, calibrate
 from sora_jax.sampling.reuse import FULL, HALF, REUSE, Plan
 from sora_jax.sampling.sampler import sample
 from sora_jax.sampling.schedule import Schedule
-from tests.support import sampler_oracle
+from tests.support.sampler_oracle import Wavy
 
 SHAPE = (2, 4, 3, 4, 2)
 Z = jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), jnp.float32)
@@ -27,11 +26,7 @@ BIAS = jnp.asarray([0.3, -0.8, 0.1, 0.5])
 SCHEDULE = Schedule.uniform(8, shift=2.0)
 
 
-def velocity(bias_R: jax.Array, z: jax.Array, t_R: jax.Array, **options: Any) -> Any:
-    return sampler_oracle.velocity(jnp, bias_R, z, t_R, **options)
-
-
-VELOCITY = Partial(velocity, BIAS)
+VELOCITY = Wavy(BIAS)
 
 
 def test_a_plan_of_full_steps_changes_no_bit() -> None:
@@ -58,7 +53,7 @@ def test_nothing_kept_crosses_the_end_of_merging() -> None:
 
 
 def test_half_steps_cost_half_and_are_exact_where_guidance_does_not_change() -> None:
-    def parallel(z: jax.Array, t_R: jax.Array, **options: Any) -> jax.Array:
+    def parallel(z: jax.Array, t_R: jax.Array) -> jax.Array:
         row = jnp.arange(len(z)).reshape(-1, 1, 1, 1, 1)
         return jnp.sin(t_R / 500).reshape(-1, 1, 1, 1, 1) - 0.3 * jnp.where(row < SHAPE[0], 2.0, -1.0) + 0 * z
 
@@ -163,10 +158,10 @@ def test_the_residual_of_the_block_stack_stands_for_it(transformer: Velocity) ->
 
     @jax.jit
     def evaluate(velocity: Velocity) -> tuple[jax.Array, ...]:
-        v, residual = velocity(z, t, keep_residual=True)
-        reused = velocity(z, t, residual=residual)
-        conditional = velocity(z[:2], t[:2])
-        return v, reused, conditional, velocity(z, 0.9 * t), velocity(z, 0.9 * t, residual=residual)
+        v, residual = velocity.evaluate_keeping(z, t)
+        reused = velocity.reuse(z, t, residual)
+        conditional = velocity.evaluate(z[:2], t[:2])
+        return v, reused, conditional, velocity.evaluate(z, 0.9 * t), velocity.reuse(z, 0.9 * t, residual)
 
     v, reused, conditional, later, later_reused = evaluate(transformer)
     np.testing.assert_allclose(reused, v, rtol=0, atol=1e-5)
@@ -182,15 +177,15 @@ def test_plans_drive_the_transformer(transformer: Velocity) -> None:
 
     @jax.jit
     def written_out(velocity: Velocity, z: jax.Array) -> jax.Array:
-        def both(z: jax.Array, t: float, **options: Any) -> Any:
-            return velocity(jnp.concatenate([z, z]), jnp.full(4, t), **options)
+        def both(z: jax.Array, t: float) -> tuple[jax.Array, jax.Array]:
+            return jnp.concatenate([z, z]), jnp.full(4, t)
 
-        rows, residual = both(z, times[0], keep_residual=True)
+        rows, residual = velocity.evaluate_keeping(*both(z, times[0]))
         difference = rows[:2] - rows[2:]
         z = z + (rows[2:] + 2 * difference) * 0.4
-        rows = both(z, times[1], residual=residual)
+        rows = velocity.reuse(*both(z, times[1]), residual)
         z = z + (rows[2:] + 2 * (rows[:2] - rows[2:])) * 0.3
-        return z + (velocity(z, jnp.full(2, times[2])) + difference) * 0.3
+        return z + (velocity.evaluate(z, jnp.full(2, times[2])) + difference) * 0.3
 
     np.testing.assert_allclose(got.z, written_out(transformer, z), rtol=0, atol=2e-5)  # float32 network, values near 5
     assert got.evaluations_B.tolist() == [1.5, 1.5]

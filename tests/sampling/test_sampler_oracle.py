@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.tree_util import Partial
 
 from sora_jax.sampling.joining import smallest_legal_leap
 from sora_jax.sampling.leap import Leap
@@ -14,7 +14,7 @@ from sora_jax.sampling.reuse import Plan
 from sora_jax.sampling.sampler import Sampler, finish
 from sora_jax.sampling.schedule import Schedule
 from tests.support import sampler_oracle
-from tests.support.sampler_oracle import FULL, HALF, REUSE, Case
+from tests.support.sampler_oracle import FULL, HALF, REUSE, Case, Wavy
 
 SHAPE = (2, 4, 3, 4, 2)
 DRAWS = 18
@@ -48,9 +48,14 @@ STRUCTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def counted_velocity(bias_R: Any, z: Any, t_R: Any, **options: Any) -> Any:
-    TRACES["count"] += 1
-    return sampler_oracle.velocity(jnp, bias_R, z, t_R, **options)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counted(Wavy):
+    """Counts how often it is traced."""
+
+    def evaluate_keeping(self, z: Any, t_B: Any, *, frame_mask_BT: Any, merged: bool) -> tuple[Any, Any]:
+        TRACES["count"] += 1
+        return super().evaluate_keeping(z, t_B, frame_mask_BT=frame_mask_BT, merged=merged)
 
 
 def draw_case(rng: np.random.Generator, structure: dict[str, Any]) -> Case:
@@ -105,7 +110,7 @@ def make_sampler(case: Case, bias: np.ndarray, structure: dict[str, Any]) -> Sam
     if case.codes is not None:
         plan = Plan(codes=case.codes, keep=case.keep, halves=structure.get("halves", False))
     return Sampler.create(
-        Partial(counted_velocity, jnp.asarray(bias)),
+        Counted(jnp.asarray(bias)),
         Schedule.from_times(case.times),
         guidance=case.guidance,
         solver=case.solver,

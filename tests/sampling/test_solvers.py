@@ -103,12 +103,13 @@ def test_extrapolated_leap_is_exact_for_velocity_linear_in_time() -> None:
 def test_solvers_restart_where_merging_ends() -> None:
     """A velocity that jumps with the merge switch is constant in each phase, so nothing may be extrapolated over it."""
 
-    def jumping(z: jax.Array, t_B: jax.Array, *, merge: bool) -> jax.Array:
-        return jnp.full_like(z, 5.0 if merge else 1.0)
+    class Jumping:
+        def evaluate(self, z: jax.Array, t_B: jax.Array, *, frame_mask_BT: None, merged: bool) -> jax.Array:
+            return jnp.full_like(z, 5.0 if merged else 1.0)
 
     schedule = Schedule.uniform(8)
     for solver in ("ab2", "dpmpp"):
-        end = sample(jumping, NOISE, schedule, solver=solver, merge_steps=3).z
+        end = sample(Jumping(), NOISE, schedule, solver=solver, merge_steps=3).z
         assert np.allclose(end - NOISE, 3 / 8 * 5 + 5 / 8, atol=2e-6), solver
 
 
