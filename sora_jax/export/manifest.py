@@ -65,7 +65,7 @@ def validate(manifest: Any, path: Path) -> None:
       MissingExtraError: jsonschema is not installed.
     """
     target = manifest.get("target") if isinstance(manifest, Mapping) else None
-    require(target if target in get_args(TargetName) else "export", "jsonschema")
+    require(str(target) if target in get_args(TargetName) else "export", "jsonschema")
     import jsonschema
 
     schema = json.loads(SCHEMA_FILE.read_text("utf-8"))
