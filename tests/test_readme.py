@@ -1,42 +1,137 @@
-"""The README's example of the sampler alone: it runs, prints what the README says, and its ranking holds."""
+"""The README and the pages of docs as a reader follows them: their code runs as it stands and prints what they show.
 
-import re
+Fences of one page run in order in one empty folder, Python in one namespace, `sora-jax` in this process.  A fence under the
+comment `not-run` is only parsed: the shell splits it, and every option is one that the command has.  What must be typed into
+a fresh machine (the first two commands) is run by .ci/run.
+"""
+
+import ast
+import contextlib
+import io
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
-EXAMPLE = """import jax, jax.numpy as jnp
-from sora_jax import Leap, Schedule, sample
+from sora_jax.commands.main import main
+from tests.support import pages
+from tests.support.pages import PAGES, ROOT, Fence, fences
 
-mean, width = jnp.array([[0.7, -1.2]]), jnp.array([[0.3, 1.6]])  # the data: a Gaussian, so that the exact flow is known
-
-
-def velocity(z, t):  # from noise (t = 1) to data (t = 0)
-    t = t[:, None]
-    return mean - (t - (1 - t) * width**2) / (((1 - t) * width) ** 2 + t**2) * (z - (1 - t) * mean)
-
-
-noise = jax.random.normal(jax.random.key(0), (1000, 2))
-for steps, options in [(30, {}), (16, {}), (30, {"leap": Leap.static(15)}), (16, {"solver": "ab2"})]:
-    made = sample(velocity, noise, Schedule.uniform(steps, num_timesteps=1), **options)
-    print(f"{made.batch_evaluations:.0f} evaluations, error {abs(made.z - (mean + width * noise)).max():.2f}")
-"""
-PRINTED = """30 evaluations, error 0.22
-16 evaluations, error 0.40
-16 evaluations, error 0.88
-16 evaluations, error 0.02
-"""
+INSTALL = (
+    "python3 -m venv sora && sora/bin/pip install . && "
+    'sora/bin/sora-jax generate "a red circle moves right on a blue background" -o circle.mp4\n'
+)
+TESTS = "python3 -m venv sora && sora/bin/pip install '.[test]' && sora/bin/python -m pytest -m \"not slow\" -n 2 -q\n"
+ALL = [fence for page in PAGES for fence in fences(page)]
+CODE = [fence for fence in ALL if fence.language in ("python", "sh") and fence.code not in (INSTALL, TESTS)]
+RUNNING = sorted({fence.page for fence in CODE if fence.not_run is None})
 
 
-def test_the_example_prints_what_it_is_said_to(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(EXAMPLE, "README.md", "exec"), {})
-    printed = capsys.readouterr().out
-    assert printed == PRINTED
-    full, euler, leap, ab2 = (float(error) for error in re.findall(r"error (\S+)", printed))
-    assert ab2 < full < euler < leap  # at 16 evaluations: AB2 beats 30 Euler steps, and a leap is the worst way to spend them
+def test_the_readme_is_short():
+    assert (ROOT / "README.md").stat().st_size <= 7000
 
 
-def test_the_readme_shows_this_example() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert EXAMPLE in readme
-    assert PRINTED in readme
+def test_the_readme_opens_with_two_commands_complete_on_a_fresh_machine():
+    first, second = [fence for fence in ALL if fence.page == ROOT / "README.md" and fence.language == "sh"][:2]
+    assert (first.code, second.code) == (INSTALL, TESTS)
+    assert first.not_run is second.not_run is None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled programs are kept between the pages, away from the user's cache, and JAX is left as it was found."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    names = [
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    ]
+    before = {name: getattr(jax.config, name) for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs_and_prints_what_it_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for fence in CODE:
+        if fence.page == page and fence.not_run is None:
+            printed = run_python(fence, namespace) if fence.language == "python" else run_commands(fence)
+            assert fence.output is None or printed == fence.output, fence.place
+
+
+def run_python(fence: Fence, namespace: dict[str, object]) -> str:
+    """Runs a fence in the page's namespace and returns what it printed; errors name the page's own lines."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile("\n" * (fence.line - 1) + fence.code, str(fence.page), "exec"), namespace)
+    return printed.getvalue()
+
+
+def run_commands(fence: Fence) -> str:
+    """Runs the commands of a fence in this process and returns what they wrote to standard output."""
+    printed = io.StringIO()
+    for program, *arguments in fence.commands:
+        assert program == "sora-jax", f"{fence.place} runs {program}; mark the fence not-run, with the reason"
+        with contextlib.redirect_stdout(printed):
+            assert main(arguments) == 0, f"{fence.place}: {' '.join(arguments)}"
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("fence", [fence for fence in CODE if fence.not_run is not None], ids=lambda fence: fence.place)
+def test_a_fence_that_does_not_run_is_right_as_far_as_parsing_goes(fence: Fence):
+    assert fence.not_run, f"{fence.place} does not say why it does not run"
+    if fence.language == "python":
+        ast.parse(fence.code)
+        return
+    for program, *arguments in fence.commands:
+        if program == "sora-jax":
+            parse(arguments)
+        elif program == "python":
+            check_module_command([program, *arguments])
+
+
+def parse(arguments: list[str]) -> None:
+    """Parses the arguments of ``sora-jax`` and runs nothing; wrong ones end the program."""
+    from sora_jax.commands import convert
+    from sora_jax.commands.options import build_parser
+
+    parser = build_parser()
+    if arguments[0] == "convert":
+        parser, arguments = convert._parser(), arguments[1:]
+    parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize("words", ["generate --step 3", "convert t5 a b --int8", "export pocket out --target wasm", "tune"])
+def test_a_command_with_a_mistake_would_be_seen(words: str):
+    with pytest.raises(SystemExit):
+        parse(words.split())
+
+
+def check_module_command(words: list[str]) -> None:
+    """Checks that ``python -m MODULE ...`` names a module of this project and options that it declares."""
+    module = words[2]
+    declared = pages.options_of_module(module)
+    options = [word.partition("=")[0] for word in words[3:] if word.startswith("--")]
+    assert set(options) <= declared, f"{' '.join(words)}: {module} declares {sorted(declared)}"
+
+
+def test_the_docs_have_no_other_shell_than_sh():
+    assert {fence.language for fence in ALL} <= {"python", "sh", "text", "bibtex"}
+
+
+def test_the_first_example_of_fewer_evaluations_is_the_recommended_one():
+    commands = [" ".join(words) for fence in ALL if fence.language == "sh" for words in fence.commands]
+    fewer = [text for text in commands if any(option in text for option in ("--preset", "--leap", "--merge-steps", "--plan"))]
+    assert "--preset recommended" in fewer[0]

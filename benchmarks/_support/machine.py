@@ -1,4 +1,4 @@
-"""What a reader needs to judge a benchmark: device, versions, commit, load; its files and folders; memory of a process."""
+"""What a reader needs to judge a benchmark: device, versions, commit, date, load; its files and folders."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sora_jax.version import __version__
 
 
 def environment() -> dict[str, Any]:
-    """Returns device, threads, versions, commit and the machine's load, JSON-ready."""
+    """Returns device, threads, versions, commit, date (UTC) and the machine's load, JSON-ready."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.is_file() else []
@@ -27,6 +28,7 @@ def environment() -> dict[str, Any]:
         "threads": len(os.sched_getaffinity(0)),
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "sora_jax": __version__},
         "commit": commit,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "load": os.getloadavg(),
     }
 

@@ -1,6 +1,6 @@
 """Bytes, errors and time of a model exported to each target, and how close the exported loop's video is to the pipeline's.
 
-Run:      python -m benchmarks.export.export_targets --scratch DIR --json benchmarks/results/export_targets.json [--model DIR]
+Command:  python -m benchmarks.export.export_targets --scratch DIR --json benchmarks/results/export_targets.json [--model DIR]
 Needs:    the extra ``export``; for the embedded model 60 MB of disk and two to four minutes a row on two cores.
 Expect:   float32 rows above 100 dB and videos above 50 dB; int8 a quarter of the bytes of the matrices; memory below 6 GB.
 Rival:    the same model directory: its bytes as stored, and the pipeline that runs it.

@@ -1,6 +1,6 @@
 """Open-Sora 1.2 exported at its released widths by the command itself: bytes, time, memory and errors of every stage.
 
-Run:      python -m benchmarks.export.released_export --scratch scratch --target coreml --precision float16 --weights int8
+Command:  python -m benchmarks.export.released_export --scratch scratch --target coreml --precision float16 --weights int8
             --stages stdit3 --json benchmarks/results/coreml_export.json
 Needs:    the extra of the target; 10 GB of disk for all 28 pairs (weights in bfloat16 and artefacts), given back at the end.
 Expect:   Core ML in int8: 28 pairs in 1.3 GB, each with the functions full and merged; at most 6 GB of memory in any process.

@@ -1,6 +1,6 @@
 """Predicted time and memory of every stage on a phone, beside what On-device Sora's paper measured there.
 
-Run:      python -m benchmarks.memory.device_plan --profile iphone-15-pro [--bandwidth 1.2GB] [--stored float32] [--json FILE]
+Command:  python -m benchmarks.memory.device_plan --profile iphone-15-pro [--bandwidth 1.2GB] [--stored float32] [--json FILE]
 Needs:    nothing: shapes only, no weights, seconds.
 Expect:   the error of every row, stated.  With the nominal speed the times are lower bounds; `fitted` takes speed and bandwidth
           from the paper's step with and without concurrent inference at 256 x 256, and predicts the rest.

@@ -1,6 +1,6 @@
 """Peak memory and time of the text encoder and of decoding, run from their files at full size, each in its own process.
 
-Run:      python -m benchmarks.memory.stage_memory SCRATCH --stages text --dtypes int8 float32 bfloat16 --linked
+Command:  python -m benchmarks.memory.stage_memory SCRATCH --stages text --dtypes int8 float32 bfloat16 --linked
               --out benchmarks/results/stage_text.json
           python -m benchmarks.memory.stage_memory SCRATCH --stages decode --rival --out benchmarks/results/stage_decode.json
           (--tiny tries it out at toy width in a minute; --linked stores one text-encoder block and links the other 23)

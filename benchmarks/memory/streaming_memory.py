@@ -1,6 +1,6 @@
 """Peak memory of one guided evaluation of the streamed transformer, measured in a process of its own.
 
-Run:      python -m benchmarks.memory.streaming_memory WEIGHTS_DIR [--budgets 3.3GB 2.2GB minimum] [--backends mmap host]
+Command:  python -m benchmarks.memory.streaming_memory WEIGHTS_DIR [--budgets 3.3GB 2.2GB minimum] [--backends mmap host]
           (writes 4.5 GB of random weights into WEIGHTS_DIR, unless they are there; --blocks 4 --frames 2 tries it out)
 Needs:    Linux; as much memory as the largest budget; 68 frames at 256 x 256 (5,120 tokens, two rows) take minutes.
 Expect:   every peak at most its budget; `minimum` (nothing retained) 1.3 to 1.4 GB, of which activations of 10,240 tokens are

@@ -1,12 +1,12 @@
 """What int8 weights and bfloat16 cost: in caption features, in velocities, and in finished videos.
 
-Source: the embedded model (or --model DIR), and networks of the released widths with the weights of tests/golden/wide.
-Run: python -m benchmarks.quality.int8_error --clips 40 --json benchmarks/results/int8_error.json   (--skip-wide without 8 GB)
-Cost: six samplings of each caption, and six passes at real width.
-Expect: caption features of an int8 text encoder within 2 % of float32 (cosine 0.9998) and captions followed as before;
-int8 in STDiT3 no worse: arXiv 2502.04363 quantises the text encoder alone, holding the transformer to be more sensitive.
+Command:  python -m benchmarks.quality.int8_error --clips 40 --json benchmarks/results/int8_error.json
+Needs:    8 GB of memory (--skip-wide does without); six samplings of each caption, and six passes at real width.
+Expect:   caption features of an int8 text encoder within 2 % of float32 (cosine 0.9998) and captions followed as before;
+          int8 in STDiT3 no worse: arXiv 2502.04363 quantises the text encoder alone, as the less sensitive network.
+Rival:    float32 in the same run: the same prompts, the same noise, the same program.
 
-The rival of every row is float32 in the same run: the same prompts, the same noise, the same program.
+Measured on the embedded model (or --model DIR), and on networks of the released widths with the weights of tests/golden/wide.
 """
 
 import argparse

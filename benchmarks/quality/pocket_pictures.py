@@ -1,8 +1,11 @@
-"""Pictures of the pocket model for people: ``python benchmarks/quality/pocket_pictures.py [MODEL_DIR] --seed 0 --out docs``.
+"""Pictures of the pocket model for people: strips of frames, and an animation of a dozen clips.
 
-The first dozen captions of a seed, of combinations unseen in training, none left out: ``pocket_strips.png`` has a row of
-frames for each, ``pocket_clips.gif`` shows all of them at once.  With ``--real`` the renderer draws the clips instead of the
-model: what a perfect model would show.  Cost: a dozen clips, about a minute on two cores.
+Command:  python -m benchmarks.quality.pocket_pictures [MODEL_DIR] --seed 0 --out docs
+Needs:    about a minute on two cores, for a dozen clips.
+Writes:   OUT/pocket_strips.png, a row of frames for each clip; OUT/pocket_clips.gif, all clips at once.
+
+The captions are the first dozen of a seed, of combinations unseen in training, with none left out.  With ``--real`` the
+renderer draws the clips instead of the model: what a perfect model would show.
 """
 
 import argparse

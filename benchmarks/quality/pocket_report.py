@@ -1,11 +1,14 @@
-"""What the training of the pocket model took: ``python -m benchmarks.quality.pocket_report --work training``.
+"""What the training of the pocket model took: settings, time, loss and scores of every stage.
+
+Command:  python -m benchmarks.quality.pocket_report --work training
+Needs:    seconds; no network is run.
 
 Reads the reports that training wrote (one JSON line each in ``<stage>.jsonl``), the arguments of its starts
 (``runs.jsonl``) and the manifests of its model, and writes ``benchmarks/results/pocket_training.json``: settings of every
 stage, time, loss and scores over time; stages that the folder did not train stay as the file has them.  Where the
 transformer or the text encoder went on from another one (``--warm``, ``--warm-text``), ``--continues REPORT`` keeps that
 one's training under ``continues``.
-Invariant: every number comes from a file or from the training code; none is typed in.  Cost: seconds, no network is run.
+Invariant: every number comes from a file or from the training code; none is typed in.
 """
 
 import argparse

@@ -1,13 +1,14 @@
 """The time and memory of converting a checkpoint of real size, beside copying the same bytes.
 
-Source: synthetic checkpoints of the names, shapes, dtypes and shard layout of the published ones (their manifests are in
-tests/golden): T5-v1.1-XXL as two PyTorch zip shards (19 GB), STDiT3-XL/2 and the VAE as safetensors (4.8 and 1.6 GB).
-Run:    python -m benchmarks.speed.convert_speed stdit3 --scratch SCRATCH --json benchmarks/results/convert_stdit3.json
-Needs:  two to three times the checkpoint in disk space and a few minutes; nothing is left behind.
-Expect: time within 2 of the rival's; peak memory below 0.5 GB for STDiT3 and 1.5 GB for T5.
+Command:  python -m benchmarks.speed.convert_speed stdit3 --scratch SCRATCH --json benchmarks/results/convert_stdit3.json
+Needs:    two to three times the checkpoint in disk space and a few minutes; nothing is left behind.
+Expect:   at most twice the rival's time; peak memory below 0.5 GB for STDiT3 and 1.5 GB for T5.
+Rival:    ``cp`` of the same files followed by ``sync``, alternating with the converter in the same run, both from a cold
+          source (the page cache of the files is dropped) and after a pause.
 
-The rival is ``cp`` of the same files followed by ``sync``, alternating with the converter in the same run, both from a cold
-source (the page cache of the files is dropped) and after a pause.  ``start_s`` is the part of the converter's time that does
+The checkpoints are synthetic, with the names, shapes, dtypes and shard layout of the published ones (their manifests are in
+tests/golden): T5-v1.1-XXL as two PyTorch zip shards (19 GB), STDiT3-XL/2 and the VAE as safetensors (4.8 and 1.6 GB).
+``start_s`` is the part of the converter's time that does
 not depend on the number of bytes: interpreter, imports and the shapes of the network's parameters.
 """
 

@@ -1,6 +1,6 @@
 """Time of an evaluation with streamed blocks against the same blocks retained, at real width; figures and equations.
 
-Run:      python -m benchmarks.speed.streaming_speed WEIGHTS_DIR --backend mmap --picture docs/streaming.svg
+Command:  python -m benchmarks.speed.streaming_speed WEIGHTS_DIR --backend mmap --picture docs/streaming.svg
           python -m benchmarks.speed.streaming_speed WEIGHTS_DIR --backend host
           (writes 0.7 GB of random weights, 8 blocks, unless they are there; --blocks 2 --pairs 1 tries it out)
 Needs:    two free cores and 2 GB; about 8 minutes each.  matplotlib for the picture (left out without it).

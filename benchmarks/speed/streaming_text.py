@@ -1,6 +1,6 @@
 """Time of text encoder blocks read while others compute, beside reading and computing in turn: the paper's figure 15.
 
-Run:      python -m benchmarks.speed.streaming_text WEIGHTS_DIR --picture docs/streaming_text.svg
+Command:  python -m benchmarks.speed.streaming_text WEIGHTS_DIR --picture docs/streaming_text.svg
           (writes 3.1 GB of random weights, 4 blocks of T5-XXL in float32, unless they are there)
 Needs:    two free cores and 1.5 GB; about 3 minutes.  matplotlib for the picture (left out without it).
 Expect:   loading takes longer than computing; at once, the time is within 1.1 of that of loading alone.

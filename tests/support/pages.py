@@ -1,0 +1,180 @@
+"""The README and the pages of docs as data: their fences of code, the commands they show, and the parts that are generated.
+
+Invariant: a page is read as it stands; nothing is corrected on the way.  A fence that must not run has the comment
+``<!-- not-run: reason -->`` on the line before it.
+
+    python -m tests.support.pages        writes the generated parts anew: the table of options, the tables of modules
+"""
+
+import argparse
+import ast
+import dataclasses
+import html
+import itertools
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.test_walls import ORDER
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_FENCE = re.compile(
+    r"^(?:<!-- not-run: (?P<reason>[^\n]*?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
+)
+_COMMAND = re.compile(r"`(python -m [^`\n]+)`")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fence:
+    """A block of code on a page.
+
+    Attributes:
+      page: the page's file.
+      line: line number of the first line of code.
+      language: ``python``, ``sh``, ``text`` and so on; empty where the page says none.
+      code: the lines, each with its end.
+      not_run: why it must not run; None: it runs.
+      output: what it prints, where a fence of text follows it directly; else None.
+    """
+
+    page: Path
+    line: int
+    language: str
+    code: str
+    not_run: str | None
+    output: str | None = None
+
+    @property
+    def place(self) -> str:
+        """File and line, for a message."""
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """The commands of a fence of sh, split into words; comments and line continuations are the shell's."""
+        lines = self.code.replace("\\\n", " ").splitlines()
+        return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def fences(page: Path) -> list[Fence]:
+    """Returns the fences of a page, each with its output."""
+    text = page.read_text(encoding="utf-8")
+    matches = list(_FENCE.finditer(text))
+    found = []
+    for match, following in itertools.zip_longest(matches, matches[1:]):
+        output = None
+        if following is not None and following["language"] == "text" and not text[match.end() : following.start()].strip():
+            output = following["code"]
+        found.append(
+            Fence(
+                page=page,
+                line=text.count("\n", 0, match.start("code")) + 1,
+                language=match["language"],
+                code=match["code"],
+                not_run=match["reason"],
+                output=output,
+            )
+        )
+    return found
+
+
+def module_commands(text: str) -> list[list[str]]:
+    """Returns the commands ``python -m MODULE ...`` that stand in backquotes in a text, split into words."""
+    return [shlex.split(command) for command in _COMMAND.findall(text)]
+
+
+def options_of_module(name: str) -> set[str]:
+    """Returns the options that a command module declares, read from its source and the modules of its folder it imports."""
+    path = ROOT / Path(*name.split("."))
+    path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    declared = {"-h", "--help"}
+    for call in calls:
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
+            words = [word.value for word in call.args if isinstance(word, ast.Constant)]
+            declared |= {word for word in words if str(word).startswith("-")}
+    return declared
+
+
+def options_table() -> str:
+    """Returns the options of ``generate`` as tables, group by group, from its parser."""
+    from sora_jax.commands.options import build_parser
+
+    subparsers = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    lines: list[str] = []
+    for group in subparsers.choices["generate"]._action_groups:
+        actions = [action for action in group._group_actions if action.dest not in ("help", "debug")]
+        if actions:
+            lines += [f"## {(group.title or '').capitalize()}", "", "| option | meaning |", "|---|---|"]
+            lines += [f"| {_flags(action)} | {_cell(action.help or '')} |" for action in actions]
+            lines += [""]
+    return "\n".join(lines)
+
+
+def _flags(action: argparse.Action) -> str:
+    value = str(action.metavar or "|".join(map(str, action.choices or ())))
+    names = action.option_strings or [""]
+    return ", ".join(f"<code>{_cell(f'{name} {value}'.strip())}</code>" for name in names)
+
+
+def _cell(text: str) -> str:
+    """Returns a text for a cell of a table; a bar in backquotes would be the end of the cell for one of the two renderers."""
+    return html.escape(text.replace("%%", "%"), quote=False).replace("|", "&#124;")
+
+
+def modules_table() -> str:
+    """Returns a table of modules for each room, from below: name and the first line of its docstring."""
+    lines: list[str] = []
+    for room in ["", *rooms()]:
+        folder = ROOT / "convert_weights" if room == "convert_weights" else ROOT / "sora_jax" / room
+        lines += [f"### `{folder.relative_to(ROOT)}/`", "", _first_line(folder / "__init__.py"), ""]
+        lines += ["| module | what it is |", "|---|---|"]
+        lines += [f"| `{name}` | {_cell(summary)} |" for name, summary in _modules(folder)]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def rooms() -> list[str]:
+    """Returns the rooms that are folders, from below."""
+    folders = {path.parent.name for path in (ROOT / "sora_jax").glob("*/__init__.py")} | {"convert_weights"}
+    return [room for floor in ORDER for room in floor if room in folders]
+
+
+def _modules(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(folder.rglob("*.py")):
+        inner = path.relative_to(folder)
+        nested_room = folder.parent == ROOT and len(inner.parts) > 1
+        if path.name != "__init__.py" and not nested_room:
+            yield str(inner), _first_line(path)
+
+
+def _first_line(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.split("\n\n")[0].replace("\n", " ").replace("``", "`")
+
+
+GENERATED = {
+    "options": (ROOT / "docs" / "options.md", options_table),
+    "modules": (ROOT / "docs" / "architecture.md", modules_table),
+}
+
+
+def generated(name: str) -> tuple[str, str]:
+    """Returns the page that holds a generated part as it is, and as it should be."""
+    path, make = GENERATED[name]
+    text = path.read_text(encoding="utf-8")
+    begin, end = f"<!-- generated: {name} -->\n", "<!-- end of generated part -->"
+    before, rest = text.split(begin)
+    return text, before + begin + "\n" + make() + "\n" + end + rest.split(end, 1)[1]
+
+
+def main() -> None:
+    """Writes the generated parts of the pages."""
+    for name, (path, _) in GENERATED.items():
+        path.write_text(generated(name)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
