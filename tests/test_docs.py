@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import sora_jax
+from sora_jax.export.check import LIMITS, Limits
 from tests.support import pages
 from tests.support.pages import PAGES, ROOT
 from tests.test_readme import check_module_command
@@ -68,6 +69,11 @@ def test_a_benchmark_is_called_as_a_module():
 def test_generated_parts_are_those_of_the_code(name: str):
     now, wanted = pages.generated(name)
     assert now == wanted, "write them anew with: python -m tests.support.pages"
+
+
+def test_the_limits_of_exports_are_those_of_the_check():
+    rows = re.findall(r"^\| (\w+) \| (\d+) dB \| ([\d.]+) \|$", (ROOT / "docs" / "export.md").read_text("utf-8"), re.MULTILINE)
+    assert {name: Limits(float(floor), float(ceiling)) for name, floor, ceiling in rows} == LIMITS
 
 
 def test_the_api_has_every_public_name():

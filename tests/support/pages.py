@@ -6,16 +6,21 @@ Invariant: a page is read as it stands; nothing is corrected on the way.  A fenc
     python -m tests.support.pages        writes the generated parts anew: the table of options, the tables of modules
 """
 
-import argparse
 import ast
+import contextlib
 import dataclasses
+import functools
 import html
+import importlib
+import io
 import itertools
+import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sora_jax.commands.main import main as sora_jax_main
 from tests.test_walls import ORDER
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +29,7 @@ _FENCE = re.compile(
     r"^(?:<!-- not-run: (?P<reason>[^\n]*?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 _COMMAND = re.compile(r"`(python -m [^`\n]+)`")
+_OPTION = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +92,9 @@ def module_commands(text: str) -> list[list[str]]:
 
 
 def options_of_module(name: str) -> set[str]:
-    """Returns the options that a command module declares, read from its source and the modules of its folder it imports."""
+    """Returns the options of ``python -m NAME``: from its help, or from the source of a benchmark, whose imports are heavy."""
+    if name.startswith("sora_jax."):
+        return set(_OPTION.findall(help_text(importlib.import_module(name).main)))
     path = ROOT / Path(*name.split("."))
     path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
     calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
@@ -98,30 +106,56 @@ def options_of_module(name: str) -> set[str]:
     return declared
 
 
-def options_table() -> str:
-    """Returns the options of ``generate`` as tables, group by group, from its parser."""
-    from sora_jax.commands.options import build_parser
+@functools.cache
+def help_text(main: Callable[[list[str]], int | None], *command: str) -> str:
+    """Returns what a command prints for ``--help``, in lines that are not broken."""
+    printed = io.StringIO()
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "1000"
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+            main([*command, "--help"])
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
+    return printed.getvalue()
 
-    subparsers = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+
+def options_table() -> str:
+    """Returns the options of ``generate`` as tables, group by group, from its help."""
     lines: list[str] = []
-    for group in subparsers.choices["generate"]._action_groups:
-        actions = [action for action in group._group_actions if action.dest not in ("help", "debug")]
-        if actions:
-            lines += [f"## {(group.title or '').capitalize()}", "", "| option | meaning |", "|---|---|"]
-            lines += [f"| {_flags(action)} | {_cell(action.help or '')} |" for action in actions]
+    for heading, rows in _groups(help_text(sora_jax_main, "generate")):
+        rows = [(names, meaning) for names, meaning in rows if "--help" not in names and names != "--debug"]
+        if rows:
+            lines += [f"## {heading[0].upper()}{heading[1:]}", "", "| option | meaning |", "|---|---|"]
+            lines += [f"| <code>{_cell(names)}</code> | {_cell(meaning)} |" for names, meaning in rows]
             lines += [""]
     return "\n".join(lines)
 
 
-def _flags(action: argparse.Action) -> str:
-    value = str(action.metavar or "|".join(map(str, action.choices or ())))
-    names = action.option_strings or [""]
-    return ", ".join(f"<code>{_cell(f'{name} {value}'.strip())}</code>" for name in names)
+def _groups(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yields heading and options of every group of a help text: (spellings with their value, meaning)."""
+    for part in re.split(r"\n(?=\S.*:\n  \S)", text)[1:]:
+        heading, _, body = part.partition(":\n")
+        rows: list[tuple[str, str]] = []
+        for line in body.splitlines():
+            if re.match(r"  \S", line):
+                names, _, meaning = line.strip().partition("  ")
+                rows.append((names, meaning.strip()))
+            elif line.strip() and rows:  # the meaning of a long name stands on the next line
+                rows[-1] = (rows[-1][0], f"{rows[-1][1]} {line.strip()}".strip())
+        yield heading, rows
 
 
 def _cell(text: str) -> str:
     """Returns a text for a cell of a table; a bar in backquotes would be the end of the cell for one of the two renderers."""
-    return html.escape(text.replace("%%", "%"), quote=False).replace("|", "&#124;")
+    return html.escape(text, quote=False).replace("|", "&#124;")
+
+
+def options_of_command(*command: str) -> set[str]:
+    """Returns the options that a command of ``sora-jax`` names in its help."""
+    return set(_OPTION.findall(help_text(sora_jax_main, *command)))
 
 
 def modules_table() -> str:
