@@ -64,17 +64,14 @@ def rounded(inputs: Mapping[str, Any], dtypes: Mapping[str, Any]) -> dict[str, n
     return {name: np.asarray(inputs[name]).astype(dtype, copy=False) for name, dtype in dtypes.items()}
 
 
-def refuse_other_tensors(
-    path: Path, kind: str, declared: Sequence[TensorEntry], tensors: Mapping[str, Tensor], *, symbolic: str = ""
-) -> None:
+def refuse_other_tensors(path: Path, kind: str, declared: Sequence[TensorEntry], tensors: Mapping[str, Tensor]) -> None:
     """Refuses a program whose inputs or outputs are not those that the manifest declares.
 
     Args:
       path: file of the program, for the message.
       kind: ``input`` or ``output``.
       declared: entries of the manifest, in order.
-      tensors: dtype and shape that the program has, by name; a length may be a letter or an expression of letters.
-      symbolic: letters of the lengths that the manifest says may be any.
+      tensors: dtype and shape that the program has, by name.
 
     Raises:
       ExportFileError: names what differs.
@@ -84,10 +81,7 @@ def refuse_other_tensors(
         raise ExportFileError(f"{path} has the {kind}s {', '.join(tensors)}; the manifest says {', '.join(names)}.")
     for entry in declared:
         dtype, shape = tensors[entry["name"]]
-        alike = len(shape) == len(entry["shape"]) and all(
-            a == b or (isinstance(a, str) and a in symbolic) for a, b in zip(shape, entry["shape"], strict=True)
-        )
-        if not alike or dtype != entry["dtype"]:
+        if dtype != entry["dtype"] or list(shape) != entry["shape"]:
             raise ExportFileError(
                 f"{path} has the {kind} {entry['name']} as {dtype}{list(shape)}; the manifest says "
                 f"{entry['dtype']}{entry['shape']}."

@@ -16,14 +16,7 @@ import numpy as np
 from sora_jax.export import weight_file
 from sora_jax.export.contents import Contents, ExportFileError
 from sora_jax.export.entries import FunctionEntry, StageEntry
-from sora_jax.export.opening import (
-    Runner,
-    Tensor,
-    refuse_other_name,
-    refuse_other_tensors,
-    require,
-    rounded,
-)
+from sora_jax.export.opening import Runner, Tensor, refuse_other_name, refuse_other_tensors, require, rounded
 
 Tensors = dict[str, Tensor]
 
@@ -72,10 +65,20 @@ class Program:
         Raises:
           ExportFileError: it has another name, other inputs or other outputs.
         """
-        symbolic = function["artefact"].get("symbolic", "")
+        lengths = self._lengths(function)
         refuse_other_name(path, "program", self.name, name)
-        refuse_other_tensors(path, "input", function["inputs"], self.inputs, symbolic=symbolic)
-        refuse_other_tensors(path, "output", function["outputs"], self.outputs, symbolic=symbolic)
+        refuse_other_tensors(path, "input", function["inputs"], _fixed(self.inputs, lengths))
+        refuse_other_tensors(path, "output", function["outputs"], _fixed(self.outputs, lengths))
+
+    def _lengths(self, function: FunctionEntry) -> dict[str, int]:
+        """Returns what the letters of lengths that may be any stand for in the manifest's inputs."""
+        lengths: dict[str, int] = {}
+        for tensor in function["inputs"]:
+            _, shape = self.inputs.get(tensor["name"], ("", ()))
+            for mine, declared in zip(shape, tensor["shape"], strict=False):
+                if isinstance(mine, str) and isinstance(declared, int) and mine in function["artefact"].get("symbolic", ""):
+                    lengths.setdefault(mine, declared)
+        return lengths
 
 
 @functools.lru_cache(maxsize=32)
@@ -98,6 +101,16 @@ def read_weights(contents: Contents, name: str, stage: str, saved: Program, *, p
             other = sorted(key for key in {*wanted, *found.specs} if wanted.get(key) != found.specs.get(key))
             raise ExportFileError(f"{path} does not hold what {saved.name} takes: {', '.join(other[:4])}; export again.")
         return {prefix + key: array for key, array in weight_file.read(path).items()}
+
+
+def _fixed(tensors: Tensors, lengths: Mapping[str, int]) -> Tensors:
+    """Returns the tensors with numbers in place of letters and of their multiples, such as ``8*H``."""
+
+    def number(length: int | str) -> int | str:
+        factor, _, letter = str(length).rpartition("*")
+        return lengths[letter] * int(factor or 1) if letter in lengths and (factor or "1").isdecimal() else length
+
+    return {name: (dtype, tuple(map(number, shape))) for name, (dtype, shape) in tensors.items()}
 
 
 def _tensors(avals: Mapping[str, Any]) -> Tensors:
