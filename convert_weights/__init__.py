@@ -4,12 +4,8 @@
 This is the only package that knows PyTorch's names and layouts.
 """
 
-import dataclasses
-import functools
 import importlib
-import re
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,8 +14,6 @@ from convert_weights.rules import ConversionError, Header, Plan, Rule, convert_a
 from sora_jax.config import NETWORKS
 
 __all__ = ["ConversionError", "convert", "parameter_shapes", "plan", "table"]
-
-_DEPTHS = {"t5": "num_layers", "stdit3": "depth"}
 
 
 def convert(
@@ -61,17 +55,8 @@ def table(network: str, config: Any) -> tuple[list[Rule], dict[str, str]]:
     return module.rules(config), module.IGNORED
 
 
-@functools.cache
 def parameter_shapes(network: str, config: Any) -> Mapping[str, tuple[int, ...]]:
     """Returns the shapes of all parameters of a network by flat name; allocates none of them."""
-    from sora_jax.networks import registry
-    from sora_jax.storage.checkpoint import flatten
+    from sora_jax.streaming import fitting
 
-    # All blocks of a stack are built alike: one stands for all, because tracing the initialisers of 56 takes seconds.
-    shallow = dataclasses.replace(config, **{_DEPTHS[network]: 1}) if network in _DEPTHS else config
-    built = {name: tuple(leaf.shape) for name, leaf in flatten(registry.abstract(network, shallow)).items()}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in config.layers:
-        first = re.sub(r"\.\d+$", ".0", layer)
-        shapes |= {layer + name[len(first) :]: shape for name, shape in built.items() if name.startswith(first + ".")}
-    return MappingProxyType(shapes)
+    return fitting.parameter_shapes(network, config)

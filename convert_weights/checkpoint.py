@@ -23,7 +23,8 @@ from convert_weights.rules import ConversionError, Plan, make_plan
 from convert_weights.source_config import Resolved, resolve
 from convert_weights.values import Discard, Write, convert_values, stored_shapes
 from sora_jax import files
-from sora_jax.storage.directory import NETWORK_FILE, Manifest, ModelDirectoryError, Parameter, open_network, read_model_file
+from sora_jax.storage.arrays import Parameter
+from sora_jax.storage.directory import NETWORK_FILE, Manifest, ModelDirectoryError, open_network, read_model_file
 from sora_jax.storage.writer import NetworkWriter, check_dtype
 
 SPATIAL_PREFIX = "spatial_vae.module."

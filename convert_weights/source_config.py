@@ -12,8 +12,7 @@ from typing import Any
 from convert_weights.errors import printable, shown
 from convert_weights.json_text import read_object
 from convert_weights.rules import ConversionError
-from sora_jax.config import SpatialVAEConfig, STDiT3Config, T5Config, TemporalVAEConfig, VAEConfig, open_sora_1_2
-from sora_jax.storage.directory import CONFIGS
+from sora_jax.config import CONFIGS, SpatialVAEConfig, STDiT3Config, T5Config, TemporalVAEConfig, VAEConfig, open_sora_1_2
 
 _MAX_CONFIG_BYTES = 1 << 20
 

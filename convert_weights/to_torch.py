@@ -19,8 +19,9 @@ from convert_weights.rules import Header, Rule, common_prefix, numpy_dtype, sour
 from convert_weights.safetensors_header import SAFETENSORS_DTYPES
 from convert_weights.source_config import to_upstream
 from sora_jax import files
-from sora_jax.storage.directory import Manifest, ModelDirectoryError, read_array
+from sora_jax.storage.directory import Manifest, ModelDirectoryError
 from sora_jax.storage.quantisation import SCALE_SUFFIX, dequantise, is_scale
+from sora_jax.storage.reader import Reader
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -140,12 +141,16 @@ def _header(entries: list[_Entry]) -> bytes:
 
 
 def _values(manifest: Manifest, entries: list[_Entry]) -> Iterator[Any]:
+    reader = Reader(manifest)
     for entry in entries:
         if entry.rule is None:
             yield entry.raw
             continue
-        array = read_array(manifest, entry.target)
         if manifest.parameters[entry.target].dtype == "int8":
-            array = dequantise(entry.target, array, read_array(manifest, entry.target + SCALE_SUFFIX))
+            scale = entry.target + SCALE_SUFFIX
+            stored = reader.arrays([entry.target, scale])
+            array = dequantise(entry.target, stored[entry.target], stored[scale])
+        else:
+            array = reader.arrays([entry.target])[entry.target]
         array = entry.rule.transform.inverse(array.astype(numpy_dtype(entry.header.dtype), copy=False))
         yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -18,7 +18,7 @@ import numpy as np
 from convert_weights.readers import Array, Checkpoint
 from convert_weights.rules import LINEAR, Assignment, Plan, Transform
 from convert_weights.source_file import OpenFile
-from sora_jax.storage.directory import STORED_DTYPES
+from sora_jax.storage.arrays import STORED_DTYPES
 from sora_jax.storage.quantisation import SCALE_SUFFIX, is_quantised, quantise_rows, scale_axis
 
 _SLICE_BYTES = 4 << 20

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from convert_weights import parameter_shapes, second_reader
+from convert_weights import second_reader
 from convert_weights.all_networks import find_networks, is_pipeline, options_of
 from convert_weights.checkpoint import DEFAULTS, Options, Source, open_source
 from convert_weights.checksums import Checksums
@@ -22,19 +22,18 @@ from convert_weights.companions import tokenizer_fault
 from convert_weights.errors import SourceError
 from convert_weights.readers import open_checkpoint
 from convert_weights.rules import common_prefix
-from convert_weights.source_file import file_pieces
 from convert_weights.values import Write, convert_values
+from sora_jax.storage.arrays import chunk_name, describes
 from sora_jax.storage.directory import (
     NETWORK_FILE,
     Manifest,
     ModelDirectoryError,
     array_location,
-    array_metadata,
-    chunk_name,
     open_network,
     present_networks,
 )
-from sora_jax.storage.quantisation import SCALE_SUFFIX, is_quantised, scale_axis
+from sora_jax.storage.reader import Reader
+from sora_jax.streaming import fitting
 
 
 def verify(
@@ -84,8 +83,8 @@ def _sources(
 
 
 def _stored_faults(manifest: Manifest) -> list[str]:
-    expected = _expected(manifest)
-    names = manifest.parameters.keys()
+    expected = fitting.stored_arrays(manifest.network, manifest.config, manifest.dtype)
+    names, reader = manifest.parameters.keys(), Reader(manifest)
     faults = [f"{name}: not recorded in {NETWORK_FILE}" for name in sorted(expected.keys() - names)]
     faults += [
         f"{name}: recorded in {NETWORK_FILE}, but unknown to this configuration" for name in sorted(names - expected.keys())
@@ -94,44 +93,23 @@ def _stored_faults(manifest: Manifest) -> list[str]:
         recorded = (manifest.parameters[name].shape, manifest.parameters[name].dtype)
         if name in expected and recorded != expected[name]:
             faults.append(f"{name}: recorded as {recorded}, expected {expected[name]}")
-        faults += _array_faults(manifest, name)
+        faults += _array_faults(reader, name)
     lost = tokenizer_fault(manifest)
     return faults + ([lost] if lost else []) + _stray_files(manifest)
 
 
-def _expected(manifest: Manifest) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Returns shape and dtype of every array that a network of this configuration and stored dtype has."""
-    expected: dict[str, tuple[tuple[int, ...], str]] = {}
-    for name, shape in parameter_shapes(manifest.network, manifest.config).items():
-        if manifest.dtype == "int8" and is_quantised(name, shape):
-            expected[name] = (shape, "int8")
-            expected[name + SCALE_SUFFIX] = ((shape[scale_axis(name)],), "float32")
-        else:
-            expected[name] = (shape, "float32" if manifest.dtype == "int8" else manifest.dtype)
-    return expected
-
-
-def _array_faults(manifest: Manifest, name: str) -> list[str]:
-    parameter = manifest.parameters[name]
-    faults = []
-    metadata = manifest.array_path(name) / "zarr.json"
+def _array_faults(reader: Reader, name: str) -> list[str]:
+    parameter, faults = reader.manifest.parameters[name], []
+    metadata = reader.manifest.array_path(name) / "zarr.json"
     try:
-        if json.loads(metadata.read_text("utf-8")) != array_metadata(parameter.shape, parameter.dtype):
+        if not describes(json.loads(metadata.read_text("utf-8")), parameter):
             faults.append(f"{name}: {metadata} does not describe {list(parameter.shape)} of {parameter.dtype}")
     except (OSError, ValueError) as error:
         faults.append(f"{name}: {metadata} cannot be read ({error})")
-    chunk = manifest.chunk_path(name)
-    digest, size = hashlib.sha256(), 0
     try:
-        for piece in file_pieces(chunk, np.empty(4 << 20, np.uint8)):
-            digest.update(piece)
-            size += len(piece)
-    except OSError as error:
-        return [*faults, f"{name}: {chunk} cannot be read ({error.strerror})"]
-    if size != parameter.nbytes:
-        faults.append(f"{name}: {chunk} has {size} bytes, expected {parameter.nbytes}")
-    elif digest.hexdigest() != parameter.sha256:
-        faults.append(f"{name}: the checksum of {chunk} differs from the recorded one")
+        reader.verify(name)
+    except ModelDirectoryError as error:
+        faults.append(f"{name}: {error}")
     return faults
 
 

@@ -18,8 +18,9 @@ from sora_jax.networks.stdit3 import STDiT3
 from sora_jax.pipeline.velocity import Velocity
 from sora_jax.sampling.sampler import Sampler
 from sora_jax.sampling.schedule import Schedule
+from sora_jax.storage.arrays import Parameter
 from sora_jax.storage.checkpoint import save_network
-from sora_jax.storage.directory import Manifest, Parameter
+from sora_jax.storage.directory import Manifest
 from sora_jax.streaming.memory_plan import StagePlan, Workload, plan_memory
 
 GUIDANCE = 7.0

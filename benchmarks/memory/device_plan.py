@@ -18,8 +18,9 @@ from typing import Any
 from benchmarks._support.machine import environment, write_report
 from sora_jax.config import open_sora_1_2
 from sora_jax.networks import registry
+from sora_jax.storage.arrays import Parameter
 from sora_jax.storage.checkpoint import flatten
-from sora_jax.storage.directory import Manifest, Parameter
+from sora_jax.storage.directory import Manifest
 from sora_jax.storage.quantisation import SCALE_SUFFIX, is_quantised, scale_axis
 from sora_jax.streaming import activations
 from sora_jax.streaming.budget import parse_budget

@@ -144,7 +144,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     network, timings = NETWORK_OF[stage], Timings()
     manifest = open_network(write(options, network, stored), network)
     start = time.perf_counter()
-    loop = SegmentLoop(manifest, CLASSES[network], policy_of("float32"), timings, num_slots=num_slots)
+    loop = SegmentLoop(manifest, policy_of("float32"), timings, num_slots=num_slots)
     out = run_stage(stage, loop, options)
     seconds = time.perf_counter() - start
     work = Workload(num_frames=options.frames, height=options.size, width=options.size, encodes=stage == "encode")

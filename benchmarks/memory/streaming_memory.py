@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         verify=options.verify,
     )
     work = Workload(num_frames=17 * options.frames // 5, height=8 * options.height, width=8 * options.width)
-    planned = streaming_model.planned(stream.blocks.source.manifest, open_sora_1_2, work, "denoise").fixed
+    planned = streaming_model.planned(stream.blocks.reader.manifest, open_sora_1_2, work, "denoise").fixed
     stream.retention.fixed_bytes = 0 if options.unplanned else planned
     planned_retained, timings = stream.retention.count, Timings()
     with stream.open() as network:

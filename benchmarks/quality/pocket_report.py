@@ -35,7 +35,7 @@ from sora_jax.pocket.training import text as train_text
 from sora_jax.pocket.training.fit import Stage
 from sora_jax.pocket.training.latents import Clips
 from sora_jax.pocket.world import words
-from sora_jax.storage.directory import NETWORK_FILE, open_network, present_networks
+from sora_jax.storage.directory import open_network, present_networks
 
 RESULTS = Path(__file__).parents[1] / "results" / "pocket_training.json"
 STAGES: dict[str, ModuleType] = {
@@ -204,7 +204,7 @@ def model_report(directory: Path) -> dict[str, Any]:
             "dtype": manifest.dtype,
             "parameters": sum(math.prod(one.shape) for one in stored),
             "bytes": sum(one.nbytes for one in stored),
-            "manifest_sha256": hashlib.sha256((directory / network / NETWORK_FILE).read_bytes()).hexdigest(),
+            "manifest_sha256": hashlib.sha256(manifest.values_text().encode()).hexdigest(),
         }
     return networks
 

@@ -96,7 +96,7 @@ def measured(config: STDiT3Config, dtype: str, frames: int, side: int, repeats: 
     velocity, reader = random_velocity(config, dtype, frames=frames, side=side), LimitedReader(rate * 1e6)
     with tempfile.TemporaryDirectory() as folder:
         manifest = save_network(folder, "stdit3", config, flatten(velocity.network), dtype=dtype)
-        stream = STDiT3Stream(folder, dtype=dtype, verify=False, around=reader)
+        stream = STDiT3Stream(folder, dtype=dtype, around=reader)
         with stream.open() as network:
             streamed = dataclasses.replace(velocity, network=network)
             runs, counts = samplings(velocity, config, frames, side, SAMPLINGS)

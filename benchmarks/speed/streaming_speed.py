@@ -52,7 +52,7 @@ def main() -> None:
         "pictures": {},
     }
     reader = LimitedReader()
-    stream = STDiT3Stream(options.weights, backend=options.backend, verify=False, around=reader)
+    stream = STDiT3Stream(options.weights, backend=options.backend, around=reader)
     for tokens in options.tokens:
         with stream.open() as network:
             bench = Bench(stream, reader, network, tokens)
@@ -87,7 +87,7 @@ class Bench:
     def __init__(self, stream: STDiT3Stream, reader: LimitedReader, network: Any, tokens: int):
         self.stream, self.reader, self.tokens = stream, reader, tokens
         self.num_blocks = len(stream.blocks.blocks)
-        self.layer_bytes = stream.blocks.source.num_bytes(stream.blocks.blocks[0])
+        self.layer_bytes = stream.blocks.reader.manifest.layer_bytes(stream.blocks.blocks[0])
         self.sampler, self.carry = self.sampling(network, tokens)
         self.settling = self.sampling(network, SETTLING if tokens > MANY else tokens)
         self.run(None, self.num_blocks)

@@ -32,7 +32,6 @@ from sora_jax.storage.checkpoint import save_network
 from sora_jax.storage.directory import Manifest, open_network
 from sora_jax.streaming.profile import Profile
 from sora_jax.streaming.segment_loop import SegmentLoop
-from sora_jax.streaming.staging import Verified
 
 RESULTS = Path(__file__).parents[1] / "results" / "streaming_text.json"
 IN_TURN, AT_ONCE = 1, 2  # buffers
@@ -96,11 +95,9 @@ def encoder(manifest: Manifest, length: int, reader: LimitedReader) -> Callable[
         profile = Profile()
         loop = SegmentLoop(
             manifest,
-            T5Encoder,
             FLOAT32,
             Timings(),
             num_slots=num_slots,
-            verified=Verified(off=True),
             profile=profile,
             around=reader,
         )

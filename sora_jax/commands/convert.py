@@ -4,6 +4,7 @@ It parses, calls and prints; a failure is one line (or one report of faults) on 
 """
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +21,9 @@ from sora_jax.config import NETWORKS
 from sora_jax.files import advice
 from sora_jax.process import peak_bytes
 from sora_jax.shell import BAD_INPUT, FAILED, INTERRUPTED, OK, Parser
-from sora_jax.storage.directory import STORED_DTYPES, Manifest, open_network, present_networks
+from sora_jax.storage.arrays import STORED_DTYPES
+from sora_jax.storage.directory import Manifest, open_network, present_networks
+from sora_jax.storage.upgrade import outdated, upgrade, upgraded_bytes
 
 _EPILOG = """\
 examples:
@@ -30,6 +33,7 @@ examples:
   sora-jax convert pipeline downloads models/open-sora-1.2 --dtype t5=int8,stdit3=bfloat16
   sora-jax convert verify models/open-sora-1.2 --source OpenSora-STDiT-v3
   sora-jax convert to-torch models/open-sora-1.2 checkpoints
+  sora-jax convert upgrade models/open-sora-1.2
 An interrupted conversion goes on when the same command is given again.
 """
 
@@ -62,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="{t5,stdit3,vae,pipeline,verify,to-torch}")
+    commands = parser.add_subparsers(required=True, metavar="{t5,stdit3,vae,pipeline,verify,to-torch,upgrade}")
     for network in (*NETWORKS, "pipeline"):
         what = "all three networks, from a folder of their folders" if network == "pipeline" else f"the network {network}"
         command = commands.add_parser(network, help=f"convert {what}")
@@ -85,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--network", choices=NETWORKS, help="write this network only")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
     command.set_defaults(run=_to_torch)
+    command = commands.add_parser("upgrade", help="rewrite networks of an older format in the present one, in place")
+    command.add_argument("directory", type=Path, metavar="MODEL_DIR")
+    command.add_argument("--quiet", action="store_true", help="no progress bar, no notes")
+    command.set_defaults(run=_upgrade)
     return parser
 
 
@@ -194,6 +202,24 @@ def _to_torch(options: argparse.Namespace) -> int:
     for network in networks:
         path = to_torch(open_network(options.directory, network), options.out / network, overwrite=options.overwrite)
         print(f"{network}: {path}, {path.stat().st_size / 1e9:.3f} GB")
+    return OK
+
+
+def _upgrade(options: argparse.Namespace) -> int:
+    manifests = outdated(options.directory)
+    if manifests and not options.quiet:
+        largest = max(manifests, key=upgraded_bytes)
+        print(
+            f"upgrading {', '.join(manifest.network for manifest in manifests)}, one after the other: needs "
+            f"{upgraded_bytes(largest) / 1e9:.3f} GB of free disk space, for {largest.network}, until the old files are removed"
+        )
+    for manifest in manifests:
+        started = time.monotonic()
+        with _Bar(options.quiet) as bar:
+            upgraded = upgrade(manifest, progress=functools.partial(bar.show, manifest.network))
+        print(_summary(upgraded, time.monotonic() - started))
+    if not manifests:
+        print(f"{options.directory}: every network has the present format")
     return OK
 
 

@@ -31,7 +31,8 @@ from sora_jax.networks.t5 import T5Block, T5Embed
 from sora_jax.networks.vae.codec import VAE, chunks
 from sora_jax.pipeline import settings
 from sora_jax.storage.checkpoint import flatten, read_layer
-from sora_jax.storage.directory import Manifest, verify_layer
+from sora_jax.storage.directory import Manifest
+from sora_jax.storage.reader import Reader
 
 PARTS = ("t5", "stdit3", "vae_decoder", "vae_encoder")
 DEFAULT_PARTS = PARTS[:3]
@@ -113,10 +114,9 @@ def load_parameters(manifest: Manifest, stage: Stage) -> dict[str, np.ndarray]:
     Raises:
       ModelDirectoryError: a parameter is missing or damaged, which its checksum tells.
     """
-    flat: dict[str, np.ndarray] = {}
+    reader, flat = Reader(manifest), {}
     for layer in stage.layers:
-        verify_layer(manifest, layer)
-        flat.update(read_layer(manifest, layer, dtype="float32"))
+        flat.update(read_layer(reader, layer, dtype="float32"))
     return {
         local: flat[name].astype(stage.program.abstract[local].dtype, copy=False) for local, name in stage.parameters.items()
     }

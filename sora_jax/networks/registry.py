@@ -4,6 +4,7 @@ Invariant: every name in `config.NETWORKS` has its class here, and no other list
 made nor read: `abstract` knows shapes only.
 """
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -32,8 +33,11 @@ def class_of(network: str) -> type[Network]:
     return CLASSES[network]
 
 
+@functools.lru_cache(maxsize=16)
 def abstract(network: str, config: Any, *, policy: DTypePolicy = FLOAT32) -> Any:
     """Returns the network with shapes in place of its arrays, to be filled by ``storage.checkpoint.unflatten``.
+
+    Tracing a network takes up to seconds, so the answer is kept; it is read only.
 
     Args:
       network: ``t5``, ``stdit3`` or ``vae``.

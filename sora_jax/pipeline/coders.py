@@ -15,7 +15,6 @@ from sora_jax.networks.t5 import T5Encoder
 from sora_jax.networks.vae.codec import VAE, chunks
 from sora_jax.pipeline.open_model import Networks, call
 from sora_jax.process import Timings
-from sora_jax.storage.directory import NETWORK_FILE
 from sora_jax.streaming import host_loop
 from sora_jax.streaming.memory_plan import MemoryPlan
 from sora_jax.streaming.segment_loop import SegmentLoop
@@ -45,7 +44,7 @@ class Coders:
         cache = self._networks.caption_cache
         if cache is None:
             return self._encode_text(ids_BL, mask_BL)
-        model = hashlib.sha256((self._networks.directory / "t5" / NETWORK_FILE).read_bytes()).hexdigest()
+        model = hashlib.sha256(self._networks.manifests["t5"].values_text().encode()).hexdigest()
         found = [cache.find(model, self._dtype, ids_L) for ids_L in ids_BL]
         missing = [b for b, features in enumerate(found) if features is None]
         if missing:
@@ -62,7 +61,7 @@ class Coders:
           ModelDirectoryError: a parameter is missing or damaged.
         """
         if self._plan is not None:
-            loop = self._loop("vae", "encode", VAE)
+            loop = self._loop("vae", "encode")
             return [host_loop.encode(loop, video) for video in videos]
         with self._networks.use("vae", self._dtype, self._timings) as vae:
             return [self._encode_video(vae, video) for video in videos]
@@ -74,7 +73,7 @@ class Coders:
           ModelDirectoryError: a parameter is missing or damaged.
         """
         if self._plan is not None:
-            return host_loop.decode(self._loop("vae", "decode", VAE), z_BTHWC, num_frames)
+            return host_loop.decode(self._loop("vae", "decode"), z_BTHWC, num_frames)
         config = self._networks.config.vae
         side = config.spatial.downsampling
         batch = _frame_batch(z_BTHWC.shape[2] * side, z_BTHWC.shape[3] * side)
@@ -87,7 +86,7 @@ class Coders:
 
     def _encode_text(self, ids_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
         if self._plan is not None:
-            return host_loop.encode_text(self._loop("t5", "text", T5Encoder), ids_BL, mask_BL)
+            return host_loop.encode_text(self._loop("t5", "text"), ids_BL, mask_BL)
         with self._networks.use("t5", self._dtype, self._timings) as t5:
             return np.asarray(call("text", self._timings, _encode_text, (), t5, ids_BL, mask_BL))
 
@@ -99,15 +98,13 @@ class Coders:
         ]
         return np.concatenate([np.asarray(clip) for clip in clips], axis=1)
 
-    def _loop(self, network: str, stage: str, build: type[VAE] | type[T5Encoder]) -> SegmentLoop:
+    def _loop(self, network: str, stage: str) -> SegmentLoop:
         networks, planned = self._networks, [s for s in self._plan.stages if s.name == stage] if self._plan else []
         return SegmentLoop(
             networks.manifests[network],
-            build,
             policy_of(self._dtype),
             self._timings,
             num_slots=planned[0].num_slots if planned else 1,
-            verified=networks.verified,
             profile=networks.profile,
         )
 

@@ -1,12 +1,15 @@
 """The three networks of an opened model directory: loaded when a stage begins, freed when it ends.
 
-Invariant: with ``keep=False`` at most one network is in memory at a time, provided the caller drops its reference at the end
-of the ``with`` block.  Programs compile once per configuration, dtype and shapes, and that time is measured apart.  With a
-memory budget the transformer is streamed: `Networks.transformer` yields it either way.
+Invariant: with ``keep=False`` a network is in memory only while someone uses it, provided that the caller drops its reference
+at the end of the ``with`` block: at most one for one thread at a time, and one copy for all threads.  Everything comes from the
+manifests that were read when the model was opened.  Programs compile once per configuration, dtype and shapes, and that time is
+measured apart.  With a memory budget the transformer is streamed: `Networks.transformer` yields it either way.
 """
 
+import dataclasses
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,11 +23,12 @@ from sora_jax.networks.layers import precision_chosen
 from sora_jax.pipeline.caption_cache import CaptionCache
 from sora_jax.process import Timings
 from sora_jax.storage import directory as model_directory
-from sora_jax.storage.checkpoint import load_network, unflatten
+from sora_jax.storage.checkpoint import load_parameters, unflatten
 from sora_jax.storage.directory import Manifest, ModelDirectoryError
+from sora_jax.storage.reader import Reader
+from sora_jax.streaming.fitting import check_fits
 from sora_jax.streaming.network import STDiT3Stream
 from sora_jax.streaming.profile import Profile
-from sora_jax.streaming.staging import Verified
 
 KEEP_BYTES = 1_000_000_000  # models up to this size stay loaded between stages and calls
 
@@ -33,7 +37,7 @@ class Networks:
     """The open model directory; ``keep`` says whether networks stay in memory after their stage.
 
     With a ``budget`` in bytes networks are streamed; ``profile`` then takes the times of their layers.  ``manifests`` say
-    what is on disk, ``verified`` which of its files were compared with them, ``caption_cache`` where features are kept.
+    what is on disk, ``caption_cache`` where features are kept.  Threads may share it; with a budget one generation at a time.
     """
 
     def __init__(self, manifests: Mapping[str, Manifest], *, keep: bool, budget: int | None = None):
@@ -43,10 +47,10 @@ class Networks:
         self.keep = keep
         self.profile: Profile | None = None
         self.caption_cache: CaptionCache | None = None
-        self.verified = Verified()
         self._budget = budget
         self._streams: dict[str, STDiT3Stream] = {}
-        self._loaded: dict[tuple[str, str], Any] = {}
+        self._lock = threading.Lock()
+        self._loaded: dict[tuple[str, str], _Loaded] = {}
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], *, keep: bool | None, budget: int | None = None) -> Self:
@@ -62,7 +66,14 @@ class Networks:
             commands = " and ".join(f"sora-jax convert {network} SOURCE {directory}" for network in missing)
             raise ModelDirectoryError(f"{directory} has no {' and no '.join(missing)}; add them with: {commands}")
         manifests = {network: model_directory.open_network(directory, network) for network in NETWORKS}
-        num_bytes = sum(_checked_size(manifest) for manifest in manifests.values())
+        for manifest in manifests.values():
+            check_fits(manifest)
+            Reader(manifest).check(manifest.parameters)
+        try:
+            ModelConfig(**{network: manifest.config for network, manifest in manifests.items()})
+        except ValueError as error:
+            raise ModelDirectoryError(f"{directory} holds networks that do not belong together: {error}") from error
+        num_bytes = sum(manifest.nbytes for manifest in manifests.values())
         keep = num_bytes <= KEEP_BYTES and budget is None if keep is None else keep
         return cls(manifests, keep=keep, budget=budget)
 
@@ -95,9 +106,10 @@ class Networks:
             with self.use("stdit3", dtype, timings) as network:
                 yield network
             return
-        if dtype not in self._streams:
-            self._streams[dtype] = STDiT3Stream(self.directory, dtype=dtype, budget=self._budget)
-        stream = self._streams[dtype]
+        with self._lock:
+            if dtype not in self._streams:
+                self._streams[dtype] = STDiT3Stream(self.manifests["stdit3"], dtype=dtype, budget=self._budget)
+            stream = self._streams[dtype]
         stream.profile = self.profile
         stream.retention.fixed_bytes = fixed_bytes
         with ExitStack() as resources:
@@ -112,23 +124,40 @@ class Networks:
         Raises:
           ModelDirectoryError: a parameter is missing or damaged.
         """
-        key = (network, dtype)
-        if key not in self._loaded:
-            with timings.measure("load"):
-                self._loaded[key] = self._load(network, dtype)
+        with self._lock:
+            loaded = self._loaded.setdefault((network, dtype), _Loaded())
+            loaded.num_users += 1
         try:
-            yield self._loaded[key]
+            with loaded.lock:  # the first user loads, the others wait for it
+                if loaded.network is None:
+                    with timings.measure("load"):
+                        loaded.network = self._load(network, dtype)
+            yield loaded.network
         finally:
-            if not self.keep:
-                del self._loaded[key]
+            with self._lock:
+                loaded.num_users -= 1
+                if not loaded.num_users and not (self.keep and loaded.network is not None):
+                    loaded.network = None
+                    del self._loaded[network, dtype]
 
     def _load(self, network: str, dtype: str) -> Any:
-        config, flat = load_network(self.directory, network)
-        abstract = registry.abstract(network, config, policy=policy_of(dtype))
+        manifest = self.manifests[network]
+        abstract = registry.abstract(network, manifest.config, policy=policy_of(dtype))
         try:
-            return jax.block_until_ready(jax.device_put(unflatten(abstract, flat)))
+            return jax.block_until_ready(jax.device_put(unflatten(abstract, load_parameters(manifest))))
         except ValueError as error:
-            raise ModelDirectoryError(f"{self.directory / network} does not fit its configuration: {error}") from error
+            if isinstance(error, ModelDirectoryError):
+                raise
+            raise ModelDirectoryError(f"{manifest.path} does not fit its configuration: {error}") from error
+
+
+@dataclasses.dataclass
+class _Loaded:
+    """A network that is in memory, or about to be, and how many use it."""
+
+    network: Any = None
+    num_users: int = 0
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
 
 def call(stage: str, timings: Timings, function: Callable[..., Any], static: tuple[Any, ...], *args: Any) -> Any:
@@ -148,14 +177,3 @@ def _compiled(
     """Returns a program that holds no arrays; `jax.jit` would do the same, without telling how long compiling took."""
     args = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaves])
     return jax.jit(functools.partial(function, *static)).lower(*args).compile()
-
-
-def _checked_size(manifest: Manifest) -> int:
-    """Returns a network's bytes, having seen that every parameter has a file of the right size."""
-    for name, parameter in manifest.parameters.items():
-        path = manifest.chunk_path(name)
-        found = path.stat().st_size if path.is_file() else None
-        if found != parameter.nbytes:
-            state = "is missing" if found is None else f"has {found} bytes, expected {parameter.nbytes}"
-            raise ModelDirectoryError(f"{path} {state}; convert {manifest.network} again with --overwrite.")
-    return sum(parameter.nbytes for parameter in manifest.parameters.values())

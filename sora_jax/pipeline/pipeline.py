@@ -352,10 +352,10 @@ class Pipeline:
 
     @property
     def model_id(self) -> str:
-        """The folder's name and a digest of its manifests, which hold the checksum of every parameter."""
+        """The folder's name and a digest of its manifests, which hold the checksum of every parameter; of no format."""
         digest = hashlib.sha256()
         for network in NETWORKS:
-            digest.update((self.networks.directory / network / model_directory.NETWORK_FILE).read_bytes())
+            digest.update(self.networks.manifests[network].values_text().encode())
         directory = self.networks.directory.resolve()
         return f"{'pocket' if directory == POCKET.resolve() else directory.name} {digest.hexdigest()[:16]}"
 

@@ -2,21 +2,26 @@
 
 A flat dictionary maps dotted names (``"spatial_blocks.3.attn.qkv.kernel"``) to arrays; it is the form parameters have on
 disk, in host callbacks and in export signatures.  ``flatten`` and ``unflatten`` are the only code that knows how names
-and module attributes correspond.  Loading maps files and copies nothing; saving is atomic (``network_writer``).
+and module attributes correspond.  What is loaded is a copy, compared with its checksums (``reader``): whatever becomes of the
+files afterwards changes nothing.  Saving is atomic (``writer``).
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from sora_jax.storage.directory import STORED_DTYPES, Manifest, open_network, read_array
+from sora_jax.storage.arrays import STORED_DTYPES, Parameter
+from sora_jax.storage.directory import Manifest, open_network
 from sora_jax.storage.quantisation import SCALE_SUFFIX, dequantise, is_quantised, is_scale, quantise
+from sora_jax.storage.reader import Reader
 from sora_jax.storage.writer import NetworkWriter
 
 Module = TypeVar("Module")
+
+_MAX_FAULTS = 5  # that a message names
 
 
 def flatten(module: Any) -> dict[str, Any]:
@@ -29,7 +34,7 @@ def unflatten(abstract: Module, flat: Mapping[str, Any]) -> Module:
     """Returns ``abstract`` (a module of shapes, from ``jax.eval_shape``) filled with the arrays of ``flat``.
 
     Raises:
-      ValueError: a name is unknown or missing, or a shape differs; every fault is named at once.
+      ValueError: a name is unknown or missing, or a shape differs; the first few faults are named, and their number.
     """
     paths, structure = jax.tree_util.tree_flatten_with_path(abstract)
     expected = {_name(path): leaf for path, leaf in paths}
@@ -41,8 +46,14 @@ def unflatten(abstract: Module, flat: Mapping[str, Any]) -> Module:
         if name in flat and tuple(flat[name].shape) != tuple(leaf.shape)
     ]
     if faults:
-        raise ValueError(f"{len(faults)} parameters do not fit {type(abstract).__name__}: " + "; ".join(faults))
+        raise ValueError(f"{len(faults)} parameters do not fit {type(abstract).__name__}: {shortened(faults)}")
     return jax.tree_util.tree_unflatten(structure, [flat[name] for name in expected])
+
+
+def shortened(faults: Sequence[str]) -> str:
+    """Returns the first few of many faults and how many more there are, in one line."""
+    more = [f"and {len(faults) - _MAX_FAULTS} more"] if len(faults) > _MAX_FAULTS else []
+    return "; ".join([*faults[:_MAX_FAULTS], *more])
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -52,10 +63,9 @@ def _name(path: tuple[Any, ...]) -> str:
 def load_network(
     directory: str | os.PathLike[str], network: str, *, dtype: str | None = None
 ) -> tuple[Any, dict[str, np.ndarray]]:
-    """Returns a network's configuration and its parameters by flat name.
+    """Returns a network's configuration and its parameters by flat name, as `load_parameters` does.
 
-    Arrays are read-only and, where stored in the wanted dtype, mapped: nothing is read before it is used.  Fill a module
-    with ``unflatten(jax.eval_shape(lambda: Net(config, rngs=nnx.Rngs(0))), flat)``.
+    Fill a module with ``unflatten(registry.abstract(network, config), flat)``.
 
     Args:
       directory: a model directory.
@@ -66,25 +76,47 @@ def load_network(
       ModelDirectoryError: the network is missing (the message holds the command that adds it) or damaged.
     """
     manifest = open_network(directory, network)
-    flat: dict[str, np.ndarray] = {}
+    return manifest.config, load_parameters(manifest, dtype=dtype)
+
+
+def load_parameters(manifest: Manifest, *, dtype: str | None = None) -> dict[str, np.ndarray]:
+    """Returns the parameters of a network by flat name: copies, read-only, every byte compared with the manifest.
+
+    Raises:
+      ModelDirectoryError: the network is damaged, or no longer the one that the manifest describes.
+    """
+    reader, flat = Reader(manifest), {}
     for layer in manifest.layers:
-        flat.update(read_layer(manifest, layer, dtype=dtype))
-    return manifest.config, flat
-
-
-def read_layer(manifest: Manifest, layer: str, *, dtype: str | None = None) -> dict[str, np.ndarray]:
-    """Returns the parameters of one layer by flat name, as ``load_network`` does; int8 is multiplied out."""
-    wanted = STORED_DTYPES[dtype] if dtype else None
-    flat = {}
-    for name in manifest.names(layer):
-        if is_scale(name, manifest.parameters):
-            continue
-        array = read_array(manifest, name)
-        if name + SCALE_SUFFIX in manifest.parameters:
-            flat[name] = dequantise(name, array, read_array(manifest, name + SCALE_SUFFIX), wanted)
-        else:
-            flat[name] = array if wanted is None else array.astype(wanted, copy=False)
+        flat.update(read_layer(reader, layer, dtype=dtype))
     return flat
+
+
+def read_layer(reader: Reader, layer: str, *, dtype: str | None = None) -> dict[str, np.ndarray]:
+    """Returns the parameters of one layer by flat name, as `load_parameters` does; int8 is multiplied out.
+
+    Raises:
+      ModelDirectoryError: a file is missing, unreadable or not what the manifest says.
+    """
+    wanted, stored = STORED_DTYPES[dtype] if dtype else None, reader.manifest.parameters
+    names = reader.manifest.names(layer)
+    kept = [name for name in names if _is_kept(name, stored, wanted)]
+    flat = reader.arrays(kept)
+    rest = reader.arrays([name for name in names if name not in flat])  # in other memory, which is free again soon
+    for name, array in rest.items():
+        if name + SCALE_SUFFIX in rest:
+            flat[name] = dequantise(name, array, rest[name + SCALE_SUFFIX], wanted)
+        elif not is_scale(name, rest):
+            flat[name] = array.astype(wanted)
+    for array in flat.values():
+        array.flags.writeable = False
+    return {name: flat[name] for name in names if name in flat}
+
+
+def _is_kept(name: str, stored: Mapping[str, Parameter], wanted: np.dtype | None) -> bool:
+    """Returns whether an array is wanted as it is stored."""
+    if name + SCALE_SUFFIX in stored or is_scale(name, stored):
+        return False
+    return wanted is None or stored[name].numpy_dtype == wanted
 
 
 def save_network(

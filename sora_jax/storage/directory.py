@@ -1,63 +1,43 @@
-"""The model directory on disk: names, manifests, and reading arrays.
+"""The model directory on disk: its networks, their manifests, its index.
 
-Invariant: a parameter is one zarr3 array whose single chunk file is its raw little-endian bytes, so tensorstore, ``preadv``
-and ``mmap`` read the same thing, and ``network.json`` says what must be there.  Reading checks existence and size, which
-costs nothing; checksums are compared by ``sora-jax convert verify``.  Nothing here writes a network (``network_writer``)
-or knows its modules (``checkpoint``).
+Invariant: a manifest is believed only after every number in it was checked (`manifest_file`), and it is one generation of a
+network: what was replaced afterwards is an error where it is read (`reader`), never a mixture.  Nothing here reads an array,
+writes a network (`writer`) or knows its modules (`checkpoint`).
 """
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
-import math
-import mmap
 import os
 import shlex
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
-import ml_dtypes
-import numpy as np
+from sora_jax.config import NETWORKS
+from sora_jax.storage import manifest_file
+from sora_jax.storage.arrays import FORMATS, Parameter, chunk_name
+from sora_jax.storage.manifest_file import Fault
+from sora_jax.storage.place import Folder, NotRegular
 
-from sora_jax.config import NETWORKS, STDiT3Config, T5Config, VAEConfig
-
-FORMAT_VERSION = 1
+FORMAT_VERSION = FORMATS[-1]  # the one that is written
 NETWORK_FILE = "network.json"
 MODEL_FILE = "model.json"
-CONFIGS: dict[str, Any] = {"t5": T5Config, "stdit3": STDiT3Config, "vae": VAEConfig}
-STORED_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "int8": np.dtype(np.int8),
-}
 
-_MMAP_FROM_BYTES = 1 << 20  # smaller arrays are read: a mapping costs a file descriptor and a page
+_ADVICE = {  # for what the system says, where writing the network again would not help
+    errno.EMFILE: "allow more open files (ulimit -n 4096).",
+    errno.ENFILE: "the system has too many open files; close some programs.",
+    errno.EACCES: "give this user the right to read it.",
+    errno.EPERM: "give this user the right to read it.",
+    errno.ENOMEM: "free some memory.",
+}
+_OTHER_ADVICE = "check the disk."
 
 
 class ModelDirectoryError(ValueError):
     """A model directory is missing, incomplete or damaged."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-    """One stored array; ``source`` names the PyTorch array it was made from (name, shape, dtype), if any."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    sha256: str
-    source: Mapping[str, Any] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the raw bytes."""
-        return math.prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the JSON object of this parameter."""
-        fields = {"shape": list(self.shape), "dtype": self.dtype, "sha256": self.sha256}
-        return fields | ({"source": dict(self.source)} if self.source else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +51,8 @@ class Manifest:
       dtype: stored dtype asked for: ``float32``, ``bfloat16`` or ``int8`` (then scales and vectors are float32).
       parameters: every stored array by flat name; int8 arrays have a ``<name>_scale`` beside them.
       origin: source files with sha256, tied and ignored source arrays; empty for a network trained here.
+      format_version: of the files.
+      generation: sha256 of ``network.json`` as it was read; empty where it was not.
     """
 
     path: Path
@@ -79,15 +61,29 @@ class Manifest:
     dtype: str
     parameters: Mapping[str, Parameter]
     origin: Mapping[str, Any]
+    format_version: int = FORMAT_VERSION
+    generation: str = dataclasses.field(default="", compare=False)
 
-    @property
+    @functools.cached_property
     def layers(self) -> tuple[str, ...]:
         """Layer names in execution order."""
         return self.config.layers
 
+    @functools.cached_property
+    def _by_layer(self) -> Mapping[str, list[str]]:
+        found: dict[str, list[str]] = {layer: [] for layer in self.layers}
+        for name in sorted(self.parameters):
+            found[layer_of(name, found)].append(name)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(parameter.nbytes for parameter in self.parameters.values())
+
     def names(self, layer: str) -> list[str]:
         """Returns the flat names of a layer's arrays, sorted."""
-        return sorted(name for name in self.parameters if name.startswith(layer + "."))
+        return list(self._by_layer[layer])
 
     def layer_bytes(self, layer: str) -> int:
         """Returns the stored bytes of a layer."""
@@ -98,13 +94,13 @@ class Manifest:
         return self.path / array_location(name, self.layers)
 
     def chunk_path(self, name: str) -> Path:
-        """Returns the file of a parameter's raw bytes."""
+        """Returns the file that holds a parameter's values."""
         return self.array_path(name) / chunk_name(self.parameters[name].shape)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON object of ``network.json``."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "network": self.network,
             "config": self.config.to_dict(),
             "dtype": self.dtype,
@@ -112,6 +108,17 @@ class Manifest:
             "origin": dict(self.origin),
             "parameters": {name: parameter.to_dict() for name, parameter in self.parameters.items()},
         }
+
+    def text(self) -> str:
+        """Returns ``network.json``, with one line for each parameter."""
+        fields = self.to_dict()
+        entries = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in fields.pop("parameters").items())
+        return json.dumps(fields, indent=1).removesuffix("\n}") + f',\n "parameters": {{\n{entries}\n }}\n}}\n'
+
+    def values_text(self) -> str:
+        """Returns the text as format 1 has it: equal for equal values, in whatever format they are stored."""
+        plain = {name: dataclasses.replace(entry, rows=None, blocks=()) for name, entry in self.parameters.items()}
+        return dataclasses.replace(self, parameters=plain, format_version=1).text()
 
 
 def open_network(directory: str | os.PathLike[str], network: str) -> Manifest:
@@ -121,18 +128,28 @@ def open_network(directory: str | os.PathLike[str], network: str) -> Manifest:
       ModelDirectoryError: the network is missing (the message holds the command that adds it) or its manifest is unusable.
     """
     path = Path(directory) / network
+    file, again = path / NETWORK_FILE, f"convert {network} again with --overwrite."
     try:
-        fields = json.loads((path / NETWORK_FILE).read_text("utf-8"))
+        text = Folder(path).text(NETWORK_FILE, manifest_file.MAX_BYTES)
+        fields = manifest_file.checked(manifest_file.parse(text), network)
     except (FileNotFoundError, NotADirectoryError):
         present = present_networks(directory)
         state = f"has only {', '.join(present)}" if present else _state_of(Path(directory))
         command = f"sora-jax convert {network} SOURCE {shlex.quote(str(directory))}"
         raise ModelDirectoryError(f"{directory} has no {network} (it {state}); add it with: {command}") from None
-    except (OSError, ValueError) as error:
-        raise ModelDirectoryError(
-            f"{path / NETWORK_FILE} cannot be read ({error}); convert {network} again with --overwrite."
-        ) from error
-    return _manifest(path, network, fields)
+    except OSError as error:
+        raise ModelDirectoryError(_unreadable(file, error, again)) from error
+    except UnicodeDecodeError:
+        raise ModelDirectoryError(f"{file} is damaged: it is not UTF-8; {again}") from None
+    except Fault as fault:
+        state = f"{fault};" if fault.remedy else f"is damaged: it {fault};"
+        raise ModelDirectoryError(f"{file} {state} {fault.remedy or again}") from None
+    return Manifest(path, network, **fields, generation=generation_of(text))
+
+
+def generation_of(text: str) -> str:
+    """Returns what tells the text of one ``network.json`` from another."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _state_of(directory: Path) -> str:
@@ -142,65 +159,48 @@ def _state_of(directory: Path) -> str:
     return "is not a model directory" if directory.is_dir() else "is a file"
 
 
-def _manifest(path: Path, network: str, fields: Any) -> Manifest:
-    try:
-        if fields["format_version"] != FORMAT_VERSION:
-            raise ModelDirectoryError(
-                f"{path / NETWORK_FILE} has format version {fields['format_version']}; this release reads {FORMAT_VERSION}."
-            )
-        parameters = {
-            name: Parameter(tuple(entry["shape"]), entry["dtype"], entry["sha256"], entry.get("source"))
-            for name, entry in fields["parameters"].items()
-        }
-        config = CONFIGS[network].from_dict(fields["config"])
-        manifest = Manifest(path, network, config, fields["dtype"], parameters, fields["origin"])
-        if fields["network"] != network or any(entry.dtype not in STORED_DTYPES for entry in parameters.values()):
-            raise ValueError(f"network {fields['network']!r}, or a dtype that is not one of {', '.join(STORED_DTYPES)}")
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, ModelDirectoryError):
-            raise
-        raise ModelDirectoryError(
-            f"{path / NETWORK_FILE} is damaged ({type(error).__name__}: {error}); convert {network} again with --overwrite."
-        ) from error
-    return manifest
-
-
 def present_networks(directory: str | os.PathLike[str]) -> list[str]:
     """Returns the networks that a directory holds completely."""
     return [network for network in NETWORKS if (Path(directory) / network / NETWORK_FILE).is_file()]
 
 
 def read_model_file(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns ``model.json``: ``networks``, and where given ``tokenizer`` (a file name) and generation ``defaults``.
+    """Returns ``model.json``: ``networks``, and if it has them ``tokenizer`` (a file name) and generation ``defaults``.
 
     Raises:
       ModelDirectoryError: the file cannot be read, or holds something else.
     """
     path = Path(directory) / MODEL_FILE
     try:
-        fields = json.loads(path.read_text("utf-8"))
+        fields = manifest_file.parse(Folder(directory).text(MODEL_FILE, manifest_file.MAX_BYTES))
+        manifest_file.check_format(fields)
     except (FileNotFoundError, NotADirectoryError):
         fields = {"format_version": FORMAT_VERSION}
-    except (OSError, ValueError) as error:
-        raise ModelDirectoryError(f"{path} cannot be read: {error}") from error
-    if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
-        raise ModelDirectoryError(f"{path} is not a model index of format version {FORMAT_VERSION}.")
+    except OSError as error:
+        raise ModelDirectoryError(_unreadable(path, error, "remove it, and give the same command again.")) from error
+    except UnicodeDecodeError:
+        raise ModelDirectoryError(f"{path} is damaged: it is not UTF-8.") from None
+    except Fault as fault:
+        raise ModelDirectoryError(f"{path} {fault}{'; ' if fault.remedy else '.'}{fault.remedy}") from None
     for name, kind, what in (("tokenizer", str, "the name of a file"), ("defaults", dict, "an object of settings")):
         if not isinstance(fields.get(name, kind()), kind):
-            raise ModelDirectoryError(f"{path}: {name} is {fields[name]!r}; expected {what}.")
+            raise ModelDirectoryError(f"{path}: {name} is {str(fields[name])[:60]!r}; expected {what}.")
+    tokenizer = fields.get("tokenizer", "")
+    if tokenizer and (PurePath(tokenizer).name != tokenizer or "\\" in tokenizer or "\0" in tokenizer):
+        raise ModelDirectoryError(f"{path}: tokenizer is {tokenizer[:60]!r}; expected the name of a file beside it.")
     return {**fields, "networks": present_networks(directory)}
 
 
-def layer_of(name: str, layers: tuple[str, ...]) -> str:
+def layer_of(name: str, layers: Collection[str]) -> str:
     """Returns the layer that a flat name belongs to.
 
     Raises:
       ValueError: no layer is a prefix of the name.
     """
-    for layer in layers:
-        if name.startswith(layer + "."):
-            return layer
-    raise ValueError(f"parameter {name} belongs to none of the layers {', '.join(layers)}.")
+    layer = manifest_file.layer_of(name, layers)
+    if layer is None:
+        raise ValueError(f"parameter {name} belongs to none of the layers {', '.join(layers)}.")
+    return layer
 
 
 def array_location(name: str, layers: tuple[str, ...]) -> Path:
@@ -209,82 +209,34 @@ def array_location(name: str, layers: tuple[str, ...]) -> Path:
     return Path(layer, name[len(layer) + 1 :])
 
 
-def chunk_name(shape: tuple[int, ...]) -> str:
-    """Returns the path of the only chunk inside an array's directory."""
-    return "/".join(["c", *("0" for _ in shape)])
-
-
-def array_metadata(shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
-    """Returns the ``zarr.json`` of a parameter: one uncompressed chunk, as tensorstore itself would write it."""
-    codec: dict[str, Any] = {"name": "bytes"}
-    if STORED_DTYPES[dtype].itemsize > 1:
-        codec["configuration"] = {"endian": "little"}
-    return {
-        "chunk_grid": {"configuration": {"chunk_shape": list(shape)}, "name": "regular"},
-        "chunk_key_encoding": {"name": "default"},
-        "codecs": [codec],
-        "data_type": dtype,
-        "fill_value": 0 if dtype == "int8" else 0.0,
-        "node_type": "array",
-        "shape": list(shape),
-        "zarr_format": 3,
-    }
-
-
-def tensorstore_spec(path: Path) -> dict[str, Any]:
-    """Returns the tensorstore spec of a stored array; a deleted chunk is then an error and not zeros."""
-    return {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": str(path)},
-        "store_data_equal_to_fill_value": True,
-        "fill_missing_data_reads": False,
-    }
-
-
-def read_array(manifest: Manifest, name: str) -> np.ndarray:
-    """Returns a stored array, read-only; large ones are mapped, so that nothing is read before it is used.
-
-    Raises:
-      ModelDirectoryError: the file is missing, unreadable or of the wrong size.
-    """
-    parameter, path = manifest.parameters[name], manifest.chunk_path(name)
-    dtype = STORED_DTYPES[parameter.dtype]
-    try:
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != parameter.nbytes:
-                raise damaged(manifest, name, f"has {size} bytes, expected {parameter.nbytes}")
-            if size >= _MMAP_FROM_BYTES:
-                data: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            else:
-                data = file.read()
-    except OSError as error:
-        raise damaged(manifest, name, error) from error
-    return np.frombuffer(data, dtype).reshape(parameter.shape)
-
-
-def verify_layer(manifest: Manifest, layer: str) -> None:
-    """Refuses a layer whose bytes are not those that were recorded when it was written; reads all of them.
-
-    Raises:
-      ModelDirectoryError: names the file.
-    """
-    for name in manifest.names(layer):
-        raw = read_array(manifest, name).reshape(-1).view(np.uint8).data
-        if hashlib.sha256(raw).hexdigest() != manifest.parameters[name].sha256:
-            raise damaged(manifest, name, "has other bytes than recorded")
-
-
 def damaged(manifest: Manifest, name: str, problem: str | OSError) -> ModelDirectoryError:
-    """Returns the error of a parameter file, naming layer, file and remedy."""
-    repair = f"convert {manifest.network} again with --overwrite."
-    if isinstance(problem, FileNotFoundError):
-        problem = "is missing"
-    elif isinstance(problem, OSError):
-        if problem.errno == errno.EMFILE:
-            repair = "allow more open files (ulimit -n 4096)."
-        problem = f"cannot be read ({problem.strerror or problem})"
-    layer = layer_of(name, manifest.layers)
-    return ModelDirectoryError(
-        f"{manifest.network} layer {layer}: parameter file {manifest.chunk_path(name)} {problem}; {repair}"
-    )
+    """Returns the error of a parameter file, naming layer, file and remedy.
+
+    Where the network is no longer the one that was opened, that is the fault.
+    """
+    if _is_replaced(manifest):
+        return ModelDirectoryError(f"{manifest.path} was replaced or removed after it was opened; open the model again.")
+    where = f"{manifest.network} layer {layer_of(name, manifest.layers)}: parameter file"
+    again = f"convert {manifest.network} again with --overwrite."
+    if isinstance(problem, OSError):
+        return ModelDirectoryError(f"{where} {_unreadable(manifest.chunk_path(name), problem, again)}")
+    return ModelDirectoryError(f"{where} {manifest.chunk_path(name)} {problem}; {again}")
+
+
+def _is_replaced(manifest: Manifest) -> bool:
+    if not manifest.generation:
+        return False
+    try:
+        return generation_of(Folder(manifest.path).text(NETWORK_FILE, manifest_file.MAX_BYTES)) != manifest.generation
+    except (OSError, ValueError):
+        return not manifest.path.exists()
+
+
+def _unreadable(path: Path, error: OSError, again: str) -> str:
+    """Returns what the system says of a file, and what helps: ``again`` where the file itself is at fault."""
+    if isinstance(error, FileNotFoundError):
+        return f"{path} is missing; {again}"
+    if isinstance(error, NotRegular):
+        return f"{path} {error.strerror}; {again}"
+    advice = _ADVICE.get(error.errno or 0, _OTHER_ADVICE)
+    return f"{path} cannot be read ({error.strerror or error}); {advice}"

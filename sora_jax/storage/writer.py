@@ -7,13 +7,12 @@ are decided elsewhere.
 """
 
 import contextlib
-import fcntl
+import dataclasses
 import hashlib
 import json
 import logging
 import os
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,25 +21,34 @@ from typing import Any, Self
 
 import numpy as np
 
+from sora_jax.config import CONFIGS
+from sora_jax.storage.arrays import (
+    STORED_DTYPES,
+    Parameter,
+    array_metadata,
+    chunk_name,
+    num_blocks,
+    rows_of_a_block,
+    shard_index,
+)
 from sora_jax.storage.directory import (
-    CONFIGS,
     FORMAT_VERSION,
     MODEL_FILE,
     NETWORK_FILE,
-    STORED_DTYPES,
     Manifest,
     ModelDirectoryError,
-    Parameter,
     array_location,
-    array_metadata,
-    chunk_name,
+    generation_of,
     layer_of,
     read_model_file,
 )
+from sora_jax.storage.durable import created, locked, sync_all, write_all, write_durably
+from sora_jax.storage.manifest_file import MAX_BYTES, Fault, parameter_of, parse
+from sora_jax.storage.place import Folder
 
 _BATCH_BYTES = 64 << 20  # what may be lost and is written again after a power failure
 _BATCH_ARRAYS = 128
-_LARGE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +104,7 @@ class NetworkWriter:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._resources = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_locked(self.directory / f".{self.network}.lock", f"{self.network} in {self.directory}"))
+            stack.enter_context(locked(self.directory / f".{self.network}.lock", f"{self.network} in {self.directory}"))
             self._restore_replaced()
             if self.final.exists() and not self.overwrite:
                 raise ModelDirectoryError(f"{self.final} exists; pass --overwrite (overwrite=True) to replace it.")
@@ -135,25 +143,26 @@ class NetworkWriter:
         Raises:
           ValueError: too few or too many bytes were handed over.
         """
+        parameter = Parameter(shape, dtype, "", source, rows_of_a_block(shape, dtype))
         location = self.partial / array_location(name, self.config.layers)
         chunk = location / chunk_name(shape)
         self._make(chunk.parent)
-        (location / "zarr.json").write_text(json.dumps(array_metadata(shape, dtype), separators=(",", ":")))
-        digest, count = hashlib.sha256(), 0
-        with open(chunk, "wb", buffering=0) as file:
+        metadata = json.dumps(array_metadata(shape, dtype, parameter.rows), separators=(",", ":"))
+        with created(location / "zarr.json") as descriptor:
+            write_all(descriptor, memoryview(metadata.encode()))
+        digests = _Digests(parameter)
+        with created(chunk) as descriptor:
 
             def write(piece: np.ndarray) -> None:
-                nonlocal count
                 raw = piece.reshape(-1).view(np.uint8).data
-                digest.update(raw)
-                _write_all(file.fileno(), raw)
-                count += len(raw)
+                digests.update(raw)
+                write_all(descriptor, raw)
 
             yield write
-        parameter = Parameter(shape, dtype, digest.hexdigest(), source)
-        if count != parameter.nbytes:
-            raise ValueError(f"{name}: {count} bytes were written, expected {parameter.nbytes}.")
-        self._record(name, parameter)
+            if digests.count != parameter.nbytes:
+                raise ValueError(f"{name}: {digests.count} bytes were written, expected {parameter.nbytes}.")
+            write_all(descriptor, memoryview(shard_index(parameter.nbytes, len(digests.blocks))))
+        self._record(name, dataclasses.replace(parameter, sha256=digests.whole.hexdigest(), blocks=tuple(digests.blocks)))
 
     def _record(self, name: str, parameter: Parameter) -> None:
         with self._lock:
@@ -181,12 +190,14 @@ class NetworkWriter:
         empty = [layer for layer in manifest.layers if not manifest.names(layer)]
         if empty:
             raise ModelDirectoryError(f"{self.network}: nothing was written for layers {', '.join(empty)}.")
-        (self.partial / NETWORK_FILE).write_text(_manifest_text(manifest), "utf-8")
-        _sync_all([*self._files(parameters.items()), self.partial / NETWORK_FILE, *sorted(self._made), self.partial])
+        text = manifest.text()
+        with created(self.partial / NETWORK_FILE) as descriptor:
+            write_all(descriptor, memoryview(text.encode()))
+        sync_all([*self._files(parameters.items()), self.partial / NETWORK_FILE, *sorted(self._made), self.partial])
         self._replace()
         self.journal.unlink(missing_ok=True)
         update_model_file(self.directory)
-        return manifest
+        return dataclasses.replace(manifest, generation=generation_of(text))
 
     def discard(self) -> None:
         """Removes everything written so far; the writer cannot be used afterwards."""
@@ -212,23 +223,33 @@ class NetworkWriter:
         shutil.rmtree(self._replaced, ignore_errors=True)
 
     def _open_journal(self) -> None:
+        if self.partial.is_symlink():
+            self.partial.unlink()  # what is written goes nowhere else
         entries = _read_journal(self.journal) if self._resumable else []
-        if entries and entries[0] == self._identity:
-            for entry in entries[1:]:
-                parameter = Parameter(tuple(entry["shape"]), entry["dtype"], entry["sha256"], entry.get("source"))
-                _, chunk = self._files([(entry["name"], parameter)])
-                if chunk.is_file() and chunk.stat().st_size == parameter.nbytes:
-                    self.recorded[entry["name"]] = parameter
-                    self._made |= {chunk.parent, *(p for p in chunk.parents if self.partial in p.parents)}
+        if entries and entries[0] == self._identity and self.partial.is_dir():
+            self._take_over(entries[1:])
             _log.info("%s: going on; %d arrays are already written", self.network, len(self.recorded))
         elif self.partial.exists():
             shutil.rmtree(self.partial)
         self.partial.mkdir(exist_ok=True)
         if self._resumable:
             lines = [self._identity, *({"name": name, **entry.to_dict()} for name, entry in self.recorded.items())]
-            _write_durably(self.journal, "".join(json.dumps(line) + "\n" for line in lines))
+            write_durably(self.journal, "".join(json.dumps(line) + "\n" for line in lines))
         else:
             self.journal.unlink(missing_ok=True)
+
+    def _take_over(self, entries: Sequence[Any]) -> None:
+        """Records what an interrupted attempt wrote, as far as its bytes are still those that it recorded."""
+        layers = frozenset(self.config.layers)
+        for entry in entries:
+            try:
+                parameter = parameter_of(entry["name"], entry, layers, FORMAT_VERSION)
+            except (Fault, KeyError, TypeError):
+                return  # what follows a damaged line is written again
+            metadata, chunk = self._files([(entry["name"], parameter)])
+            if metadata.is_file() and _holds(chunk, parameter):
+                self.recorded[entry["name"]] = parameter
+                self._made |= {chunk.parent, *(p for p in chunk.parents if self.partial in p.parents)}
 
     def _make(self, folder: Path) -> None:
         if folder not in self._made:
@@ -255,11 +276,14 @@ class NetworkWriter:
         return files
 
     def _journal_batch(self, batch: list[tuple[str, Parameter]]) -> None:
-        _sync_all(self._files(batch))
+        sync_all(self._files(batch))
         lines = "".join(json.dumps({"name": name, **parameter.to_dict()}) + "\n" for name, parameter in batch)
-        with open(self.journal, "ab", buffering=0) as journal:
-            _write_all(journal.fileno(), memoryview(lines.encode()))
-            os.fsync(journal.fileno())
+        descriptor = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        try:
+            write_all(descriptor, memoryview(lines.encode()))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         self.recorded.update(batch)
 
 
@@ -273,83 +297,60 @@ def update_model_file(directory: str | os.PathLike[str], **fields: Any) -> None:
     unknown = fields.keys() - {"tokenizer", "defaults"}
     if unknown:
         raise ValueError(f"model.json has no fields {sorted(unknown)}; expected tokenizer or defaults.")
-    with _locked(Path(directory) / ".model.lock", f"{MODEL_FILE} in {directory}", wait=True):
-        _write_durably(Path(directory) / MODEL_FILE, json.dumps(read_model_file(directory) | fields, indent=1) + "\n")
+    with locked(Path(directory) / ".model.lock", f"{MODEL_FILE} in {directory}", wait=True):
+        index = read_model_file(directory) | fields | {"format_version": FORMAT_VERSION}
+        write_durably(Path(directory) / MODEL_FILE, json.dumps(index, indent=1) + "\n")
 
 
-@contextlib.contextmanager
-def _locked(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ModelDirectoryError(f"another process is writing {what}; wait for it to end.") from None
-        # The holder before us may have removed the file between our open and our lock.
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-            break
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _manifest_text(manifest: Manifest) -> str:
-    """Returns ``network.json`` with one line for each parameter."""
-    fields = manifest.to_dict()
-    entries = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in fields.pop("parameters").items())
-    return json.dumps(fields, indent=1).removesuffix("\n}") + f',\n "parameters": {{\n{entries}\n }}\n}}\n'
-
-
-def _read_journal(path: Path) -> list[dict[str, Any]]:
+def _read_journal(path: Path) -> list[Any]:
     """Returns the journal's entries up to the first line that was not written completely."""
-    entries = []
+    entries: list[Any] = []
     try:
-        for line in path.read_text("utf-8").splitlines(keepends=True):
+        for line in Folder(path.parent).text(path.name, MAX_BYTES).splitlines(keepends=True):
             if not line.endswith("\n"):
                 break
-            entries.append(json.loads(line))
+            entries.append(parse(line))
     except FileNotFoundError:
         return []
-    except ValueError:
+    except (OSError, ValueError):
         _log.warning("%s is damaged after %d entries; the rest is written again", path, len(entries))
     return entries
 
 
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+def _holds(path: Path, parameter: Parameter) -> bool:
+    """Returns whether a file has the size and the bytes of a parameter."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != parameter.file_bytes(FORMAT_VERSION):
+        return False
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for start in range(0, parameter.nbytes, _PIECE_BYTES):
+            digest.update(file.read(min(_PIECE_BYTES, parameter.nbytes - start)))
+        index = file.read()
+    return digest.hexdigest() == parameter.sha256 and index == shard_index(parameter.nbytes, len(parameter.checksums))
 
 
-def _write_durably(path: Path, text: str) -> None:
-    """Replaces a small file so that it has its old or its new content whatever happens."""
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "wb", buffering=0) as file:
-        _write_all(file.fileno(), memoryview(text.encode()))
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
+class _Digests:
+    """The checksums of an array and of its blocks, from its bytes as they come."""
 
+    def __init__(self, parameter: Parameter):
+        self._count = num_blocks(parameter.shape, parameter.rows or 1)
+        self._size = parameter.nbytes // self._count
+        self.whole, self.count = hashlib.sha256(), 0
+        self.blocks: list[str] = []
+        self._block = hashlib.sha256()
 
-def _sync_all(paths: Sequence[Path]) -> None:
-    """Waits until files and folders are on the disk.
-
-    Linux's ``sync`` waits for everything, which for hundreds of small files takes a tenth of the time of ``fsync`` on each;
-    large files are synchronised one by one all the same, because only ``fsync`` reports a failure.
-    """
-    for path in paths:
-        if sys.platform != "linux" or path.stat().st_size >= _LARGE_BYTES:
-            _sync(path)
-    if sys.platform == "linux":
-        os.sync()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def update(self, raw: memoryview) -> None:
+        """Takes the next bytes."""
+        self.whole.update(raw)
+        while len(raw):
+            piece = raw[: self._size - self.count % self._size]
+            self.count += len(piece)
+            raw = raw[len(piece) :]
+            if self._count == 1:
+                if self.count == self._size:
+                    self.blocks.append(self.whole.hexdigest())
+                continue
+            self._block.update(piece)
+            if self.count % self._size == 0:
+                self.blocks.append(self._block.hexdigest())
+                self._block = hashlib.sha256()

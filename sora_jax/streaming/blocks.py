@@ -4,7 +4,7 @@ Invariant: stored int8 becomes float32 here, inside the program and inside the s
 the host; the block forward itself is the resident one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -37,16 +37,12 @@ def run_block(
     return jax.lax.map(row, (x_BTSD, conditioning))
 
 
-def dequantised(stored: Mapping[str, Any], multiply: Callable[[str, Any, Any], Any] | None = None) -> dict[str, Any]:
-    """Returns parameters by name, int8 multiplied out to float32 (by ``multiply(name, values, scale)``, or with JAX)."""
+def dequantised(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns parameters by name, int8 multiplied out to float32."""
     flat = {}
     for name, array in stored.items():
         if name + SCALE_SUFFIX in stored:
-            flat[name] = (multiply or _multiplied)(name, array, stored[name + SCALE_SUFFIX])
+            flat[name] = array.astype(jnp.float32) * jnp.expand_dims(stored[name + SCALE_SUFFIX], 1 - scale_axis(name))
         elif not is_scale(name, stored):
             flat[name] = array
     return flat
-
-
-def _multiplied(name: str, values: Array, scale: Array) -> Array:
-    return values.astype(jnp.float32) * jnp.expand_dims(scale, 1 - scale_axis(name))

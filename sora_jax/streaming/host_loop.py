@@ -15,9 +15,7 @@ from jaxtyping import Bool, Float, Int
 from sora_jax.networks.segment import Segment
 from sora_jax.networks.t5 import T5Encoder, position_bias
 from sora_jax.networks.vae.codec import VAE, chunks
-from sora_jax.streaming.rows import read_rows, read_whole
 from sora_jax.streaming.segment_loop import SegmentLoop
-from sora_jax.streaming.staging import Verified
 
 FRAME_PIXELS = 2**16  # that a spatial network takes at a time; at the released width it holds 2.6 kB for each, so 0.2 GB
 
@@ -33,8 +31,8 @@ def encode_text(
     """
     config = loop.manifest.config
     with loop.timings.measure("load"):
-        x_BLE = read_rows(loop.manifest, "embed.embedding", ids_BL).astype(loop.policy.compute)
-        table_RN = read_whole(loop.manifest, "embed.relative_attention_bias", Verified())
+        x_BLE = loop.reader.rows("embed.embedding", ids_BL).astype(loop.policy.compute)
+        table_RN = loop.reader.arrays(["embed.relative_attention_bias"])["embed.relative_attention_bias"]
     bias_1NLL = position_bias(jnp.asarray(table_RN), ids_BL.shape[1], config)
     return np.asarray(loop.run("text", T5Encoder.segments(config), x_BLE, bias_1NLL, mask_BL))
 

@@ -4,6 +4,7 @@ Invariant: a layer is in host memory only in a staging slot or because it is ret
 another copy, and none is mapped.  The program holds the arrays of one block at a time.
 """
 
+import dataclasses
 import time
 
 import jax
@@ -14,46 +15,67 @@ from jaxtyping import Array, Float
 from sora_jax.config import DTypePolicy
 from sora_jax.networks.merging import Merge
 from sora_jax.networks.stdit3 import Conditioning
+from sora_jax.storage.buffers import Buffer, group_bytes
+from sora_jax.storage.reader import Reader
 from sora_jax.streaming.blocks import run_block
-from sora_jax.streaming.callbacks import Outputs, host_call, opened
+from sora_jax.streaming.callbacks import Number, Outputs, host_call, opened
 from sora_jax.streaming.prefetch import Slot
 from sora_jax.streaming.retention import Retention
-from sora_jax.streaming.source import LayerSource, staging
-from sora_jax.streaming.stream import BlockStream, Stored
+from sora_jax.streaming.stream import BlockProgram, BlockStream, Stored
 
-Arrays = dict[str, np.ndarray]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostedProgram(BlockProgram):
+    """A loop over pairs of blocks whose arrays a callback delivers; ``portable`` selects it, see `callbacks.host_call`."""
+
+    portable: bool
+
+    def stack(
+        self,
+        number: Number,
+        stored: Stored,
+        x_BTSD: Float[Array, "B T S D"],
+        conditioning: Conditioning,
+        merge: Merge | None,
+    ) -> Float[Array, "B T S D"]:
+        """Returns the tokens after all blocks; a loop over pairs, since every pair has the same program."""
+
+        def pair(i: Array, x_BTSD: Array) -> Array:
+            for kind in (0, 1):
+                arrays = host_call(number, self.results(kind), 2 * i + kind, x_BTSD, portable=self.portable)
+                x_BTSD = run_block(self.shell(kind), arrays, x_BTSD, conditioning, merge=merge)
+            return x_BTSD
+
+        x_BTSD = jax.lax.fori_loop(0, self.num_blocks // 2, pair, x_BTSD)
+        return jnp.where(opened(number, self.num_blocks, x_BTSD, portable=self.portable), x_BTSD, 0)
 
 
 class HostedBlocks(BlockStream):
-    """Blocks whose arrays callbacks deliver; ``portable`` chooses the callback, see `callbacks.host_call`."""
+    """Blocks whose arrays callbacks deliver; ``portable`` selects the callback, see `callbacks.host_call`."""
 
-    def __init__(self, source: LayerSource, policy: DTypePolicy, retention: Retention, *, stall_s: int | float, portable: bool):
-        super().__init__(source, policy, retention, stall_s=stall_s)
-        self.portable = portable
-        self._retained: dict[int, Arrays] = {}
+    def __init__(self, reader: Reader, policy: DTypePolicy, retention: Retention, *, stall_s: int | float, portable: bool):
+        super().__init__(reader, retention, stall_s=stall_s)
+        self._program = HostedProgram(
+            config=reader.manifest.config, policy=policy, layouts=(self.layout(0), self.layout(1)), portable=portable
+        )
+        self._parameters = [reader.parameters(reader.manifest.names(layer)) for layer in self.blocks]
+        self._slot_bytes = max(map(group_bytes, self._parameters))
+        self._retained: dict[int, Buffer] = {}
+
+    @property
+    def program(self) -> HostedProgram:
+        """What programs of this stream are compiled for."""
+        return self._program
 
     def arguments(self) -> Stored:
         """Returns nothing: the program gets its blocks from callbacks."""
         return ()
 
-    def stack(
-        self, stored: Stored, x_BTSD: Float[Array, "B T S D"], conditioning: Conditioning, merge: Merge | None
-    ) -> Float[Array, "B T S D"]:
-        """Returns the tokens after all blocks; a loop over pairs, since every pair has the same program."""
-
-        def pair(i: Array, x_BTSD: Array) -> Array:
-            for kind, shell in enumerate(self.shells):
-                arrays = host_call(self.arrive, self.layout(kind), 2 * i + kind, x_BTSD, portable=self.portable)
-                x_BTSD = run_block(shell, arrays, x_BTSD, conditioning, merge=merge)
-            return x_BTSD
-
-        x_BTSD = jax.lax.fori_loop(0, len(self.blocks) // 2, pair, x_BTSD)
-        return jnp.where(opened(self.arrive, len(self.blocks), x_BTSD, portable=self.portable), x_BTSD, 0)
-
     def _load(self, index: int, slot: Slot) -> None:
         if slot.buffer is None:
-            slot.buffer = staging(self.source.files(self.blocks[index]))
-        self.source.read(self.blocks[index], slot.buffer)
+            slot.buffer = Buffer(self._slot_bytes)
+        arrays = slot.buffer.arrays(self._parameters[index])
+        self.reader.read(arrays, label=self.blocks[index], stop=lambda: slot.unwanted)
 
     def _acquire(self, index: int, outputs: Outputs) -> None:
         retained = self._retained.get(index)
@@ -67,10 +89,10 @@ class HostedBlocks(BlockStream):
             self._retained[index], slot.buffer = slot.buffer, None
         self._prefetcher.free(slot)
 
-    def _hand_over(self, index: int, arrays: Arrays, outputs: Outputs) -> None:
-        start = time.perf_counter()
+    def _hand_over(self, index: int, buffer: Buffer, outputs: Outputs) -> None:
+        start, arrays = time.perf_counter(), buffer.arrays(self._parameters[index])
         for name, output in outputs.items():
-            np.copyto(output, arrays[name])
+            np.copyto(output, arrays[f"{self.blocks[index]}.{name}"])
         if self.profile is not None:
             self.profile.add("copy", self.blocks[index], start)
 

@@ -13,11 +13,12 @@ from sora_jax.config import ModelConfig
 from sora_jax.networks.segment import Segment
 from sora_jax.networks.t5 import T5Encoder
 from sora_jax.networks.vae.codec import VAE, chunks, latent_size
-from sora_jax.storage.directory import STORED_DTYPES, Manifest
+from sora_jax.storage.arrays import STORED_DTYPES
+from sora_jax.storage.buffers import group_bytes
+from sora_jax.storage.directory import Manifest
 from sora_jax.storage.quantisation import SCALE_SUFFIX
 from sora_jax.streaming import activations
 from sora_jax.streaming.host_loop import frame_batches
-from sora_jax.streaming.staging import group_bytes
 from sora_jax.streaming.stream import ENDS
 
 BASELINE_BYTES = 215_000_000  # Python with JAX, measured
@@ -269,7 +270,7 @@ def _within_budget(stage: StagePlan, budget: int | None) -> StagePlan:
 
 
 def _segment_bytes(manifest: Manifest, segments: Sequence[Segment]) -> list[int]:
-    return [group_bytes(manifest, _names(manifest, segment)) for segment in segments]
+    return [group_bytes({name: manifest.parameters[name] for name in _names(manifest, segment)}) for segment in segments]
 
 
 def _names(manifest: Manifest, segment: Segment) -> list[str]:

@@ -17,17 +17,17 @@ from jaxtyping import Array, Float
 from sora_jax.config import policy_of
 from sora_jax.networks.merging import Merge
 from sora_jax.networks.stdit3 import Conditioning, Embed, Final
-from sora_jax.storage.checkpoint import unflatten
+from sora_jax.storage.checkpoint import read_layer, unflatten
 from sora_jax.storage.directory import Manifest, ModelDirectoryError, open_network
-from sora_jax.storage.quantisation import dequantise
-from sora_jax.streaming.blocks import dequantised
+from sora_jax.storage.maps import MAP_FROM_BYTES, are_mappable, can_map
+from sora_jax.storage.reader import Around, Reader, untouched
+from sora_jax.streaming.callbacks import Number
 from sora_jax.streaming.hosted import HostedBlocks
-from sora_jax.streaming.mapped import MAP_FROM_BYTES, MappedBlocks, can_map
+from sora_jax.streaming.mapped import MappedBlocks
 from sora_jax.streaming.prefetch import STALL_S
 from sora_jax.streaming.profile import Profile
 from sora_jax.streaming.retention import Retention
-from sora_jax.streaming.source import Around, LayerSource, staging
-from sora_jax.streaming.stream import ENDS, BlockStream, Stored
+from sora_jax.streaming.stream import ENDS, BlockProgram, BlockStream, Stored
 
 Backend = Literal["mmap", "host"]
 End = TypeVar("End", Embed, Final)
@@ -43,13 +43,15 @@ class StreamedSTDiT3:
       embed: in memory.
       final: in memory.
       blocks: stored arrays of every block, mapped; empty where callbacks deliver them.
-      stream: the host's side; static.
+      number: by which programs call the host's side of the stream.
+      program: what programs are compiled for; static.
     """
 
     embed: Embed
     final: Final
     blocks: Stored
-    stream: BlockStream = dataclasses.field(metadata={"static": True})
+    number: Number
+    program: BlockProgram = dataclasses.field(metadata={"static": True})
 
     @property
     def null_caption_LE(self) -> Float[Array, "L E"]:
@@ -60,14 +62,14 @@ class StreamedSTDiT3:
         self, x_BTSD: Float[Array, "B T S D"], conditioning: Conditioning, *, merge: Merge | None = None
     ) -> Float[Array, "B T S D"]:
         """Returns the tokens after all blocks, as `stdit3.STDiT3.stack` does."""
-        return self.stream.stack(self.blocks, x_BTSD, conditioning, merge)
+        return self.program.stack(self.number, self.blocks, x_BTSD, conditioning, merge)
 
 
 class STDiT3Stream:
     """A transformer in a model directory, to be streamed; holds no arrays until it is opened.
 
     Args:
-      directory: the model directory.
+      directory: the model directory, or the manifest of its transformer.
       dtype: compute dtype, ``"float32"`` or ``"bfloat16"``.
       budget: bytes that the process may hold while the transformer runs; None retains ``retained`` blocks.
       retained: blocks to retain where no budget is given; None: all.
@@ -76,8 +78,7 @@ class STDiT3Stream:
         platform.
       portable: the host back-end's callback, `io_callback` instead of `buffer_callback`; None: what the platform has.
       map_from_bytes: arrays from this size on are mapped.
-      verify: compare the checksum of every layer when it is first read.
-      around: entered around every read of a layer, see `source.LayerSource`.
+      around: entered around every read of a layer, see `storage.reader.Reader`.
       stall_s: seconds after which a read that does not end is an error.
 
     Raises:
@@ -87,7 +88,7 @@ class STDiT3Stream:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | Manifest,
         *,
         dtype: str = "float32",
         budget: int | None = None,
@@ -96,20 +97,19 @@ class STDiT3Stream:
         backend: Backend | None = None,
         portable: bool | None = None,
         map_from_bytes: int = MAP_FROM_BYTES,
-        verify: bool = True,
-        around: Around | None = None,
+        around: Around = untouched,
         stall_s: int | float = STALL_S,
     ):
-        manifest = open_network(directory, "stdit3")
-        source = LayerSource(manifest, verify=verify, around=around)
+        manifest = directory if isinstance(directory, Manifest) else open_network(directory, "stdit3")
+        reader = Reader(manifest, around=around)
         retention = Retention(block_bytes(manifest), budget=budget, fixed_bytes=fixed_bytes, count=retained)
-        policy, on_cpu = policy_of(dtype), jax.default_backend() == "cpu"
+        self._policy, on_cpu = policy_of(dtype), jax.default_backend() == "cpu"
         self.blocks: BlockStream
-        if _backend(backend, on_cpu) == "mmap":
-            self.blocks = MappedBlocks(source, policy, retention, stall_s=stall_s, map_from_bytes=map_from_bytes)
+        if _backend(backend, manifest, on_cpu) == "mmap":
+            self.blocks = MappedBlocks(reader, self._policy, retention, stall_s=stall_s, map_from_bytes=map_from_bytes)
         else:
             portable = not on_cpu if portable is None else portable
-            self.blocks = HostedBlocks(source, policy, retention, stall_s=stall_s, portable=portable)
+            self.blocks = HostedBlocks(reader, self._policy, retention, stall_s=stall_s, portable=portable)
 
     @property
     def retention(self) -> Retention:
@@ -127,7 +127,7 @@ class STDiT3Stream:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[StreamedSTDiT3]:
-        """Yields the network; everything read is let go in the end.
+        """Yields the network; everything read is dropped in the end.
 
         An error in the host's part of a program comes out as it was raised there.
 
@@ -135,25 +135,24 @@ class STDiT3Stream:
           ModelDirectoryError: a file is missing, unreadable, damaged or changed.
           RuntimeError: it is open already.
         """
-        with self.blocks.running():
+        with self.blocks.running() as number:
             yield StreamedSTDiT3(
                 embed=self._resident("embed", Embed),
                 final=self._resident("final", Final),
                 blocks=self.blocks.arguments(),
-                stream=self.blocks,
+                number=number,
+                program=self.blocks.program,
             )
 
     def _resident(self, layer: str, build: type[End]) -> End:
         """Returns a layer that stays in memory, read and checked like the others."""
-        source, policy = self.blocks.source, self.blocks.policy
-        stored = staging(source.files(layer))
-        source.read(layer, stored)
-        flat = dequantised(stored, dequantise)
-        shell = jax.eval_shape(lambda: build(source.manifest.config, policy=policy, rngs=nnx.Rngs(0)))
+        reader, policy = self.blocks.reader, self._policy
+        flat = {name.removeprefix(f"{layer}."): array for name, array in read_layer(reader, layer).items()}
+        shell = jax.eval_shape(lambda: build(reader.manifest.config, policy=policy, rngs=nnx.Rngs(0)))
         try:
             return jax.block_until_ready(jax.device_put(unflatten(shell, flat)))
         except ValueError as error:
-            raise ModelDirectoryError(f"{source.manifest.path / layer} does not fit its configuration: {error}") from error
+            raise ModelDirectoryError(f"{reader.manifest.path / layer} does not fit its configuration: {error}") from error
 
 
 def block_bytes(manifest: Manifest) -> list[int]:
@@ -161,9 +160,10 @@ def block_bytes(manifest: Manifest) -> list[int]:
     return [manifest.layer_bytes(layer) for layer in manifest.layers if layer not in ENDS]
 
 
-def _backend(backend: Backend | None, on_cpu: bool) -> Backend:
+def _backend(backend: Backend | None, manifest: Manifest, on_cpu: bool) -> Backend:
+    """Returns the back-end asked for, or the one that suits platform and files: maps need the bytes in order."""
     if backend == "mmap" and not (on_cpu and can_map()):
         raise ValueError("streaming back-end 'mmap' needs JAX on the CPU and Linux 5.14 or later; use 'host'.")
     if backend not in (None, "mmap", "host"):
         raise ValueError(f"streaming back-end is {backend!r}; expected 'mmap', 'host', or None for what suits the platform.")
-    return backend or ("mmap" if on_cpu and can_map() else "host")
+    return backend or ("mmap" if on_cpu and can_map() and are_mappable(manifest, manifest.parameters) else "host")

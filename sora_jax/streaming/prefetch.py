@@ -1,4 +1,4 @@
-"""Reading layers before they are wanted: one thread, two staging slots.
+"""Reading layers before they are wanted: one thread, a few staging slots.
 
 Invariant: a slot is written by the reading thread or held by who took it, never both; at most one thread reads, from the first
 layer wanted until `close`.  It is not started anew for every layer: where memory has run out, starting a thread may never
@@ -11,18 +11,27 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 EMPTY, LOADING, READY, TAKEN = "empty", "loading", "ready", "taken"
-NUM_SLOTS = 2
+NUM_SLOTS = 2  # one layer is computed with, the next is read
 STALL_S = 300.0  # a read that takes longer is reported as a fault instead of being waited for
 
 
 @dataclasses.dataclass(eq=False)
 class Slot:
-    """One staging place: the layer it is for, its state, what reading it raised, and the buffer ``load`` keeps in it."""
+    """One staging place.
+
+    Attributes:
+      index: the layer it is for.
+      state: `EMPTY`, `LOADING`, `READY` or `TAKEN`.
+      error: what reading the layer raised.
+      buffer: what ``load`` keeps in it; stays from layer to layer.
+      unwanted: set when nobody waits for the layer any more; reading it may be given up.
+    """
 
     index: int | None = None
     state: str = EMPTY
     error: BaseException | None = None
     buffer: Any = None
+    unwanted: bool = False
 
 
 class Prefetcher:
@@ -31,13 +40,21 @@ class Prefetcher:
     Args:
       load: reads layer ``index`` into a slot, on the reading thread.
       describe: names a layer, for the error of a read that does not end.
+      num_slots: staging places; with one, nothing is read while a layer is taken.
       stall_s: seconds that one read may take.
     """
 
-    def __init__(self, load: Callable[[int, Slot], None], describe: Callable[[int], str], *, stall_s: int | float = STALL_S):
+    def __init__(
+        self,
+        load: Callable[[int, Slot], None],
+        describe: Callable[[int], str],
+        *,
+        num_slots: int = NUM_SLOTS,
+        stall_s: int | float = STALL_S,
+    ):
         self._load, self._describe, self.stall_s = load, describe, stall_s
         self._condition = threading.Condition()
-        self._slots = [Slot() for _ in range(NUM_SLOTS)]
+        self._slots = [Slot() for _ in range(num_slots)]
         self._wanted: Sequence[int] = ()
         self._thread: threading.Thread | None = None
 
@@ -83,12 +100,14 @@ class Prefetcher:
             thread.join()
 
     def discard(self) -> None:
-        """Forgets everything read ahead, waiting for the read under way."""
+        """Forgets everything read ahead, waiting for the read under way, which is asked to give up."""
         with self._condition:
             self._wanted = ()
+            for slot in self._slots:
+                slot.unwanted = True
             if not self._condition.wait_for(lambda: all(slot.state != LOADING for slot in self._slots), self.stall_s):
                 self._abandon()
-            self._slots = [Slot() for _ in range(NUM_SLOTS)]
+            self._slots = [Slot() for _ in self._slots]
 
     def holding(self) -> set[int]:
         """Returns the layers that are in a slot: being read, read ahead, or taken."""
@@ -101,7 +120,7 @@ class Prefetcher:
     def _want(self, wanted: Sequence[int]) -> None:
         self._wanted = wanted
         for slot in self._slots:
-            if slot.state == READY and slot.index not in wanted[:NUM_SLOTS]:
+            if slot.state == READY and slot.index not in wanted[: len(self._slots)]:
                 self._empty(slot)
         self._wake()
 
@@ -117,7 +136,7 @@ class Prefetcher:
     def _next(self) -> tuple[int, Slot] | None:
         """Returns the layer to read next and the slot for it, if there are both."""
         held = {slot.index for slot in self._slots}
-        index = next((index for index in self._wanted[:NUM_SLOTS] if index not in held), None)
+        index = next((index for index in self._wanted[: len(self._slots)] if index not in held), None)
         slot = next((slot for slot in self._slots if slot.state == EMPTY), None)
         return None if index is None or slot is None else (index, slot)
 

@@ -12,21 +12,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from sora_jax.config import DTypePolicy
+from sora_jax.networks import registry
 from sora_jax.networks.kernels import Int8Matrix
 from sora_jax.networks.layers import precision_chosen
 from sora_jax.networks.segment import Segment
 from sora_jax.process import Timings, return_freed_memory
+from sora_jax.storage.buffers import Buffer, group_bytes
 from sora_jax.storage.checkpoint import flatten
-from sora_jax.storage.directory import Manifest, ModelDirectoryError
+from sora_jax.storage.directory import Manifest, ModelDirectoryError, layer_of
 from sora_jax.storage.quantisation import SCALE_SUFFIX
+from sora_jax.storage.reader import Around, Reader, untouched
+from sora_jax.streaming.prefetch import NUM_SLOTS, STALL_S, Prefetcher, Slot
 from sora_jax.streaming.profile import Lane, Profile
-from sora_jax.streaming.source import Around
-from sora_jax.streaming.staging import Staging, Verified
-
-NUM_SLOTS = 2
 
 Stored = Mapping[str, tuple[Any, ...]]  # by name inside its module: a stored array, and its scale where it is int8
 
@@ -36,31 +35,29 @@ class SegmentLoop:
 
     Args:
       manifest: the network.
-      build: its class; only its shapes are made.
       policy: compute dtype; parameters are cast where they are used, int8 a few columns at a time.
       timings: waiting for files counts as ``load``, compiling and each stage as themselves.
       num_slots: segments in memory; with 1 nothing is read ahead.
-      verified: which files' checksums need no comparison any more.
       profile: takes the intervals of loading and computing.
       around: entered around every read of a segment, with its name and bytes, on the reading thread.
+      stall_s: seconds after which the read of a segment that does not end is an error.
     """
 
     def __init__(
         self,
         manifest: Manifest,
-        build: Callable[..., Any],
         policy: DTypePolicy,
         timings: Timings,
         *,
         num_slots: int = NUM_SLOTS,
-        verified: Verified | None = None,
         profile: Profile | None = None,
-        around: Around = lambda _segment, _bytes: contextlib.nullcontext(),
+        around: Around = untouched,
+        stall_s: int | float = STALL_S,
     ):
         self.manifest, self.policy, self.timings = manifest, policy, timings
-        self._profile, self._around = profile, around
-        self._num_slots, self._verified = num_slots, Verified() if verified is None else verified
-        self._abstract = jax.eval_shape(lambda: build(manifest.config, policy=policy, rngs=nnx.Rngs(0)))
+        self.reader = Reader(manifest, around=around)
+        self._profile, self._num_slots, self._stall_s = profile, num_slots, stall_s
+        self._abstract = registry.abstract(manifest.network, manifest.config, policy=policy)
 
     def run(self, stage: str, segments: Sequence[Segment], x: Any, *context: Any) -> jax.Array:
         """Returns the activations ``x`` after the segments; those that take it are handed ``context`` too.
@@ -87,20 +84,29 @@ class SegmentLoop:
     def _loaded(self, segments: Sequence[Segment]) -> Generator[Stored]:
         """Yields the stored arrays of each segment."""
         names = [self._stored_names(segment) for segment in segments]
-        groups = [[name for leaf in stored.values() for name in leaf] for stored in names]
+        groups = [self.reader.parameters(name for leaf in stored.values() for name in leaf) for stored in names]
+        size = max(map(group_bytes, groups))
 
-        @contextlib.contextmanager
-        def around(position: int, num_bytes: int) -> Iterator[None]:
-            with self._recorded("load", segments[position]), self._around(_name(segments[position]), num_bytes):
-                yield
+        def load(position: int, slot: Slot) -> None:
+            if slot.buffer is None:
+                slot.buffer = Buffer(size)
+            with self._recorded("load", segments[position]):
+                arrays = slot.buffer.arrays(groups[position])
+                self.reader.read(arrays, label=_name(segments[position]), stop=lambda: slot.unwanted)
 
-        with Staging(self.manifest, groups, num_slots=self._num_slots, verified=self._verified, around=around) as staging:
-            arrays_of_group = iter(staging)
-            for stored, segment in zip(names, segments, strict=True):
+        def describe(position: int) -> str:
+            layer = layer_of(next(iter(groups[position])), self.manifest.layers)
+            return f"{self.manifest.network} layer {layer} in {self.manifest.path}"
+
+        prefetcher = Prefetcher(load, describe, num_slots=self._num_slots, stall_s=self._stall_s)
+        with contextlib.closing(prefetcher):
+            for position, (stored, segment) in enumerate(zip(names, segments, strict=True)):
                 with self.timings.measure("load"), self._recorded("wait", segment):
-                    arrays = next(arrays_of_group)
+                    slot = prefetcher.take(position, range(position + 1, len(segments)))
+                arrays = slot.buffer.arrays(groups[position])
                 yield {local: tuple(arrays[name] for name in leaf) for local, leaf in stored.items()}
                 del arrays
+                prefetcher.free(slot)
 
     def _stored_names(self, segment: Segment) -> dict[str, tuple[str, ...]]:
         """Returns what a segment reads, by name inside its module: the stored array, and its scale where it is int8."""

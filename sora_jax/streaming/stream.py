@@ -1,12 +1,15 @@
-"""The host's side of a streamed transformer: what happens when the compiled program arrives at a block.
+"""A streamed transformer: what its programs are compiled for, and the host's side of a run.
 
 Invariant: the program arrives at blocks 0, 1, ... and then at the end, once for every evaluation; whatever happened before, an
-arrival at block 0 finds the stream in order.  Nothing here computes, and nothing in a callback touches JAX.  How a layer gets
-into the program is decided by the two back-ends, `mapped` and `hosted`.
+arrival at block 0 finds the stream in order.  Nothing here computes, and nothing in a callback touches JAX.  A program knows
+shapes, not files: equal `BlockProgram`s share it, and none holds a stream.  How a layer gets into the program is decided by the
+two back-ends, `mapped` and `hosted`.
 """
 
 import abc
 import contextlib
+import dataclasses
+import functools
 import itertools
 import threading
 import time
@@ -14,31 +17,78 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from sora_jax.config import DTypePolicy
+from sora_jax.config import DTypePolicy, STDiT3Config
 from sora_jax.networks.merging import Merge
 from sora_jax.networks.stdit3 import Conditioning, STDiT3Block
 from sora_jax.process import PeakMeter, return_freed_memory
+from sora_jax.storage.checkpoint import shortened
 from sora_jax.storage.directory import ModelDirectoryError
-from sora_jax.streaming.callbacks import PASSED
+from sora_jax.storage.reader import Reader
+from sora_jax.streaming.callbacks import PASSED, Number, answering
 from sora_jax.streaming.prefetch import Prefetcher, Slot
 from sora_jax.streaming.profile import Profile
 from sora_jax.streaming.retention import Retention
-from sora_jax.streaming.source import LayerSource
 
-Stored = tuple[dict[str, Array], ...]  # stored arrays of every block, by name
+Stored = tuple[dict[str, Array], ...]  # stored arrays of every block, by their names within it
+Layout = tuple[tuple[str, tuple[int, ...], np.dtype], ...]  # name, shape and dtype of a block's stored arrays
 
 MARGIN = 1.01  # of what is needed: measured again, it varies by half of this
 ENDS = ("embed", "final")  # layers that are small, needed twice in a row, and always in memory
 
 
-class BlockStream(abc.ABC):
-    """Host state of one streamed transformer; static in the programs that stream it, so they live as long as it does.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockProgram(abc.ABC):
+    """All that a compiled program depends on; static, and equal for every stream of the same shapes.
 
     Attributes:
-      source: the files.
+      config: of the transformer.
+      policy: what it computes in.
+      layouts: the stored arrays of spatial and of temporal blocks.
+    """
+
+    config: STDiT3Config
+    policy: DTypePolicy
+    layouts: tuple[Layout, Layout]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are streamed."""
+        return 2 * self.config.depth
+
+    def results(self, kind: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns shape and dtype of the stored arrays of spatial (0) or temporal (1) blocks, by name."""
+        return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in self.layouts[kind]}
+
+    def shell(self, kind: int) -> Any:
+        """Returns a spatial (0) or temporal (1) block with shapes in place of its arrays."""
+        return _shell(self.config, self.policy, bool(kind))
+
+    @abc.abstractmethod
+    def stack(
+        self,
+        number: Number,
+        stored: Stored,
+        x_BTSD: Float[Array, "B T S D"],
+        conditioning: Conditioning,
+        merge: Merge | None,
+    ) -> Float[Array, "B T S D"]:
+        """Returns the tokens after all blocks; ``number`` calls the stream, ``stored`` is what it gave as arguments."""
+
+
+@functools.lru_cache(maxsize=8)
+def _shell(config: STDiT3Config, policy: DTypePolicy, temporal: bool) -> Any:
+    return jax.eval_shape(lambda: STDiT3Block(config, temporal=temporal, policy=policy, rngs=nnx.Rngs(0)))
+
+
+class BlockStream(abc.ABC):
+    """Host state of one streamed transformer.
+
+    Attributes:
+      reader: of the files.
       blocks: names of the streamed layers, in execution order.
       retention: how many of them stay in memory.
       profile: takes the intervals of loading and computing, if one is set.
@@ -46,19 +96,15 @@ class BlockStream(abc.ABC):
       evaluations: completed, since the stream was opened.
     """
 
-    def __init__(self, source: LayerSource, policy: DTypePolicy, retention: Retention, *, stall_s: int | float):
-        config = source.manifest.config
-        self.source, self.retention, self.policy = source, retention, policy
-        self.blocks: Sequence[str] = [layer for layer in source.manifest.layers if layer not in ENDS]
+    def __init__(self, reader: Reader, retention: Retention, *, stall_s: int | float):
+        manifest = reader.manifest
+        self.reader, self.retention = reader, retention
+        self.blocks: Sequence[str] = [layer for layer in manifest.layers if layer not in ENDS]
         self.profile: Profile | None = None
         self.bytes_read = self.evaluations = 0
-        self.shells = [
-            jax.eval_shape(lambda temporal=temporal: STDiT3Block(config, temporal=temporal, policy=policy, rngs=nnx.Rngs(0)))
-            for temporal in (False, True)
-        ]
         self._prefetcher = Prefetcher(self._timed_load, self._describe, stall_s=stall_s)
         self._meter, self._needed = PeakMeter(), 0
-        self._sizes = [source.num_bytes(layer) for layer in self.blocks]
+        self._sizes = [manifest.layer_bytes(layer) for layer in self.blocks]
         self._in_use = threading.Lock()
         self._failure: BaseException | None = None
         self._next = 0
@@ -66,25 +112,28 @@ class BlockStream(abc.ABC):
         self._check_layouts()
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Opens the stream for programs; what is retained or read ahead is let go in the end.
+    def running(self) -> Iterator[Int[np.ndarray, ""]]:
+        """Yields the number by which programs call this stream; what is retained or read ahead is dropped in the end.
 
         An error that a callback raised comes out as it was, not as JAX reports it.
 
         Raises:
-          ModelDirectoryError: a file is missing, unreadable, damaged or changed.
+          ModelDirectoryError: a file is missing, unreadable or damaged.
           RuntimeError: the stream is open already.
         """
         if not self._in_use.acquire(blocking=False):
             raise RuntimeError("this streamed transformer is in use by another run; open the model directory a second time.")
         try:
             self._failure, self._next, self._left_s, self.evaluations = None, 0, None, 0
-            self.source.begin()
-            yield
+            self.reader.check(self.reader.manifest.parameters)
+            with answering(self.arrive) as number:
+                yield number
         except jax.errors.JaxRuntimeError as error:
-            if self._failure is None:
-                raise
-            raise self._failure from error
+            if self._failure is not None:
+                raise self._failure from error
+            if str(error).rstrip().endswith("KeyboardInterrupt"):  # it came between JAX's call and ours
+                raise KeyboardInterrupt from error
+            raise
         finally:
             self._reset()
             self._prefetcher.close()
@@ -100,8 +149,6 @@ class BlockStream(abc.ABC):
         """Called by the program when it arrives at block ``index``, or past the last; returns when the block may compute."""
         try:
             now = time.perf_counter()
-            if not self._in_use.locked():
-                raise RuntimeError("the streamed transformer is not open; sample within its `open` block.")
             if index == 0:
                 self._failure = None
                 if self._next:
@@ -156,7 +203,7 @@ class BlockStream(abc.ABC):
     def _timed_load(self, index: int, slot: Slot) -> None:
         start = time.perf_counter()
         self._load(index, slot)
-        self.bytes_read += self.source.num_bytes(self.blocks[index])
+        self.bytes_read += self._sizes[index]
         if self.profile is not None:
             self.profile.add("load", self.blocks[index], start)
 
@@ -166,34 +213,35 @@ class BlockStream(abc.ABC):
 
     def _describe(self, index: int) -> str:
         layer = self.blocks[index]
-        return f"{self.source.manifest.network} layer {layer} ({self.source.manifest.path / layer})"
+        return f"{self.reader.manifest.network} layer {layer} ({self.reader.manifest.path / layer})"
+
+    def layout(self, index: int) -> Layout:
+        """Returns name, shape and dtype of every stored array of a block."""
+        layer = self.blocks[index]
+        parameters = self.reader.parameters(self.reader.manifest.names(layer))
+        return tuple(
+            (name.removeprefix(f"{layer}."), parameter.shape, parameter.numpy_dtype) for name, parameter in parameters.items()
+        )
 
     def _check_layouts(self) -> None:
         """Sees that blocks of a kind are stored alike: a program has one set of shapes and dtypes for each kind."""
-        for i, block in enumerate(self.blocks):
-            layout, expected = self.layout(i), self.layout(i % 2)
-            if layout != expected:
-                strange = sorted(name for name in layout.keys() | expected.keys() if layout.get(name) != expected.get(name))
-                manifest = self.source.manifest
+        for index, block in enumerate(self.blocks):
+            strange = sorted({name for name, *_ in set(self.layout(index)) ^ set(self.layout(index % 2))})
+            if strange:
+                manifest = self.reader.manifest
                 raise ModelDirectoryError(
-                    f"{manifest.path}: layer {block} stores {', '.join(strange)} unlike layer {self.blocks[i % 2]}; "
+                    f"{manifest.path}: layer {block} stores {shortened(strange)} unlike layer {self.blocks[index % 2]}; "
                     f"convert {manifest.network} again with --overwrite."
                 )
 
-    def layout(self, index: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns shape and dtype of every stored array of a block, by name."""
-        files = self.source.files(self.blocks[index])
-        return {file.name: jax.ShapeDtypeStruct(file.shape, file.dtype) for file in files}
+    @property
+    @abc.abstractmethod
+    def program(self) -> BlockProgram:
+        """What programs of this stream are compiled for."""
 
     @abc.abstractmethod
     def arguments(self) -> Stored:
         """Returns what programs are given of the blocks, as arguments; to be called within `running`."""
-
-    @abc.abstractmethod
-    def stack(
-        self, stored: Stored, x_BTSD: Float[Array, "B T S D"], conditioning: Conditioning, merge: Merge | None
-    ) -> Float[Array, "B T S D"]:
-        """Returns the tokens after all blocks; ``stored`` is what `arguments` returned."""
 
     @abc.abstractmethod
     def _load(self, index: int, slot: Slot) -> None:
@@ -209,7 +257,7 @@ class BlockStream(abc.ABC):
 
     @abc.abstractmethod
     def _leave_previous(self) -> None:
-        """Lets go of what the block before needed and of what is no longer retained."""
+        """Drops what the block before needed and what is no longer retained."""
 
     @abc.abstractmethod
     def _reset(self) -> None:
@@ -217,4 +265,4 @@ class BlockStream(abc.ABC):
 
     @abc.abstractmethod
     def _close(self) -> None:
-        """Lets go of everything retained."""
+        """Drops everything retained."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +10,16 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import tensorstore as ts
 from flax import nnx
 
 from sora_jax import config as presets
 from sora_jax.config import T5Config
 from sora_jax.networks.t5 import T5Encoder
-from sora_jax.storage.checkpoint import flatten, load_network, read_layer, save_network, unflatten
-from sora_jax.storage.directory import (
-    ModelDirectoryError,
-    array_location,
-    array_metadata,
-    chunk_name,
-    open_network,
-    present_networks,
-    read_array,
-    read_model_file,
-    tensorstore_spec,
-)
+from sora_jax.storage.arrays import chunk_name
+from sora_jax.storage.checkpoint import flatten, load_network, load_parameters, read_layer, save_network, unflatten
+from sora_jax.storage.directory import ModelDirectoryError, array_location, open_network, present_networks, read_model_file
 from sora_jax.storage.quantisation import dequantise, quantise
+from sora_jax.storage.reader import Reader
 from sora_jax.storage.writer import NetworkWriter, update_model_file
 
 CONFIG = T5Config(
@@ -121,57 +113,6 @@ def test_int8_rounds_half_to_even_and_keeps_zeros() -> None:
     np.testing.assert_array_equal(dequantise("block.0.kernel", kernel_values, kernel_scale), values.T)
 
 
-def test_chunks_are_the_raw_bytes_and_tensorstore_agrees(model: Path, flat: dict[str, np.ndarray], tmp_path: Path) -> None:
-    manifest = open_network(model, "t5")
-    for name, array in flat.items():
-        assert manifest.chunk_path(name).read_bytes() == array.tobytes()
-        stored = ts.open(tensorstore_spec(manifest.array_path(name)), read=True).result()
-        np.testing.assert_array_equal(stored.read().result(), array)
-    assert manifest.chunk_path("block.1.mlp.wo.kernel") == model / "t5/block.1/mlp.wo.kernel/c/0/0"
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("shape", [(), (5,), (3, 2), (1, 2, 2, 4, 3)])
-def test_metadata_is_what_tensorstore_writes(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
-    metadata = {"shape": list(shape), "data_type": dtype, "codecs": [{"name": "bytes"}]}
-    metadata["chunk_grid"] = {"name": "regular", "configuration": {"chunk_shape": list(shape)}}
-    ts.open({**tensorstore_spec(tmp_path), "metadata": metadata}, create=True).result()
-    assert array_metadata(shape, dtype) == json.loads((tmp_path / "zarr.json").read_text())
-
-
-def test_an_array_of_zeros_has_a_file_and_a_missing_file_is_an_error(tmp_path: Path, flat: dict[str, np.ndarray]) -> None:
-    save_network(tmp_path, "t5", CONFIG, flat | {"final.scale": np.zeros(16, np.float32)})
-    manifest = open_network(tmp_path, "t5")
-    assert manifest.chunk_path("final.scale").read_bytes() == bytes(64)
-    manifest.chunk_path("final.scale").unlink()
-    with pytest.raises(ModelDirectoryError, match=r"t5 layer final: parameter file .*/final/scale/c/0 is missing; convert t5"):
-        load_network(tmp_path, "t5")
-    with pytest.raises(ValueError, match=r"missing|NOT_FOUND|not found"):
-        ts.open(tensorstore_spec(manifest.array_path("final.scale")), read=True).result().read().result()
-
-
-def test_a_truncated_file_is_named_with_its_sizes(model: Path) -> None:
-    path = open_network(model, "t5").chunk_path("block.0.attn.q.kernel")
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ModelDirectoryError, match=r"t5 layer block\.0: .* has 508 bytes, expected 512; convert t5 again"):
-        load_network(model, "t5")
-
-
-@pytest.mark.parametrize("text", ["", "{}", '{"format_version": 1', "[]"])
-def test_a_damaged_manifest_is_one_clear_line(model: Path, text: str) -> None:
-    (model / "t5" / "network.json").write_text(text)
-    with pytest.raises(ModelDirectoryError, match=r"network\.json (is damaged|cannot be read).*convert t5 again") as caught:
-        load_network(model, "t5")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_manifest_of_another_format_is_refused(model: Path) -> None:
-    fields = json.loads((model / "t5" / "network.json").read_text())
-    (model / "t5" / "network.json").write_text(json.dumps(fields | {"format_version": 2}))
-    with pytest.raises(ModelDirectoryError, match="has format version 2; this release reads 1"):
-        load_network(model, "t5")
-
-
 def test_a_missing_network_comes_with_the_command_that_adds_it(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelDirectoryError, match=rf"has only t5\); add it with: sora-jax convert vae SOURCE {model}"):
         load_network(model, "vae")
@@ -182,7 +123,7 @@ def test_a_missing_network_comes_with_the_command_that_adds_it(model: Path, tmp_
 def test_layers_are_what_the_configuration_names(model: Path, flat: dict[str, np.ndarray]) -> None:
     manifest = open_network(model, "t5")
     assert manifest.layers == ("embed", "block.0", "block.1", "final")
-    layers = [read_layer(manifest, layer) for layer in manifest.layers]
+    layers = [read_layer(Reader(manifest), layer) for layer in manifest.layers]
     assert sum(map(len, layers)) == len(flat)
     assert set(layers[2]) == {name for name in flat if name.startswith("block.1.")}
 
@@ -193,16 +134,59 @@ def test_block_1_does_not_take_the_parameters_of_block_10(tmp_path: Path) -> Non
     save_network(tmp_path, "t5", config, names)
     manifest = open_network(tmp_path, "t5")
     assert manifest.names("block.1") == ["block.1.scale"]
-    np.testing.assert_array_equal(read_array(manifest, "block.10.scale"), [11, 11])
+    np.testing.assert_array_equal(Reader(manifest).arrays(["block.10.scale"])["block.10.scale"], [11, 11])
 
 
-def test_large_arrays_are_mapped_and_reach_jax_without_a_copy(tmp_path: Path) -> None:
+def test_what_is_loaded_is_a_copy_that_jax_takes_as_it_is(tmp_path: Path) -> None:
     names = {f"{layer}.scale": np.ones(2, np.float32) for layer in CONFIG.layers}
-    save_network(tmp_path, "t5", CONFIG, names | {"embed.embedding": np.ones((1024, 512), np.float32)})
+    manifest = save_network(tmp_path, "t5", CONFIG, names | {"embed.embedding": np.ones((1024, 512), np.float32)})
     array = load_network(tmp_path, "t5")[1]["embed.embedding"]
     assert not array.flags.writeable
     on_device = jax.device_put(array, jax.devices("cpu")[0])
     assert on_device.unsafe_buffer_pointer() == array.__array_interface__["data"][0]
+    path = manifest.chunk_path("embed.embedding")
+    path.write_bytes(bytes(path.stat().st_size))  # `cp` over it
+    os.truncate(path, 0)
+    assert (np.asarray(on_device) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_flipped_bit_is_never_loaded(tmp_path: Path, flat: dict[str, np.ndarray], dtype: str) -> None:
+    manifest = save_network(tmp_path, "t5", CONFIG, flat, dtype=dtype)
+    for name in ("embed.embedding", "final.scale", *(("block.1.mlp.wo.kernel_scale",) if dtype == "int8" else ())):
+        path = manifest.chunk_path(name)
+        data = bytearray(path.read_bytes())
+        data[3] ^= 4
+        path.write_bytes(data)
+        with pytest.raises(ModelDirectoryError, match=rf"{path} does not have the checksum"):
+            load_network(tmp_path, "t5")
+        data[3] ^= 4
+        path.write_bytes(data)
+    assert len(load_network(tmp_path, "t5")[1]) == len(flat)
+
+
+def test_a_network_replaced_while_it_is_loaded_is_an_error(
+    model: Path, flat: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, fill, count = open_network(model, "t5"), Reader._fill, 0
+
+    def fill_and_replace(*args: Any) -> None:
+        nonlocal count
+        fill(*args)
+        count += 1
+        if count == 2:  # after embed and block.0
+            save_network(model, "t5", CONFIG, {name: 2 * array for name, array in flat.items()}, overwrite=True)
+
+    monkeypatch.setattr(Reader, "_fill", fill_and_replace)
+    with pytest.raises(ModelDirectoryError, match=r"/t5 was replaced or removed after it was opened; open the model again"):
+        load_parameters(manifest)
+
+
+def test_a_misfit_of_many_parameters_is_a_short_line(flat: dict[str, np.ndarray]) -> None:
+    abstract = jax.eval_shape(lambda: T5Encoder(CONFIG, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"^21 parameters do not fit T5Encoder: missing .*; and 16 more$") as raised:
+        unflatten(abstract, {})
+    assert len(str(raised.value)) < 300
 
 
 def test_an_existing_network_is_replaced_only_when_asked(model: Path, flat: dict[str, np.ndarray]) -> None:
@@ -279,6 +263,50 @@ def test_the_journal_is_believed_only_as_far_as_it_goes(tmp_path: Path, flat: di
     (tmp_path / ".t5.partial" / array_location(first["name"], CONFIG.layers) / chunk_name(tuple(first["shape"]))).unlink()
     with _writer(tmp_path) as writer:
         assert set(writer.recorded) == {json.loads(line)["name"] for line in lines[2:4]}
+
+
+@pytest.mark.parametrize("damage", ["a bit", "the index", "a link"])
+def test_what_was_damaged_before_the_restart_is_written_again(tmp_path: Path, flat: dict[str, np.ndarray], damage: str) -> None:
+    _interrupt(tmp_path, flat, 5)
+    name = list(flat)[2]
+    path = tmp_path / ".t5.partial" / array_location(name, CONFIG.layers) / chunk_name(flat[name].shape)
+    data = bytearray(path.read_bytes())
+    data[0 if damage == "a bit" else -1] ^= 1
+    path.write_bytes(data)
+    if damage == "a link":
+        data[-1] ^= 1
+        (tmp_path / "elsewhere").write_bytes(data)
+        path.unlink()
+        path.symlink_to(tmp_path / "elsewhere")
+    with _writer(tmp_path) as writer:
+        assert set(writer.recorded) == set(list(flat)[:5]) - {name}
+
+
+LIES = ["{}", "[]", "5", '{"name": "../x"}', "[" * 100_000, '{"name": "embed.embedding", "shape": [-1]}']
+
+
+@pytest.mark.parametrize("line", LIES, ids=lambda line: line[:20])
+def test_a_journal_with_another_line_is_believed_up_to_it(tmp_path: Path, flat: dict[str, np.ndarray], line: str) -> None:
+    _interrupt(tmp_path, flat, 5)
+    journal = tmp_path / ".t5.journal"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join([*lines[:3], line + "\n", *lines[3:]]))
+    with _writer(tmp_path) as writer:
+        assert len(writer.recorded) == 2
+
+
+def test_temporary_files_follow_no_link_and_leftovers_go(tmp_path: Path, flat: dict[str, np.ndarray]) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / ".t5.partial").symlink_to(tmp_path)
+    for name in (".model.json.new", ".model.json.0123.new", "..t5.journal.new", ".t5.journal"):
+        (model / name).symlink_to(victim)
+    save_network(model, "t5", CONFIG, flat)
+    assert victim.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "victim"]
+    assert {path.name for path in model.iterdir()} <= {"model.json", "t5", ".model.json.new", "..t5.journal.new"}
 
 
 def test_two_writers_of_one_network_exclude_each_other(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sora_jax.config import FLOAT32, T5Config
+from sora_jax.config import FLOAT32
 from sora_jax.networks.t5 import T5Encoder
 from sora_jax.networks.vae.codec import VAE
 from sora_jax.process import Timings
@@ -33,8 +33,7 @@ def rel_l2(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def open_loop(manifest: Manifest, num_slots: int = 2) -> SegmentLoop:
-    build = T5Encoder if isinstance(manifest.config, T5Config) else VAE
-    return SegmentLoop(manifest, build, FLOAT32, Timings(), num_slots=num_slots)
+    return SegmentLoop(manifest, FLOAT32, Timings(), num_slots=num_slots)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
@@ -49,7 +48,7 @@ def test_text_features_are_those_of_the_encoder_in_memory(tmp_path: Path, dtype:
     assert error <= REL_L2, f"relative L2 {error:.2e}"
     np.testing.assert_array_equal(features, host_loop.encode_text(open_loop(manifest, num_slots=1), IDS, MASK))
     assert set(loop.timings) == {"load", "compile", "text"}
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read ")]
+    assert not [thread for thread in threading.enumerate() if thread.name == "layer-reader"]
 
 
 def test_a_profile_has_every_segment_once_in_each_lane_and_reads_can_be_watched(tmp_path: Path) -> None:
@@ -60,7 +59,7 @@ def test_a_profile_has_every_segment_once_in_each_lane_and_reads_can_be_watched(
         watched[segment] = num_bytes
         yield
 
-    loop = SegmentLoop(manifest, T5Encoder, FLOAT32, Timings(), profile=profile, around=around)
+    loop = SegmentLoop(manifest, FLOAT32, Timings(), profile=profile, around=around)
     host_loop.encode_text(loop, IDS, MASK)
     segments = [*(f"block.{i}.{half}" for i in range(3) for half in ("attn", "mlp")), "final"]
     for lane in ("load", "wait", "compute"):
@@ -83,11 +82,11 @@ def test_a_failure_between_segments_ends_the_reading_thread(tmp_path: Path, monk
         patch.setattr(loop, "_apply", interrupted)
         with pytest.raises(KeyboardInterrupt):
             host_loop.encode_text(loop, IDS, MASK)
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("read ")]
+        assert not [thread for thread in threading.enumerate() if thread.name == "layer-reader"]
     manifest.chunk_path("block.2.attn.q.kernel").unlink()
     with pytest.raises(ModelDirectoryError, match=r"t5 layer block\.2: parameter file .* is missing"):
         host_loop.encode_text(loop, IDS, MASK)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read ")]
+    assert not [thread for thread in threading.enumerate() if thread.name == "layer-reader"]
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ from sora_jax.networks.stdit3 import Conditioning, STDiT3, STDiT3Block
 from sora_jax.networks.t5 import T5Block, T5Encoder
 from sora_jax.networks.vae.codec import VAE
 from sora_jax.networks.vae.temporal import TemporalDecoder, TemporalEncoder
+from sora_jax.storage.arrays import Parameter
 from sora_jax.storage.checkpoint import flatten
-from sora_jax.storage.directory import Manifest, Parameter, open_network
+from sora_jax.storage.directory import Manifest, open_network
 from sora_jax.streaming import activations
 from sora_jax.streaming.blocks import ROW_TOKENS, run_block
 from sora_jax.streaming.memory_plan import StagePlan, Workload, plan_memory

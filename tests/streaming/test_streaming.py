@@ -65,7 +65,7 @@ def blocks_read(stream: STDiT3Stream, run: Any) -> tuple[Any, float]:
     before = stream.blocks.bytes_read
     with stream.open() as network:
         result = run(network)
-    layer = stream.blocks.source.num_bytes(stream.blocks.blocks[0])
+    layer = stream.blocks.reader.manifest.layer_bytes(stream.blocks.blocks[0])
     return result, (stream.blocks.bytes_read - before) / layer
 
 
@@ -198,8 +198,8 @@ def test_no_work_on_weights_is_moved_out_of_its_block(tmp_path, stored, compute,
     stream = STDiT3Stream(directory, dtype=compute, **BACKENDS[backend])
     with stream.open() as network:
         found = temporary_bytes(network, merge_steps=merge_steps)
-    numbers = sum(np.prod(leaf.shape) for leaf in stream.blocks.layout(0).values() if len(leaf.shape) == 2)
+    numbers = sum(np.prod(leaf.shape) for leaf in stream.blocks.program.results(0).values() if len(leaf.shape) == 2)
     cast = {"float32": 0, "bfloat16": 2}[compute] if stored == compute else 4 if compute == "float32" else 2
-    delivered = stream.blocks.source.num_bytes("spatial_blocks.0") if backend == "host" else 0
+    delivered = stream.blocks.reader.manifest.layer_bytes("spatial_blocks.0") if backend == "host" else 0
     activations = 40 * 4 * width * 30 + 4 * width * width
     assert found <= 1.1 * (numbers * cast + delivered) + activations, jax.tree.map(int, (found, numbers, delivered))

@@ -33,7 +33,7 @@ def held(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 stream = STDiT3Stream(sys.argv[1], backend="host", retained=0)
-layer = stream.blocks.source.num_bytes(stream.blocks.blocks[0])
+layer = stream.blocks.reader.manifest.layer_bytes(stream.blocks.blocks[0])
 with stream.open() as network:
     sampler = Sampler.create(streamed.velocity(network), streamed.schedule(6))
     free = np.asarray(sampler.run(sampler.start(streamed.noise()), 6).z)  # warms up, with nothing retained
@@ -89,8 +89,8 @@ def peak_of(sampler, carry, until):
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     return jax.block_until_ready(sampler.run(carry, until)), memory()["peak_bytes"]
 
-stream = STDiT3Stream(sys.argv[1], backend=sys.argv[2], verify=False, around=watched)
-retention, layer = stream.retention, stream.blocks.source.num_bytes(stream.blocks.blocks[0])
+stream = STDiT3Stream(sys.argv[1], backend=sys.argv[2], around=watched)
+retention, layer = stream.retention, stream.blocks.reader.manifest.layer_bytes(stream.blocks.blocks[0])
 size = dict(frames=8, rows=16, columns=16, num_steps=8)  # 512 tokens in each of two rows
 with stream.open() as network:
     retention.count = 0

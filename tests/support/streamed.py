@@ -28,8 +28,10 @@ def config(width: int = 16) -> STDiT3Config:
     return dataclasses.replace(CONFIG.stdit3, hidden_size=width, depth=DEPTH)
 
 
-def write_transformer(directory: Path, *, dtype: str = "float32", width: int = 16) -> Path:
-    save_network(directory, "stdit3", config(width), random_flat("stdit3", config(width)), dtype=dtype)
+def write_transformer(directory: Path, *, dtype: str = "float32", width: int = 16, seed: int = 0) -> Path:
+    """Writes the transformer, in the place of one that is there."""
+    flat = random_flat("stdit3", config(width), seed=seed)
+    save_network(directory, "stdit3", config(width), flat, dtype=dtype, overwrite=True)
     return directory
 
 

@@ -1,0 +1,133 @@
+"""Comparing what was read with the manifest's checksums, block by block, once for every state of a file.
+
+Invariant: a block counts as known only while its file is the one, by every mark of the system, that its bytes were read from
+and compared; what is known is state of the process, shared by all who read, and says nothing about values in memory.  Hashing
+runs on threads beside reading.
+"""
+
+import functools
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from sora_jax.storage.arrays import Parameter
+from sora_jax.storage.place import Identity
+
+_SMALL_BYTES = 1 << 16  # hashed at once: handing over to a thread takes longer
+_CLOCK_NS = 20_000_000  # file systems mark changes no more finely; a file changed just now may change again unmarked
+_MAX_THREADS = 8
+
+
+class Mismatch(Exception):
+    """A parameter's bytes are not those that its manifest records; its flat name is the argument."""
+
+
+class Comparison:
+    """The checksums of one reading of some parameters.
+
+    Args:
+      parameters: what the manifest says, by flat name.
+      paths: their files.
+      identities: of the files, before the reading begins.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], paths: Mapping[str, Path], identities: Mapping[str, Identity]):
+        self._parameters, self._paths, self._identities = parameters, paths, identities
+        self._began_ns = time.time_ns()
+        self._running: list[tuple[str, int, Future[str]]] = []
+        self._unseen: set[str] = set()
+
+    def is_known(self, name: str, block: int) -> bool:
+        """Returns whether a block was compared before."""
+        known = _KNOWN.get(self._paths[name])
+        return known is not None and known[:2] == self._key(name) and block in known[2]
+
+    def add(self, name: str, block: int, data: np.ndarray) -> None:
+        """Takes a block that was read; its bytes must stay until the end.  One that is known is not hashed again."""
+        if self.is_known(name, block):
+            self.trust(name)
+        else:
+            self._running.append((name, block, _begin(data)))
+
+    def trust(self, name: str) -> None:
+        """Takes note that known bytes of a parameter were not hashed again."""
+        self._unseen.add(name)
+
+    def add_digest(self, name: str, block: int, digest: str) -> None:
+        """Takes the sha256 of a block whose bytes are not kept."""
+        done: Future[str] = Future()
+        done.set_result(digest)
+        self._running.append((name, block, done))
+
+    def end(self, identities: Mapping[str, Identity], arrays: Mapping[str, np.ndarray] | None = None) -> None:
+        """Waits for the checksums, and remembers them for files that did not change.
+
+        Args:
+          identities: of the files, after the reading.
+          arrays: the whole arrays, if they are in memory: what was known of a file that changed is compared after all.
+
+        Raises:
+          Mismatch: a checksum differs, or a file changed and its bytes can no longer be compared.
+        """
+        changed = {name for name, identity in identities.items() if identity != self._identities[name]}
+        for name in sorted(changed & self._unseen):
+            if arrays is None:
+                raise Mismatch(name)
+            blocks = blocks_of(arrays[name], self._parameters[name])
+            self._running += [(name, block, _begin(data)) for block, data in enumerate(blocks)]
+        for name, block, digest in self._running:
+            if digest.result() != self._parameters[name].checksums[block]:
+                raise Mismatch(name)
+        for name, block, _ in self._running:
+            if name not in changed:
+                self._remember(name, block)
+
+    def _remember(self, name: str, block: int) -> None:
+        *_, modified_ns, changed_ns = self._identities[name]
+        if self._began_ns - max(modified_ns, changed_ns) < _CLOCK_NS:
+            return
+        path, key = self._paths[name], self._key(name)
+        with _LOCK:
+            known = _KNOWN.get(path)
+            if known is None or known[:2] != key:
+                known = _KNOWN[path] = (*key, set())
+            known[2].add(block)
+
+    def _key(self, name: str) -> tuple[Identity, tuple[str, ...]]:
+        return self._identities[name], self._parameters[name].checksums
+
+
+def blocks_of(array: np.ndarray, parameter: Parameter) -> list[np.ndarray]:
+    """Returns the bytes of every block of an array that is contiguous in memory."""
+    return np.split(array.reshape(-1).view(np.uint8), len(parameter.checksums))
+
+
+def _begin(data: np.ndarray) -> Future[str]:
+    raw = data.reshape(-1).view(np.uint8).data
+    if len(raw) > _SMALL_BYTES:
+        return _threads().submit(_sha256, raw)
+    done: Future[str] = Future()
+    done.set_result(_sha256(raw))
+    return done
+
+
+def _sha256(raw: memoryview) -> str:
+    return hashlib.sha256(raw).hexdigest()
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(min(_MAX_THREADS, cores), thread_name_prefix="checksum")
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of its parent's threads
+
+_LOCK = threading.Lock()
+_KNOWN: dict[Path, tuple[Identity, tuple[str, ...], set[int]]] = {}

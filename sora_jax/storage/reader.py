@@ -1,0 +1,276 @@
+"""The only way from stored files to arrays: through tensorstore into memory of the caller, compared with the manifest.
+
+Invariant: no value leaves this module that was not compared with its sha256, or its block's, for the file as it is: once a
+process (`checksums`), again whenever the file changed.  Reads are asynchronous and few at a time, nothing is cached, and memory
+besides the caller's is a few blocks.  The exception to tensorstore is a map of a local file (`maps`), compared alike.  Which
+array is wanted when is decided elsewhere.
+"""
+
+import collections
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Num
+
+from sora_jax.storage.arrays import Parameter, chunk_name
+from sora_jax.storage.buffers import Buffer, group_bytes
+from sora_jax.storage.checksums import Comparison, Mismatch, blocks_of
+from sora_jax.storage.directory import Manifest, ModelDirectoryError, array_location, damaged
+from sora_jax.storage.pieces import Piece, Reading, StoredArray, pieces_of, problem_of
+from sora_jax.storage.place import Folder, Identity
+from sora_jax.storage.quantisation import SCALE_SUFFIX, dequantise
+
+IN_FLIGHT_BYTES = 16 << 20  # being read at a time: so much tensorstore takes besides the caller's memory, at least a piece
+_MAX_IN_FLIGHT = 64  # pieces, however small
+
+DIFFERS = "does not have the checksum that network.json records"
+NO_STOP: Callable[[], bool] = lambda: False  # noqa: E731
+
+Around = Callable[[str, int], AbstractContextManager[Any]]
+Stop = Callable[[], bool]
+Request = tuple[str, Piece, np.ndarray]  # flat name, what is read of it, and the bytes it is read into
+
+
+class Stopped(Exception):
+    """The reading was given up because nobody wants its result any more."""
+
+
+def untouched(_layer: str, _num_bytes: int) -> AbstractContextManager[None]:
+    """Returns what is entered around a read unless something else is wanted: nothing."""
+    return contextlib.nullcontext()
+
+
+class Reader:
+    """The stored arrays of a network.
+
+    Args:
+      manifest: of the network; the generation that is read.
+      around: entered around every `read`, with its label and bytes, on the reading thread: a benchmark limits the rate with
+        it, a test injects faults.
+    """
+
+    def __init__(self, manifest: Manifest, *, around: Around = untouched):
+        self.manifest = manifest
+        self._around = around
+        self._place = Folder(manifest.path)
+
+    def parameters(self, names: Iterable[str]) -> dict[str, Parameter]:
+        """Returns what the manifest says of some arrays, by flat name."""
+        return {name: self.manifest.parameters[name] for name in names}
+
+    def check(self, names: Iterable[str]) -> dict[str, Identity]:
+        """Returns what tells the files of some arrays from others, having compared their sizes.
+
+        Raises:
+          ModelDirectoryError: one is missing, no regular file, or of the wrong size.
+        """
+        identities = {}
+        for name in names:
+            expected = self.manifest.parameters[name].file_bytes(self.manifest.format_version)
+            try:
+                identities[name] = self._place.identity(self._file(name))
+            except OSError as error:
+                raise damaged(self.manifest, name, error) from error
+            size = identities[name][2]
+            if size != expected:
+                raise damaged(self.manifest, name, f"has {size} bytes, expected {expected}")
+        return identities
+
+    def read(self, into: Mapping[str, np.ndarray], *, label: str = "", stop: Stop = NO_STOP) -> None:
+        """Fills arrays, by flat name, with their stored values.
+
+        Args:
+          into: contiguous arrays of the stored shape and dtype.
+          label: what the group is called, for ``around``; a read without one is not watched.
+          stop: asked between reads whether to give up.
+
+        Raises:
+          ModelDirectoryError: a file is missing, unreadable or not what the manifest says.
+          Stopped: ``stop`` returned True.
+        """
+        with self.comparing(into, into) as comparison, self.watched(label, into):
+            self._fill(into, comparison, stop)
+
+    @contextlib.contextmanager
+    def watched(self, label: str, arrays: Mapping[str, np.ndarray]) -> Iterator[None]:
+        """Enters what is around every read of a layer, and names the file of a system error.
+
+        Raises:
+          ModelDirectoryError: the system could not read.
+        """
+        num_bytes = sum(array.nbytes for array in arrays.values())
+        try:
+            with self._around(label, num_bytes) if label else contextlib.nullcontext():
+                yield
+        except OSError as error:
+            raise damaged(self.manifest, self._named_by(error, arrays), error) from error
+
+    def arrays(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Returns arrays by flat name, in memory of their own and read-only.
+
+        Raises:
+          ModelDirectoryError: a file is missing, unreadable or not what the manifest says.
+        """
+        parameters = self.parameters(names)
+        arrays = Buffer(group_bytes(parameters)).arrays(parameters)
+        self.read(arrays)
+        for array in arrays.values():
+            array.flags.writeable = False
+        return arrays
+
+    def rows(self, name: str, ids: Int[np.ndarray, "*ids"]) -> Num[np.ndarray, "*ids E"]:
+        """Returns rows of a matrix in its stored dtype, int8 multiplied out to float32; only their blocks are read.
+
+        In format 1, whose only block is the whole, all of it is read the first time.
+
+        Raises:
+          ModelDirectoryError: a file is missing, unreadable or not what the manifest says.
+          ValueError: there is no such row.
+        """
+        parameter = self.manifest.parameters[name]
+        num_rows, width = parameter.shape
+        unique, inverse = np.unique(ids, return_inverse=True)
+        if unique[0] < 0 or unique[-1] >= num_rows:
+            raise ValueError(f"token ids {unique[0]} to {unique[-1]} are not all in the vocabulary, 0 to {num_rows - 1}.")
+        rows = np.empty((len(unique), width), parameter.numpy_dtype)
+        row_bytes = width * rows.itemsize
+        pieces = pieces_of(parameter)
+        wanted = np.unique(np.searchsorted([piece.stop for piece in pieces], unique.astype(np.int64) * row_bytes, side="right"))
+        for piece, values in self._stream(name, [pieces[number] for number in wanted]):
+            first = piece.start // row_bytes
+            here = slice(*np.searchsorted(unique, [first, piece.stop // row_bytes]))
+            rows[here] = values.view(rows.dtype).reshape(-1, width)[unique[here] - first]
+        if name + SCALE_SUFFIX in self.manifest.parameters:
+            rows = dequantise(name, rows, self.arrays([name + SCALE_SUFFIX])[name + SCALE_SUFFIX][unique])
+        return rows[inverse.reshape(ids.shape)]
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """Yields the bytes of an array piece by piece; a piece is overwritten by the next.
+
+        Raises:
+          ModelDirectoryError: the file is missing, unreadable or not what the manifest says; at the latest in the end, so that
+            nothing may be believed before.
+        """
+        for _, values in self._stream(name, pieces_of(self.manifest.parameters[name]), afresh=True):
+            yield values
+
+    def verify(self, name: str) -> None:
+        """Reads an array and compares every byte, whatever is known of it.
+
+        Raises:
+          ModelDirectoryError: the file is missing, unreadable or not what the manifest says.
+        """
+        whole = hashlib.sha256()
+        for values in self.pieces(name):
+            whole.update(values.data)
+        if whole.hexdigest() != self.manifest.parameters[name].sha256:  # the blocks' checksums were not made of this array
+            raise damaged(self.manifest, name, DIFFERS)
+
+    @contextlib.contextmanager
+    def comparing(self, names: Iterable[str], arrays: Mapping[str, np.ndarray] | None = None) -> Iterator[Comparison]:
+        """Yields the comparison that a reading hands its blocks to; ends it, and names what does not fit.
+
+        Args:
+          names: of the arrays that are read.
+          arrays: these arrays, if they are whole in memory when the block ends.
+
+        Raises:
+          ModelDirectoryError: a file is missing, of the wrong size, or not what the manifest says.
+        """
+        paths = {name: self.manifest.chunk_path(name) for name in names}
+        comparison = Comparison(self.parameters(paths), paths, self.check(paths))
+        yield comparison
+        try:
+            comparison.end(self.check(paths), arrays)
+        except Mismatch as mismatch:
+            raise damaged(self.manifest, str(mismatch), DIFFERS) from None
+
+    def _fill(self, into: Mapping[str, np.ndarray], comparison: Comparison, stop: Stop) -> None:
+        """Reads whole arrays, and hands over every block as it is complete."""
+        requests = (
+            (name, piece, array.reshape(-1).view(np.uint8)[piece.start : piece.stop])
+            for name, array in into.items()
+            for piece in pieces_of(self.manifest.parameters[name])
+        )
+        for name, piece, _ in self._window(requests, stop):
+            if piece.ends_block:
+                comparison.add(name, piece.block, blocks_of(into[name], self.manifest.parameters[name])[piece.block])
+
+    def _stream(self, name: str, wanted: Sequence[Piece], *, afresh: bool = False) -> Iterator[tuple[Piece, np.ndarray]]:
+        """Yields pieces of an array, in memory that a later one overwrites; blocks that are not known are read whole."""
+        pieces, yielded = pieces_of(self.manifest.parameters[name]), set(wanted)
+        size = pieces[0].nbytes
+        with self.comparing([name]) as comparison:
+            unknown = {piece.block for piece in wanted if afresh or not comparison.is_known(name, piece.block)}
+            read = [piece for piece in pieces if piece in yielded or piece.block in unknown]
+            count = min(len(read), max(1, min(_MAX_IN_FLIGHT, IN_FLIGHT_BYTES // size))) + 1  # one is with the caller
+            scratch = itertools.cycle(np.empty((count, size), np.uint8))
+            digest = hashlib.sha256()
+            for _, piece, values in self._window((name, piece, next(scratch)) for piece in read):
+                if piece.block in unknown:
+                    digest = hashlib.sha256() if piece.begins_block else digest
+                    digest.update(values.data)
+                    if piece.ends_block:
+                        comparison.add_digest(name, piece.block, digest.hexdigest())
+                else:
+                    comparison.trust(name)
+                if piece in yielded:
+                    yield piece, values
+
+    def _window(self, requests: Iterable[Request], stop: Stop = NO_STOP) -> Iterator[Request]:
+        """Reads pieces into the bytes they come with, a few ahead, and yields each when it is there.
+
+        Raises:
+          ModelDirectoryError: a read failed.
+          Stopped: ``stop`` returned True.
+        """
+        ahead: collections.deque[tuple[Request, Reading]] = collections.deque()
+        in_flight, stored, opened = 0, None, ""
+        try:
+            for request in requests:
+                name, piece, target = request
+                while ahead and (in_flight + piece.nbytes > IN_FLIGHT_BYTES or len(ahead) >= _MAX_IN_FLIGHT):
+                    done = self._finished(*ahead.popleft())
+                    in_flight -= done[1].nbytes
+                    yield done
+                if stop():
+                    raise Stopped
+                if stored is None or opened != name:
+                    stored, opened = self._open(name), name
+                ahead.append((request, stored.read(piece, target)))
+                in_flight += piece.nbytes
+            while ahead:
+                yield self._finished(*ahead.popleft())
+        finally:
+            for _, reading in ahead:  # they write into memory that may be used again
+                with contextlib.suppress(Exception):
+                    reading.result()
+
+    def _finished(self, request: Request, reading: Reading) -> Request:
+        try:
+            reading.result()
+        except Exception as error:  # tensorstore's are of any kind
+            raise self._fault(request[0], error) from error
+        return request
+
+    def _fault(self, name: str, error: Exception) -> ModelDirectoryError:
+        self.check([name])  # missing, or cut short meanwhile
+        return damaged(self.manifest, name, problem_of(error))
+
+    def _open(self, name: str) -> StoredArray:
+        location = array_location(name, self.manifest.layers)
+        return StoredArray(self.manifest.parameters[name], self._place.store(location.as_posix()))
+
+    def _file(self, name: str) -> str:
+        location = array_location(name, self.manifest.layers)
+        return f"{location.as_posix()}/{chunk_name(self.manifest.parameters[name].shape)}"
+
+    def _named_by(self, error: OSError, names: Iterable[str]) -> str:
+        """Returns the array whose file an error names, or the first."""
+        paths = {str(self.manifest.chunk_path(name)): name for name in names}
+        return paths.get(str(error.filename), next(iter(paths.values())))
