@@ -281,14 +281,28 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
     if temporary.is_dir() and not temporary.is_symlink():
         if not overwrite:
             refuse_existing(path)  # rename would replace an empty folder
+            os.rename(temporary, path)
         elif path.exists() or path.is_symlink():
-            os.rename(path, temporary.parent / _REPLACED)
-        os.rename(temporary, path)
+            _replace_folder(temporary, path)
+        else:
+            os.rename(temporary, path)
     elif overwrite:
         _refuse_folder(path)
         os.replace(temporary, path)
     else:
         _link(temporary, path)
+
+
+def _replace_folder(temporary: Path, path: Path) -> None:
+    """Gives a new folder the name of the old one, which is removed with the temporary folder, or gets its name back."""
+    aside = temporary.parent / _REPLACED
+    os.rename(path, aside)
+    try:
+        os.rename(temporary, path)
+    except BaseException:
+        if not os.path.lexists(path):
+            os.rename(aside, path)
+        raise
 
 
 def _complete(partial: Path) -> None:

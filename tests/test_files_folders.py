@@ -1,7 +1,7 @@
 """Folders that are whole or absent: what interrupts and kills leave, who may read them, and that replacing loses neither."""
 
-import fcntl
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 from sora_jax import files
-
-NOBODY = 2**22 + 7  # more than Linux gives to any process
 
 
 def write(folder: Path, text: str) -> None:
@@ -60,74 +58,57 @@ def test_others_may_read_what_the_umask_allows(tmp_path: Path, umask: int, file:
     assert modes == [folder, folder, file]
 
 
-def test_a_new_folder_that_cannot_get_its_name_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_new_folder_that_cannot_get_its_name_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
     with files.whole_folder(tmp_path / "out") as folder:
         write(folder, "old")
     renamed, rename = [], os.rename
 
     def failing(source: Path, target: Path) -> None:
-        renamed.append((Path(source).suffix, Path(target).suffix))
+        renamed.append(Path(source).name)
         if len(renamed) == 2:
-            raise OSError(28, "No space left on device")
+            raise error
         rename(source, target)
 
+    def replace() -> None:
+        with files.whole_folder(tmp_path / "out", overwrite=True) as folder:
+            write(folder, "new")
+
     monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(OSError, match="No space"), files.whole_folder(tmp_path / "out", overwrite=True):
-        pass
-    assert renamed == [("", ".replaced"), (".partial", ""), (".replaced", "")]
+    with pytest.raises(type(error)):
+        replace()
+    assert renamed == ["out", "out", files._REPLACED]
     assert texts(tmp_path) == {"out/inner/file": "old"}
 
 
-def test_what_a_dead_process_left_goes_and_what_it_was_replacing_comes_back(tmp_path: Path) -> None:
-    left = [tmp_path / f".out.{NOBODY}-0badf00d.{suffix}" for suffix in ("partial", "replaced")]
-    for folder in left:
-        folder.mkdir()
-        write(folder, folder.suffix)
-    other = tmp_path / f".output.{NOBODY}-0badf00d.partial"
-    other.mkdir()
-    files.recover_folder(tmp_path / "out")
-    assert texts(tmp_path) == {"out/inner/file": ".replaced"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
+KILLED = """
+import os, pathlib, signal, sys
+from sora_jax import files
+rename, count = os.rename, 0
+def dying(source, target):
+    global count
+    count += 1
+    if count == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+os.rename = dying
+with files.whole_folder(pathlib.Path(sys.argv[1]), overwrite=True) as folder:
+    (folder / "new").write_text("new")
+    print(len(list(folder.parent.parent.iterdir())), flush=True)
+"""
 
 
-def test_what_a_process_is_still_writing_stays(tmp_path: Path) -> None:
-    """Whatever its number says: a container gives the same numbers again."""
-    mine, dead = tmp_path / f".out.{os.getpid()}-0badf00d.partial", tmp_path / f".out.{NOBODY}-0badf00d.partial"
-    for folder in (mine, dead):
-        folder.mkdir()
-    locked = os.open(dead, os.O_RDONLY)
-    fcntl.flock(locked, fcntl.LOCK_EX)
-    files.recover_folder(tmp_path / "out")
-    assert mine.exists()  # just begun, by a process that lives
-    assert dead.exists()
-    os.close(locked)
-    os.utime(mine, (0, 0))
-    files.recover_folder(tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_killed_process_is_seen_by_its_lock(tmp_path: Path) -> None:
-    lines = (
-        "import pathlib, sys\nfrom sora_jax import files\n"
-        "with files.whole_folder(pathlib.Path(sys.argv[1])) as folder:\n"
-        "    (folder / 'half').write_text('half')\n    print('ready', flush=True)\n    input()\n"
-    )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", lines, str(tmp_path / "out")], **pipes) as process:  # type: ignore[call-overload]
-        assert process.stdout.readline() == b"ready\n"
-        files.recover_folder(tmp_path / "out")
-        assert list(texts(tmp_path).values()) == ["half"]
-        process.kill()
-    files.recover_folder(tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_two_long_names_are_told_apart(tmp_path: Path) -> None:
-    one, other = tmp_path / ("x" * 80 + "1"), tmp_path / ("x" * 80 + "2")
-    with files.whole_folder(one) as folder:
-        left = folder.with_name(folder.name.replace(f".{os.getpid()}-", f".{NOBODY}-"))
-        left.mkdir()
-        files.recover_folder(other)
-        assert left.exists()
-        files.recover_folder(one)
-        assert not left.exists()
+@pytest.mark.parametrize(("died_at", "expected"), [(1, {"out/inner/file": "old"}), (2, {"out/new": "new"})])
+def test_a_process_that_is_killed_while_it_replaces_loses_neither(
+    tmp_path: Path, died_at: int, expected: dict[str, str]
+) -> None:
+    with files.whole_folder(tmp_path / "out") as folder:
+        write(folder, "old")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out"), str(died_at)], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"2\n")
+    assert sorted(texts(tmp_path).values()) == ["new", "old"]  # both are on the disk, one under a hidden name
+    files.remove_leftovers.cache_clear()
+    files.remove_leftovers(tmp_path)
+    assert texts(tmp_path) == expected

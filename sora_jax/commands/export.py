@@ -19,8 +19,8 @@ from sora_jax.shell import note
 _EVERY_S = 10.0  # between two lines about one stage
 
 
-def run(options: argparse.Namespace, stop: threading.Event) -> None:
-    """Exports a model and prints the folder, until ``stop`` is set.
+def run(options: argparse.Namespace, stop: threading.Event, begun: threading.Event) -> None:
+    """Exports a model and prints the folder, until ``stop`` is set; sets ``begun`` before other processes work for it.
 
     Raises:
       ValueError: see `export`.
@@ -31,6 +31,7 @@ def run(options: argparse.Namespace, stop: threading.Event) -> None:
     shown = _Shown(quiet=options.quiet)
 
     def progress(at: Progress) -> None:
+        begun.set()
         if stop.is_set():
             raise KeyboardInterrupt
         shown(at)

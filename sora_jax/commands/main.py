@@ -95,19 +95,20 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    stop, ended = threading.Event(), threading.Event()
+    stop, begun, ended = threading.Event(), threading.Event(), threading.Event()
 
     def work() -> None:
         from sora_jax.commands import export
 
         try:
-            export.run(options, stop)
+            export.run(options, stop, begun)
         finally:
             ended.set()
 
     def end() -> None:
         stop.set()
-        ended.wait(_UNWIND_S)
+        if begun.is_set():  # before that there is no other process to end
+            ended.wait(_UNWIND_S)
 
     _interruptibly(work, [options.out.parent], end)
 

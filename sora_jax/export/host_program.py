@@ -97,12 +97,17 @@ class ExportedModel:
         at = self.size(size)
         sampling = self.sampling(num_steps=num_steps, guidance=guidance, merge_steps=merge_steps, leap=leap)
         frame_mask = self._frame_mask(frame_mask_BT, noise_BTHWC.shape[:2], loop)
-        values: Values = {"ids_BL": np.asarray(ids_BL, np.int32), "mask_BL": np.asarray(mask_BL, np.float32)}
-        values |= {name: np.full(len(values["ids_BL"]), value, np.float32) for name, value in at["conditions"].items()}
-        values = self._phase("text", at["key"], values) | {"frame_mask_BT": frame_mask}
+        values = self.text(ids_BL, mask_BL, at["key"]) | {"frame_mask_BT": frame_mask}
         run = self._sample if loop == "stages" else self._sample_resident
         z, evaluations = run(at, np.asarray(noise_BTHWC, np.float32), values, sampling)
         return Result(frames_Bthw3=self.decode(z, at["key"]), latents_BTHWC=z, evaluations=evaluations)
+
+    def text(self, ids_BL: np.ndarray, mask_BL: np.ndarray, size: str | None = None) -> Values:
+        """Returns the arrays that the loop takes as they are: features of the caption, its mask, and a size's conditions."""
+        at = self.size(size)
+        values: Values = {"ids_BL": np.asarray(ids_BL, np.int32), "mask_BL": np.asarray(mask_BL, np.float32)}
+        values |= {name: np.full(len(values["ids_BL"]), value, np.float32) for name, value in at["conditions"].items()}
+        return self._phase("text", at["key"], values)
 
     def decode(self, z_BTHWC: Float[np.ndarray, "B T H W C"], size: str | None = None) -> Float[np.ndarray, "B t h w 3"]:
         """Returns the frames of latents: chunk by chunk, then frame by frame."""
@@ -234,12 +239,8 @@ class ExportedModel:
         if not matching:
             raise ValueError(f"{self.folder} has no sampler program; it was exported for {self.manifest['target']}.")
         stages = [self.stages[name] for name in self._find_phase("step")["stages"]]
-        numbers = resident.sampler_numbers(
-            self.times(at, sampling["num_steps"]),
-            resident.capacity(matching[0]),
-            sampling,
-            first=first_comparison(sampling["leap"], sampling["num_steps"]),
-        )
+        times, first = self.times(at, sampling["num_steps"]), first_comparison(sampling["leap"], sampling["num_steps"])
+        numbers = resident.sampler_numbers(times, resident.capacity(matching[0]), sampling, first=first)
         made = resident.run(self.contents, matching[0], stages, values | {"z_BTHWC": z} | numbers)
         return made["z_BTHWC"], int(made["evaluations_B"][0])
 
@@ -280,11 +281,7 @@ class ExportedModel:
 
 
 def sample(
-    velocity: VelocityFn,
-    z_BTHWC: np.ndarray,
-    times: Float[np.ndarray, "n"],
-    sampling: SamplingEntry,
-    frame_mask_BT: np.ndarray,
+    velocity: VelocityFn, z_BTHWC: np.ndarray, times: np.ndarray, sampling: SamplingEntry, frame_mask_BT: np.ndarray
 ) -> tuple[np.ndarray, int]:
     """Returns latents of one video and the number of evaluations: a step to each time, unless a leap ends them.
 

@@ -55,7 +55,8 @@ class Package:
         try:
             spec = load_spec(str(path))
         except Exception as error:  # of protobuf, of JSON, of coremltools
-            raise MilError(f"{path.name} cannot be read ({type(error).__name__}: {error}).") from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise MilError(f"{path.name} cannot be read ({reason}).") from error
         self.description = spec.description
         if spec.WhichOneof("Type") != "mlProgram":
             raise MilError(f"{path.name} holds a {spec.WhichOneof('Type')}; expected an ML program.")

@@ -48,7 +48,7 @@ class Program:
             (params, inputs), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
             outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
         except Exception as error:  # of flatbuffers, of MLIR or of JAX, each with its own errors
-            reason = f"{type(error).__name__}: {error}"[:200]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise ExportFileError(f"{path} is no program that JAX {jax.__version__} reads ({reason}); export again.") from error
         self.name: str = exported.fun_name
         self.exported = exported

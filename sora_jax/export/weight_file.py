@@ -76,8 +76,8 @@ def index(path: Path) -> Index:
     return Index(entries, 8 + length, stage)
 
 
-def _end_of_arrays(entries: Mapping[str, Mapping[str, Any]]) -> int:
-    """Returns the bytes that the arrays take, which must lie one after the other."""
+def _end_of_arrays(entries: Any) -> int:
+    """Returns the bytes that the arrays take, which must lie one after the other; nothing is known of the entries yet."""
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         begin, after = entry["data_offsets"]

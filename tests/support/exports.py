@@ -1,28 +1,32 @@
 """Exports for tests: a manifest that is complete without any artefact, and tiny models exported in this process."""
 
 import copy
+import dataclasses
 import functools
 import hashlib
+import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sora_jax import Pipeline
+from sora_jax.config import NETWORKS, ModelConfig
 from sora_jax.export import ExportedModel, describe, exporter, manifest
 from sora_jax.export.check import Check, difference
-from sora_jax.export.entries import ExportManifest, TargetName, UnsealedManifest
+from sora_jax.export.entries import ArtefactEntry, ExportManifest, FileEntry, StageEntry, TargetName, UnsealedManifest
 from sora_jax.export.phases import phases
 from sora_jax.export.size import Size
-from sora_jax.export.stages import list_stages
+from sora_jax.export.stages import Stage, list_stages
 from sora_jax.export.targets import Options
 from sora_jax.inputs import prompt
 from sora_jax.pipeline import video
 from sora_jax.pipeline.settings import Settings
+from sora_jax.pocket.world.vocabulary import write_tokenizer
 from sora_jax.sampling import noise
-from tests.support.tiny_model import CONFIG
+from tests.support.tiny_model import CONFIG, random_flat
 
 PROMPT = "a red circle moves right on a blue background"
 EQUAL_DB = 50.0  # of 8-bit frames: fewer than one value in two hundred differs by one
@@ -42,32 +46,63 @@ def complete_manifest(*, tokenizer: str | None = None) -> UnsealedManifest:
 
 @functools.cache  # tracing all stages takes seconds
 def _complete_manifest() -> UnsealedManifest:
+    options = Options()
+    stages = list_stages(CONFIG, [SIZE])
+    entries = [_entry(stage, options, {one.name: {"file": "a"} for one in stage.functions}) for stage in stages]
+    files: dict[str, FileEntry] = {"a": {"bytes": len(FILE), "sha256": hashlib.sha256(FILE).hexdigest()}}
+    return _put_together(CONFIG, SIZE, "onnx", entries, files)
+
+
+def save_export(folder: Path, target: TargetName, config: ModelConfig, *, parts: Sequence[str] = ("t5", "stdit3")) -> None:
+    """Writes an export of random weights, unchecked: for tests of what opens it."""
+    folder.mkdir()
+    module = importlib.import_module(f"sora_jax.export.{target}")
     entries = []
-    for stage in list_stages(CONFIG, [SIZE]):
-        entry = describe.stage_entry(stage, Options(), {function.name: {"file": "a"} for function in stage.functions})
-        for function in entry["functions"]:
-            function["checks"] = [CHECK.to_dict()]
-        entries.append(entry)
-    config = json.loads(json.dumps({name: getattr(CONFIG, name).to_dict() for name in ("t5", "stdit3", "vae")}))
+    for stage in list_stages(config, [SMALL], parts=parts, policy=module.policy(Options())):
+        flat = random_flat(stage.network, getattr(config, stage.network))
+        params = {local: flat[name] for local, name in stage.parameters.items()}
+        entries.append(_entry(stage, Options(), module.save(stage, params, folder, Options())))
+    write_tokenizer(folder / "tokenizer.json")
+    made = _put_together(config, SMALL, target, entries, describe.file_entries(folder))
+    made["tokens"]["file"] = "tokenizer.json"
+    manifest.write(folder, made)
+
+
+def _entry(stage: Stage, options: Options, artefacts: Mapping[str, ArtefactEntry]) -> StageEntry:
+    entry = describe.stage_entry(stage, options, artefacts)
+    for function in entry["functions"]:
+        function["checks"] = [CHECK.to_dict()]
+    return entry
+
+
+def _put_together(
+    config: ModelConfig, size: Size, target: TargetName, entries: list[StageEntry], files: dict[str, FileEntry]
+) -> UnsealedManifest:
+    settings = dataclasses.replace(SETTINGS, **dataclasses.asdict(size))
+    networks = json.loads(json.dumps({name: getattr(config, name).to_dict() for name in NETWORKS}))
     return {
         "format_version": 1,
-        "target": "onnx",
+        "target": target,
         "precision": "float32",
         "weights": {"dtype": "float", "stored_dtype": {"t5": "int8"}, "dequantised": True},
         "made_by": describe.versions(["numpy"]),
         "model": {
             "name": "tiny",
             "licence": None,
-            "networks": {name: {"config": one, "sha256": "0" * 64} for name, one in config.items()},
+            "networks": {name: {"config": one, "sha256": "0" * 64} for name, one in networks.items()},
         },
-        "tokens": {"length": 12, "file": None, "scores": {"aes": 6.5, "flow": None, "camera_motion": None}},
-        "sizes": [describe.size_entry(CONFIG, SIZE, SETTINGS)],
-        "sampling": describe.sampling_entry(SETTINGS),
+        "tokens": {
+            "length": config.stdit3.model_max_length,
+            "file": None,
+            "scores": {"aes": 6.5, "flow": None, "camera_motion": None},
+        },
+        "sizes": [describe.size_entry(config, size, settings)],
+        "sampling": describe.sampling_entry(settings),
         "phases": phases([entry["name"] for entry in entries]),
         "stages": entries,
         "sampler": None,
-        "files": {"a": {"bytes": len(FILE), "sha256": hashlib.sha256(FILE).hexdigest()}},
-        "total_bytes": len(FILE),
+        "files": files,
+        "total_bytes": sum(entry["bytes"] for entry in files.values()),
         "notes": ["not run anywhere"],
     }
 
