@@ -7,7 +7,7 @@ everything else is `ExportedModel`'s.
 import argparse
 import sys
 import time
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,7 +30,8 @@ def run(options: argparse.Namespace) -> None:
     tokens, tokenizer, size = model.manifest["tokens"], model.tokenizer(), model.size(options.size)
     given: dict[str, Any] = {name: getattr(options, name) for name in ("num_steps", "guidance", "merge_steps")}
     given |= {"leap": _leap_entry(options.leap)}
-    used, loop = model.sampling(**given), "sampler" if options.sampler else "stages"
+    loop: Literal["stages", "sampler"] = "sampler" if options.sampler else "stages"
+    used = model.sampling(**given)
     video.check_target(options.output, size["num_frames"], overwrite=options.overwrite)
     files.refuse_unwritable(options.output.parent)
     text = prompt.prompt_at_loop(prompt.prepare_prompt(options.prompt, **tokens["scores"]), 0)

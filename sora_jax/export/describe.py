@@ -96,7 +96,7 @@ def sampling_entry(settings: Settings) -> SamplingEntry:
         raise ValueError(f"leap {settings.leap!r} cannot be exported; expected off, dynamic, or the number of a step.")
     if settings.solver != "euler" or settings.plan is not None or settings.merge != MERGE:
         raise ValueError("an exported loop has solver euler, no plan, and merges all attentions; leave the three out.")
-    numbers = _numbers(rule or Leap.dynamic())
+    numbers = rule or Leap.dynamic()
     mode = "off" if rule is None or rule.mode == "released" else rule.mode
     return {
         "num_steps": settings.num_steps,
@@ -105,20 +105,19 @@ def sampling_entry(settings: Settings) -> SamplingEntry:
         "merge_steps": settings.merge_steps,
         "leap": {
             "mode": mode,
-            "index": numbers["index"] if mode == "static" else None,
-            "tolerance": numbers["tolerance"],
-            "min_share": numbers["min_share"],
-            "patience": numbers["patience"],
+            "index": int(_one("index", numbers.index)) if mode == "static" else None,
+            "tolerance": _one("tolerance", numbers.tolerance),
+            "min_share": _one("min_share", numbers.min_share),
+            "patience": int(_one("patience", numbers.patience)),
         },
     }
 
 
-def _numbers(leap: Leap) -> dict[str, Any]:
-    """Returns the numbers of a leap rule; an exported loop makes one clip, so each must be a single number."""
-    fields = {name: np.asarray(getattr(leap, name)) for name in ("tolerance", "min_share", "patience")}
-    if any(field.size != 1 for field in fields.values()):
-        raise ValueError("the leap has numbers for each sample; an exported loop makes one clip: give single numbers.")
-    return {name: field.item() for name, field in fields.items()} | {"index": leap.index}
+def _one(name: str, value: Any) -> float:
+    """Returns a number of a leap, which an exported loop has once for all samples."""
+    if np.ndim(value):
+        raise ValueError(f"leap {name} is {value!r}; expected one number, because an exported loop samples one clip.")
+    return float(np.asarray(value))
 
 
 def stage_entry(stage: Stage, options: Options, artefacts: Mapping[str, ArtefactEntry]) -> StageEntry:

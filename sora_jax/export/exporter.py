@@ -27,6 +27,7 @@ from sora_jax.export.entries import (
     Precision,
     SamplerEntry,
     SamplingEntry,
+    SizeEntry,
     StageEntry,
     TargetName,
     TokensEntry,
@@ -115,7 +116,7 @@ def export(
         guidance=chosen.guidance,
         sampler=target == "stablehlo" and "stdit3" in stages,
     )
-    order = _Order(job=job, pipeline=pipeline, settings=chosen, sampling=describe.sampling_entry(chosen), licence=licence)
+    order = _order(job, pipeline, chosen, licence)
     listed = _checked_stages(job, pipeline.config, chosen)
     files.refuse_unwritable(out.parent)
     _check_disk(job, listed, out)
@@ -131,8 +132,34 @@ class _Order:
     job: Job
     pipeline: Pipeline
     settings: Settings
-    sampling: SamplingEntry
     licence: str | None
+    sampling: SamplingEntry
+    sizes: list[SizeEntry]
+    tokens: TokensEntry
+
+
+def _order(job: Job, pipeline: Pipeline, settings: Settings, licence: str | None) -> _Order:
+    """Returns an order whose numbers fit a manifest.
+
+    Raises:
+      ValueError: they do not.
+    """
+    tokens: TokensEntry = {
+        "length": pipeline.config.stdit3.model_max_length,
+        "file": None,
+        "scores": {"aes": settings.aes, "flow": settings.flow, "camera_motion": settings.camera_motion},
+    }
+    order = _Order(
+        job=job,
+        pipeline=pipeline,
+        settings=settings,
+        licence=licence,
+        sampling=describe.sampling_entry(settings),
+        sizes=[describe.size_entry(pipeline.config, size, settings) for size in job.sizes],
+        tokens=tokens,
+    )
+    manifest.refuse_numbers(job.target, sampling=order.sampling, sizes=order.sizes, tokens=order.tokens)
+    return order
 
 
 def _refuse_target(out: Path, overwrite: bool) -> None:
@@ -267,7 +294,7 @@ def _manifest(order: _Order, stages: list[StageEntry], sampler: SamplerEntry | N
         "made_by": describe.versions(target_module(job.target).PACKAGES),
         "model": describe.model_entry(networks, pipeline.model_id, order.licence),
         "tokens": tokens,
-        "sizes": [describe.size_entry(pipeline.config, size, order.settings) for size in job.sizes],
+        "sizes": order.sizes,
         "sampling": order.sampling,
         "phases": phases([entry["name"] for entry in stages]),
         "stages": stages,
@@ -280,15 +307,9 @@ def _manifest(order: _Order, stages: list[StageEntry], sampler: SamplerEntry | N
 
 def _copy_tokenizer(order: _Order, folder: Path) -> TokensEntry:
     """Returns how prompts become ids, and copies the tokenizer where the text encoder is exported."""
-    settings = order.settings
-    tokens: TokensEntry = {
-        "length": order.pipeline.config.stdit3.model_max_length,
-        "file": None,
-        "scores": {"aes": settings.aes, "flow": settings.flow, "camera_motion": settings.camera_motion},
-    }
-    if "t5" in order.job.parts:
-        index = model_directory.read_model_file(order.job.directory)
-        source = tokenizer_path(Path(order.job.directory), index.get("tokenizer"))
-        shutil.copyfile(source, folder / source.name)
-        tokens["file"] = source.name
-    return tokens
+    if "t5" not in order.job.parts:
+        return order.tokens
+    index = model_directory.read_model_file(order.job.directory)
+    source = tokenizer_path(Path(order.job.directory), index.get("tokenizer"))
+    shutil.copyfile(source, folder / source.name)
+    return {**order.tokens, "file": source.name}

@@ -78,6 +78,39 @@ def validate(manifest: Any, path: Path) -> None:
         raise ManifestError(f"{path} contradicts itself: {error}") from None
 
 
+def refuse_numbers(target: TargetName, **parts: Any) -> None:
+    """Refuses parts of a manifest that do not fit the schema, before the rest of it is worked for.
+
+    Raises:
+      ValueError: names the part and the number.
+      MissingExtraError: jsonschema is not installed.
+    """
+    schema = _schema()
+    for name, part in parts.items():
+        fault = _fault(part, {**schema["properties"][name], "$defs": schema["$defs"]}, target)
+        if fault:
+            raise ValueError(f"{name} cannot be exported, see {fault}")
+
+
+def _schema() -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads(SCHEMA_FILE.read_text("utf-8")))
+
+
+def _extra(manifest: Any) -> str:
+    """Returns the extra that installs what an export of this target needs."""
+    target = manifest.get("target") if isinstance(manifest, Mapping) else None
+    return target if isinstance(target, str) and target in get_args(TargetName) else "export"
+
+
+def _fault(value: Any, schema: Mapping[str, Any], extra: str) -> str:
+    """Returns where a value does not fit a schema and why; empty where it fits."""
+    require(extra, "jsonschema")
+    import jsonschema
+
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(value))
+    return "" if error is None else f"{error.json_path}: {error.message[:200]}"
+
+
 def _parsed(path: Path) -> Mapping[str, Any]:
     """Returns the JSON of a manifest that is as it was written."""
     try:

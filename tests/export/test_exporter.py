@@ -49,6 +49,7 @@ def test_an_interrupted_export_leaves_nothing(tiny_model, tmp_path, monkeypatch,
         (("--stages", "t5,decoder"), "stages decoder cannot be exported; expected some of t5, stdit3"),
         (("--weights", "int4"), "target stablehlo has no weights 'int4'"),
         (("--leap", "released"), "leap 'released' cannot be exported"),
+        (("--guidance", "1e9"), "sampling cannot be exported, see $.guidance: 1000000000.0 is greater than the maximum"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tiny_model, tmp_path, capsys, arguments, message):
