@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 
 from sora_jax.config import FLOAT32, DTypePolicy
+from sora_jax.networks.forms import WHOLE, Forms
 from sora_jax.networks.stdit3 import STDiT3
 from sora_jax.networks.t5 import T5Encoder
 from sora_jax.networks.vae.codec import VAE
@@ -34,7 +35,7 @@ def class_of(network: str) -> type[Network]:
 
 
 @functools.lru_cache(maxsize=16)
-def abstract(network: str, config: Any, *, policy: DTypePolicy = FLOAT32) -> Any:
+def abstract(network: str, config: Any, *, policy: DTypePolicy = FLOAT32, forms: Forms = WHOLE) -> Any:
     """Returns the network with shapes in place of its arrays, to be filled by ``storage.checkpoint.unflatten``.
 
     Tracing a network takes up to seconds, so the answer is kept; it is read only.
@@ -43,9 +44,10 @@ def abstract(network: str, config: Any, *, policy: DTypePolicy = FLOAT32) -> Any
       network: ``t5``, ``stdit3`` or ``vae``.
       config: its configuration.
       policy: what it computes in.
+      forms: how it computes what could be large.
 
     Raises:
       ValueError: there is no network of that name.
     """
     build = class_of(network)
-    return jax.eval_shape(lambda: build(config, policy=policy, rngs=nnx.Rngs(0)))
+    return jax.eval_shape(lambda: build(config, policy=policy, forms=forms, rngs=nnx.Rngs(0)))

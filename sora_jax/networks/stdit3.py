@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from sora_jax.config import FLOAT32, DTypePolicy, STDiT3Config
 from sora_jax.networks import merging
+from sora_jax.networks.forms import WHOLE, Forms
 from sora_jax.networks.layers import Linear, gelu, lifted, linear
 from sora_jax.networks.positions import SINUSOID_SIZE, position_embedding, sinusoid
 from sora_jax.networks.stdit3_block import Conditioning, STDiT3Block, modulated
@@ -31,15 +32,15 @@ class STDiT3(nnx.Module):
     Differs from source: masked cross attention instead of packed captions; same output, static shapes.
     """
 
-    def __init__(self, config: STDiT3Config, *, policy: DTypePolicy = FLOAT32, rngs: nnx.Rngs):
+    def __init__(self, config: STDiT3Config, *, policy: DTypePolicy = FLOAT32, forms: Forms = WHOLE, rngs: nnx.Rngs):
         self.config = config
         self.policy = policy
         self.embed = Embed(config, policy=policy, rngs=rngs)
         self.spatial_blocks = nnx.List(
-            STDiT3Block(config, temporal=False, policy=policy, rngs=rngs) for _ in range(config.depth)
+            STDiT3Block(config, temporal=False, policy=policy, forms=forms, rngs=rngs) for _ in range(config.depth)
         )
         self.temporal_blocks = nnx.List(
-            STDiT3Block(config, temporal=True, policy=policy, rngs=rngs) for _ in range(config.depth)
+            STDiT3Block(config, temporal=True, policy=policy, forms=forms, rngs=rngs) for _ in range(config.depth)
         )
         self.final = Final(config, policy=policy, rngs=rngs)
 

@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float
 
 from sora_jax.config import FLOAT32, DTypePolicy, STDiT3Config
 from sora_jax.networks import merging
-from sora_jax.networks.attention import attention
+from sora_jax.networks.forms import WHOLE, Forms
 from sora_jax.networks.layers import Linear, RMSNorm, gelu, layer_norm, lifted
+from sora_jax.networks.portions import in_portions, portions
 from sora_jax.networks.positions import rotate
 
 NORM_EPSILON = 1e-6
@@ -41,6 +42,13 @@ class Conditioning:
     t0_BD: Float[Array, "B D"] | None
     frame_mask_BT: Bool[Array, "B T"] | None
 
+    def part(self, row: Array, frames: tuple[Array | int, int] | None) -> "Conditioning":
+        """Returns what a block is given for one row of the batch and, where named by start and length, some of its frames."""
+        one: Conditioning = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), self)
+        if frames is None or self.mod_BF6D.shape[1] == 1:
+            return one
+        return dataclasses.replace(one, mod_BF6D=jax.lax.dynamic_slice_in_dim(one.mod_BF6D, *frames, axis=1))
+
 
 class STDiT3Block(nnx.Module):
     """Self attention, cross attention to the caption, MLP; spatial or temporal.
@@ -48,13 +56,22 @@ class STDiT3Block(nnx.Module):
     Source: Open-Sora v1.2 opensora/models/stdit/stdit3.py STDiT3Block; merging: On-device-Sora, the same file.
     """
 
-    def __init__(self, config: STDiT3Config, *, temporal: bool, policy: DTypePolicy = FLOAT32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: STDiT3Config,
+        *,
+        temporal: bool,
+        policy: DTypePolicy = FLOAT32,
+        forms: Forms = WHOLE,
+        rngs: nnx.Rngs,
+    ):
         # The source starts temporal blocks as the identity: an image model that learns motion.
         out_init = jax.nn.initializers.zeros if temporal else None
         self.temporal = temporal
         self.half_range = policy.half_range
-        self.attn = SelfAttention(config, temporal=temporal, policy=policy, rngs=rngs, out_init=out_init)
-        self.cross_attn = CrossAttention(config, policy=policy, rngs=rngs, out_init=out_init)
+        self.hidden_bytes, self.mlp_size = forms.hidden_bytes, config.mlp_size
+        self.attn = SelfAttention(config, temporal=temporal, policy=policy, forms=forms, rngs=rngs, out_init=out_init)
+        self.cross_attn = CrossAttention(config, policy=policy, forms=forms, rngs=rngs, out_init=out_init)
         self.mlp = MLP(config, policy=policy, rngs=rngs, out_init=out_init)
         init = jax.nn.initializers.normal(config.hidden_size**-0.5)
         self.scale_shift_table = nnx.Param(init(rngs.params(), (6, config.hidden_size), policy.param))
@@ -62,7 +79,24 @@ class STDiT3Block(nnx.Module):
     def __call__(
         self, x_BTSD: Float[Array, "B T S D"], conditioning: Conditioning, *, merge: merging.Merge | None = None
     ) -> Float[Array, "B T S D"]:
-        """Returns the tokens after the block; with ``merge``, its attentions see merged frames (`merging.Merge`)."""
+        """Returns the tokens after the block; with ``merge``, its attentions see merged frames (`merging.Merge`).
+
+        Where the hidden units of the MLP would take more than ``forms.hidden_bytes``, a portion of the tokens at a time.
+        """
+        divided = None
+        if self.hidden_bytes is not None:
+            most_tokens = self.hidden_bytes // (self.mlp_size * x_BTSD.dtype.itemsize)
+            divided = portions(x_BTSD.shape, most_tokens, temporal=self.temporal, merge=merge)
+        if divided is None:
+            return self._forward(x_BTSD, conditioning, merge)
+        by_frame = not self.temporal
+
+        def forward(part_BTSD: Array, row: Array, start: Array | int, length: int) -> Array:
+            return self._forward(part_BTSD, conditioning.part(row, (start, length) if by_frame else None), merge)
+
+        return in_portions(forward, x_BTSD, divided)
+
+    def _forward(self, x_BTSD: Array, conditioning: Conditioning, merge: merging.Merge | None) -> Array:
         mod_BF6D = lifted(self.scale_shift_table[...], 4).astype(jnp.float32) + conditioning.mod_BF6D
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = jnp.split(mod_BF6D, 6, axis=2)
         merge_self = merge if merge is not None and (merge.temporal if self.temporal else merge.spatial) else None
@@ -92,11 +126,12 @@ class SelfAttention(nnx.Module):
         *,
         temporal: bool,
         policy: DTypePolicy,
+        forms: Forms,
         rngs: nnx.Rngs,
         out_init: jax.nn.initializers.Initializer | None,
     ):
         self.temporal = temporal
-        self.half_range = policy.half_range
+        self.attention, self.half_range = forms.attention, policy.half_range
         self.head_size = config.head_size
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, policy=policy, rngs=rngs)
         self.q_norm = RMSNorm(config.head_size, epsilon=NORM_EPSILON, policy=policy) if config.qk_norm else None
@@ -132,7 +167,7 @@ class SelfAttention(nnx.Module):
         k = k if self.k_norm is None else self.k_norm(k)
         if self.temporal:
             q, k = rotate(q, q_positions), rotate(k, k_positions)
-        out = attention(q, k, v, scale=self.head_size**-0.5, half_range=self.half_range)
+        out = self.attention(q, k, v, scale=self.head_size**-0.5, half_range=self.half_range)
         join = "(b s) n t k -> b t s (n k)" if self.temporal else "(b t) n s k -> b t s (n k)"
         sizes = {"b": batch, "s": places} if self.temporal else {"b": batch, "t": frames}
         return self.proj(rearrange(out, join, **sizes))
@@ -149,11 +184,12 @@ class CrossAttention(nnx.Module):
         config: STDiT3Config,
         *,
         policy: DTypePolicy,
+        forms: Forms,
         rngs: nnx.Rngs,
         out_init: jax.nn.initializers.Initializer | None,
     ):
         width = config.hidden_size
-        self.half_range = policy.half_range
+        self.attention, self.half_range = forms.attention, policy.half_range
         self.head_size = config.head_size
         self.q_linear = Linear(width, width, policy=policy, rngs=rngs)
         self.kv_linear = Linear(width, 2 * width, policy=policy, rngs=rngs)
@@ -166,7 +202,7 @@ class CrossAttention(nnx.Module):
         q = rearrange(self.q_linear(x_BTSD), "b t s (n k) -> b n (t s) k", k=self.head_size)
         k, v = rearrange(self.kv_linear(caption_BLD), "b l (two n k) -> two b n l k", two=2, k=self.head_size)
         mask = None if mask_BL is None else mask_BL[:, None, None, :]
-        out = attention(q, k, v, scale=self.head_size**-0.5, mask=mask, half_range=self.half_range)
+        out = self.attention(q, k, v, scale=self.head_size**-0.5, mask=mask, half_range=self.half_range)
         return self.proj(rearrange(out, "b n (t s) k -> b t s (n k)", t=x_BTSD.shape[1]))
 
 

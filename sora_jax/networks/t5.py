@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax.config import FLOAT32, DTypePolicy, T5Config
-from sora_jax.networks.attention import attention
+from sora_jax.networks.forms import WHOLE, Forms
 from sora_jax.networks.layers import Linear, RMSNorm, gelu
 from sora_jax.networks.segment import Segment
 
@@ -65,9 +65,9 @@ def position_bias(table_RN: Float[Array, "R N"], length: int, config: T5Config) 
 class T5Attention(nnx.Module):
     """Self-attention without biases and without the usual scaling of the logits (the initialisation holds it)."""
 
-    def __init__(self, config: T5Config, *, policy: DTypePolicy, rngs: nnx.Rngs):
+    def __init__(self, config: T5Config, *, policy: DTypePolicy, forms: Forms = WHOLE, rngs: nnx.Rngs):
         self.num_heads = config.num_heads
-        self.half_range = policy.half_range
+        self.attention, self.half_range = forms.attention, policy.half_range
         width, inner = config.d_model, config.num_heads * config.d_kv
         self.q = _linear(width, inner, fan_in=width * config.d_kv, policy=policy, rngs=rngs)
         self.k = _linear(width, inner, fan_in=width, policy=policy, rngs=rngs)
@@ -83,7 +83,7 @@ class T5Attention(nnx.Module):
         """Returns what each token gathers from the real tokens (``mask_BL`` True)."""
         q, k, v = (rearrange(f(x_BLE), "b l (n k) -> b n l k", n=self.num_heads) for f in (self.q, self.k, self.v))
         mask = None if mask_BL is None else mask_BL[:, None, None, :]
-        out = attention(q, k, v, scale=1.0, bias=bias_1NLL, mask=mask, half_range=self.half_range)
+        out = self.attention(q, k, v, scale=1.0, bias=bias_1NLL, mask=mask, half_range=self.half_range)
         return self.o(rearrange(out, "b n l k -> b l (n k)"))
 
 
@@ -103,9 +103,9 @@ class T5MLP(nnx.Module):
 class T5Block(nnx.Module):
     """Pre-norm self-attention, then pre-norm feed-forward, each added to the residual."""
 
-    def __init__(self, config: T5Config, *, policy: DTypePolicy, rngs: nnx.Rngs):
+    def __init__(self, config: T5Config, *, policy: DTypePolicy, forms: Forms = WHOLE, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, policy=policy)
-        self.attn = T5Attention(config, policy=policy, rngs=rngs)
+        self.attn = T5Attention(config, policy=policy, forms=forms, rngs=rngs)
         self.mlp_norm = RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, policy=policy)
         self.mlp = T5MLP(config, policy=policy, rngs=rngs)
 
@@ -147,10 +147,10 @@ class T5Encoder(nnx.Module):
     network can be trained from scratch.
     """
 
-    def __init__(self, config: T5Config, *, policy: DTypePolicy = FLOAT32, rngs: nnx.Rngs):
+    def __init__(self, config: T5Config, *, policy: DTypePolicy = FLOAT32, forms: Forms = WHOLE, rngs: nnx.Rngs):
         self.config, self.policy = config, policy
         self.embed = T5Embed(config, policy=policy, rngs=rngs)
-        self.block = nnx.List([T5Block(config, policy=policy, rngs=rngs) for _ in range(config.num_layers)])
+        self.block = nnx.List([T5Block(config, policy=policy, forms=forms, rngs=rngs) for _ in range(config.num_layers)])
         self.final = RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, policy=policy)
 
     def __call__(self, ids_BL: Int[Array, "B L"], mask_BL: Bool[Array, "B L"] | None = None) -> Float[Array, "B L E"]:

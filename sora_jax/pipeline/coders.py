@@ -104,6 +104,7 @@ class Coders:
             networks.manifests[network],
             policy_of(self._dtype),
             self._timings,
+            forms=networks.forms(self._dtype),
             num_slots=planned[0].num_slots if planned else 1,
             profile=networks.profile,
         )

@@ -18,7 +18,9 @@ from typing import Any, Self
 import jax
 
 from sora_jax.config import NETWORKS, ModelConfig, policy_of
+from sora_jax.devices.attention_choice import check_name, choose_forms
 from sora_jax.networks import registry
+from sora_jax.networks.forms import Forms
 from sora_jax.networks.layers import precision_chosen
 from sora_jax.pipeline.caption_cache import CaptionCache
 from sora_jax.process import Timings
@@ -38,13 +40,14 @@ class Networks:
 
     With a ``budget`` in bytes networks are streamed; ``profile`` then takes the times of their layers.  ``manifests`` say
     what is on disk, ``caption_cache`` where features are kept.  Threads may share it; with a budget one generation at a time.
+    ``attention`` names the form of every attention, see `attention_choice.choose_forms`.
     """
 
-    def __init__(self, manifests: Mapping[str, Manifest], *, keep: bool, budget: int | None = None):
+    def __init__(self, manifests: Mapping[str, Manifest], *, keep: bool, budget: int | None = None, attention: str = "auto"):
         self.manifests = manifests
         self.config = ModelConfig(**{network: manifest.config for network, manifest in manifests.items()})
         self.directory = manifests["stdit3"].path.parent
-        self.keep = keep
+        self.keep, self.attention = keep, attention
         self.profile: Profile | None = None
         self.caption_cache: CaptionCache | None = None
         self._budget = budget
@@ -53,14 +56,23 @@ class Networks:
         self._loaded: dict[tuple[str, str], _Loaded] = {}
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str], *, keep: bool | None, budget: int | None = None) -> Self:
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        keep: bool | None,
+        budget: int | None = None,
+        attention: str = "auto",
+    ) -> Self:
         """Returns the networks of a complete model directory, none of them loaded.
 
         ``keep=None`` keeps models of up to 1 GB, and none where a budget in bytes is given.
 
         Raises:
           ModelDirectoryError: a network is missing or damaged.
+          ValueError: there is no attention of that name.
         """
+        check_name(attention)
         missing = [network for network in NETWORKS if not (Path(directory) / network).exists()]
         if 1 < len(missing) < len(NETWORKS):
             commands = " and ".join(f"sora-jax convert {network} SOURCE {directory}" for network in missing)
@@ -75,7 +87,7 @@ class Networks:
             raise ModelDirectoryError(f"{directory} holds networks that do not belong together: {error}") from error
         num_bytes = sum(manifest.nbytes for manifest in manifests.values())
         keep = num_bytes <= KEEP_BYTES and budget is None if keep is None else keep
-        return cls(manifests, keep=keep, budget=budget)
+        return cls(manifests, keep=keep, budget=budget, attention=attention)
 
     @property
     def budget(self) -> int | None:
@@ -94,6 +106,14 @@ class Networks:
             stream.retention.budget = budget
         self._budget = budget
 
+    def forms(self, dtype: str) -> Forms:
+        """Returns how networks compute in ``dtype`` on this machine.
+
+        Raises:
+          ValueError: the attention asked for does not run here, or not in this dtype.
+        """
+        return choose_forms(self.attention, platform=jax.default_backend(), dtype=dtype, streamed=self._budget is not None)
+
     @contextmanager
     def transformer(self, dtype: str, timings: Timings, *, fixed_bytes: int) -> Iterator[Any]:
         """Yields the transformer: streamed if there is a budget, of which ``fixed_bytes`` are taken whatever is retained.
@@ -108,7 +128,9 @@ class Networks:
             return
         with self._lock:
             if dtype not in self._streams:
-                self._streams[dtype] = STDiT3Stream(self.manifests["stdit3"], dtype=dtype, budget=self._budget)
+                self._streams[dtype] = STDiT3Stream(
+                    self.manifests["stdit3"], dtype=dtype, attention=self.attention, budget=self._budget
+                )
             stream = self._streams[dtype]
         stream.profile = self.profile
         stream.retention.fixed_bytes = fixed_bytes
@@ -142,7 +164,7 @@ class Networks:
 
     def _load(self, network: str, dtype: str) -> Any:
         manifest = self.manifests[network]
-        abstract = registry.abstract(network, manifest.config, policy=policy_of(dtype))
+        abstract = registry.abstract(network, manifest.config, policy=policy_of(dtype), forms=self.forms(dtype))
         try:
             return jax.block_until_ready(jax.device_put(unflatten(abstract, load_parameters(manifest))))
         except ValueError as error:

@@ -8,11 +8,14 @@ kernels holds logits that the account does not show (measured, peak of the proce
 import math
 
 from sora_jax.config import SpatialVAEConfig, STDiT3Config, T5Config, TemporalVAEConfig
-from sora_jax.streaming.blocks import ROW_TOKENS
+from sora_jax.devices.attention_choice import queries_at_once
+from sora_jax.networks.forms import WHOLE, Forms
+from sora_jax.networks.portions import portions
 
 FLOAT_BYTES = 4
 LOGIT_COPIES = 2.2  # of attention logits inside the fused kernel, for each row it works on
 ROWS_AT_A_TIME = 2  # rows of a batch whose attention is under way together
+CARRIED = 3.2  # arrays of tokens beside a block: its input and output, and those of the velocity (measured)
 
 
 def text_bytes(config: T5Config, batch: int, length: int) -> int:
@@ -32,32 +35,54 @@ def text_flops(config: T5Config, batch: int, length: int) -> float:
     return config.num_layers * batch * length * (2.0 * matrices + 4.0 * length * inner)
 
 
-def block_bytes(config: STDiT3Config, rows: int, frames: int, places: int) -> int:
-    """Returns the temporary bytes of one transformer block over ``rows`` x ``frames`` x ``places`` tokens.
+def block_bytes(config: STDiT3Config, rows: int, frames: int, places: int, forms: Forms = WHOLE) -> int:
+    """Returns the temporary bytes of one transformer block that computes ``rows`` x ``frames`` x ``places`` tokens at once.
 
     The MLP holds its hidden units twice; cross attention its logits with the mask in place of them.
     """
     tokens = rows * frames * places
     length = config.model_max_length
     hidden = (2 * config.mlp_ratio + 1) * tokens * config.hidden_size
-    crossed = 4 * tokens * config.hidden_size + tokens * config.num_heads * length
+    at_once = queries_at_once(forms.attention, rows, config.num_heads, frames * places, length)
+    crossed = 4 * tokens * config.hidden_size + rows * at_once * config.num_heads * length
     return int(FLOAT_BYTES * max(hidden, crossed))
 
 
-def denoise_bytes(config: STDiT3Config, rows: int, frames: int, places: int) -> int:
+def denoise_bytes(config: STDiT3Config, rows: int, frames: int, places: int, forms: Forms = WHOLE) -> int:
     """Returns the bytes of an evaluation besides parameters: a block, what its attention hides, tokens and caption.
 
-    Blocks are those of `blocks.run_block`: with many tokens, a row of the batch after the other.
+    A block computes the tokens that ``forms`` lets it, so the tokens into and out of it may be most of this.
     """
     tokens = rows * frames * places
-    at_once = 1 if frames * places > ROW_TOKENS else rows
-    together = min(ROWS_AT_A_TIME, at_once)
-    spatial = LOGIT_COPIES * min(ROWS_AT_A_TIME, at_once * frames) * config.num_heads * places**2
-    temporal = LOGIT_COPIES * ROWS_AT_A_TIME * config.num_heads * frames**2
-    cross = (LOGIT_COPIES - 1) * together * frames * places * config.num_heads * config.model_max_length
     caption = rows * config.model_max_length * (config.caption_channels + 3 * config.hidden_size)
-    carried = 5 * tokens * config.hidden_size  # into and out of a block and the branch it is in, and the velocity's input
-    return block_bytes(config, at_once, frames, places) + int(FLOAT_BYTES * (max(spatial, temporal, cross) + carried + caption))
+    widest = max(
+        _portion_bytes(config, *_portion(config, (rows, frames, places), forms, temporal=temporal), forms, temporal=temporal)
+        for temporal in (False, True)
+    )
+    return int(widest + FLOAT_BYTES * (CARRIED * tokens * config.hidden_size + caption))
+
+
+def _portion(config: STDiT3Config, shape: tuple[int, int, int], forms: Forms, *, temporal: bool) -> tuple[int, int, int]:
+    """Returns the rows, frames and places that a block computes at once."""
+    if forms.hidden_bytes is None:
+        return shape
+    most_tokens = forms.hidden_bytes // (FLOAT_BYTES * config.mlp_size)
+    divided = portions((*shape, config.hidden_size), most_tokens, temporal=temporal, merge=None)
+    if divided is None:
+        return shape
+    largest = max(divided.length, divided.rest)
+    return (1, shape[1], largest) if temporal else (1, largest, shape[2])
+
+
+def _portion_bytes(config: STDiT3Config, rows: int, frames: int, places: int, forms: Forms, *, temporal: bool) -> float:
+    """Returns the bytes of a block over so many tokens, with the logits that a CPU's products hide."""
+    heads, length = config.num_heads, config.model_max_length
+    batch, attended = (rows * places, frames) if temporal else (rows * frames, places)
+    at_once = queries_at_once(forms.attention, batch, heads, attended, attended)
+    own = LOGIT_COPIES * min(ROWS_AT_A_TIME, batch) * heads * at_once * attended
+    crossing = queries_at_once(forms.attention, rows, heads, frames * places, length)
+    cross = (LOGIT_COPIES - 1) * min(ROWS_AT_A_TIME, rows) * heads * crossing * length
+    return block_bytes(config, rows, frames, places, forms) + FLOAT_BYTES * max(own, cross)
 
 
 def denoise_flops(config: STDiT3Config, rows: int, frames: int, places: int) -> float:
@@ -100,7 +125,7 @@ def temporal_flops(config: TemporalVAEConfig, batch: int, frames: int, cells: in
     return total + 54.0 * batch * cells * length * 2 * config.num_res_blocks * widths[-1] ** 2
 
 
-def spatial_bytes(config: SpatialVAEConfig, frames: int, pixels: int, *, decoder: bool) -> int:
+def spatial_bytes(config: SpatialVAEConfig, frames: int, pixels: int, *, decoder: bool, forms: Forms = WHOLE) -> int:
     """Returns the bytes of the spatial encoder or decoder over ``frames`` frames of ``pixels`` pixels.
 
     The decoder is widest where its last level begins, the encoder in its first; attention is at the smallest size.
@@ -108,7 +133,8 @@ def spatial_bytes(config: SpatialVAEConfig, frames: int, pixels: int, *, decoder
     widths = config.block_out_channels
     wide = 2 * widths[min(1, len(widths) - 1)] + widths[0] if decoder else 3 * widths[0]
     places = pixels // config.downsampling**2
-    attention = LOGIT_COPIES * places**2 * min(ROWS_AT_A_TIME, frames) + 5 * frames * places * widths[-1]
+    at_once = queries_at_once(forms.attention, frames, 1, places, places)
+    attention = LOGIT_COPIES * at_once * places * min(ROWS_AT_A_TIME, frames) + 5 * frames * places * widths[-1]
     return int(FLOAT_BYTES * (1.01 * max(frames * pixels * wide, attention) + 2**14))  # statistics of the norms
 
 

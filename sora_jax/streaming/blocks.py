@@ -7,7 +7,6 @@ the host; the block forward itself is the resident one.
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -16,25 +15,12 @@ from sora_jax.networks.stdit3 import Conditioning
 from sora_jax.storage.checkpoint import unflatten
 from sora_jax.storage.quantisation import SCALE_SUFFIX, is_scale, scale_axis
 
-ROW_TOKENS = 2048  # with more tokens in a row of the batch, the activations of a block outweigh its parameters
-
 
 def run_block(
     shell: Any, stored: Mapping[str, Array], x_BTSD: Float[Array, "B T S D"], conditioning: Conditioning, *, merge: Merge | None
 ) -> Float[Array, "B T S D"]:
-    """Returns the tokens after the block whose shapes ``shell`` has and whose stored arrays are given by name.
-
-    Many tokens are computed one row of the batch after the other, which holds the activations of one row.
-    """
-    block = unflatten(shell, dequantised(stored))
-    if x_BTSD.shape[1] * x_BTSD.shape[2] <= ROW_TOKENS:
-        return block(x_BTSD, conditioning, merge=merge)
-
-    def row(given: tuple[Array, Conditioning]) -> Array:
-        x_1TSD, conditioning = jax.tree.map(lambda leaf: leaf[None], given)
-        return block(x_1TSD, conditioning, merge=merge)[0]
-
-    return jax.lax.map(row, (x_BTSD, conditioning))
+    """Returns the tokens after the block whose shapes ``shell`` has and whose stored arrays are given by name."""
+    return unflatten(shell, dequantised(stored))(x_BTSD, conditioning, merge=merge)
 
 
 def dequantised(stored: Mapping[str, Any]) -> dict[str, Any]:

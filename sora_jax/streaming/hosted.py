@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sora_jax.config import DTypePolicy
+from sora_jax.networks.forms import Forms
 from sora_jax.networks.merging import Merge
 from sora_jax.networks.stdit3 import Conditioning
 from sora_jax.storage.buffers import Buffer, group_bytes
@@ -53,10 +54,23 @@ class HostedProgram(BlockProgram):
 class HostedBlocks(BlockStream):
     """Blocks whose arrays callbacks deliver; ``portable`` selects the callback, see `callbacks.host_call`."""
 
-    def __init__(self, reader: Reader, policy: DTypePolicy, retention: Retention, *, stall_s: int | float, portable: bool):
+    def __init__(
+        self,
+        reader: Reader,
+        policy: DTypePolicy,
+        forms: Forms,
+        retention: Retention,
+        *,
+        stall_s: int | float,
+        portable: bool,
+    ):
         super().__init__(reader, retention, stall_s=stall_s)
         self._program = HostedProgram(
-            config=reader.manifest.config, policy=policy, layouts=(self.layout(0), self.layout(1)), portable=portable
+            config=reader.manifest.config,
+            policy=policy,
+            forms=forms,
+            layouts=(self.layout(0), self.layout(1)),
+            portable=portable,
         )
         self._parameters = [reader.parameters(reader.manifest.names(layer)) for layer in self.blocks]
         self._slot_bytes = max(map(group_bytes, self._parameters))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sora_jax.config import DTypePolicy
+from sora_jax.networks.forms import Forms
 from sora_jax.networks.merging import Merge
 from sora_jax.networks.stdit3 import Conditioning
 from sora_jax.storage.maps import MappedLayer
@@ -54,9 +55,20 @@ class MappedProgram(BlockProgram):
 class MappedBlocks(BlockStream):
     """Blocks that are arguments of the program; ``map_from_bytes`` is the size from which an array is mapped."""
 
-    def __init__(self, reader: Reader, policy: DTypePolicy, retention: Retention, *, stall_s: int | float, map_from_bytes: int):
+    def __init__(
+        self,
+        reader: Reader,
+        policy: DTypePolicy,
+        forms: Forms,
+        retention: Retention,
+        *,
+        stall_s: int | float,
+        map_from_bytes: int,
+    ):
         super().__init__(reader, retention, stall_s=stall_s)
-        self._program = MappedProgram(config=reader.manifest.config, policy=policy, layouts=(self.layout(0), self.layout(1)))
+        self._program = MappedProgram(
+            config=reader.manifest.config, policy=policy, forms=forms, layouts=(self.layout(0), self.layout(1))
+        )
         self._map_from_bytes = map_from_bytes
         self._layers: list[MappedLayer] = []
         self._retained: set[int] = set()

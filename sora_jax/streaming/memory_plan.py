@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sora_jax.config import ModelConfig
+from sora_jax.devices.attention_choice import choose_forms
+from sora_jax.networks.forms import Forms
 from sora_jax.networks.segment import Segment
 from sora_jax.networks.t5 import T5Encoder
 from sora_jax.networks.vae.codec import VAE, chunks, latent_size
@@ -36,6 +38,7 @@ class Workload:
     batch: int = 1
     guided: bool = True
     dtype: str = "float32"
+    attention: str = "auto"
     num_steps: int = 30
     encodes: bool = False  # references or loops
 
@@ -187,7 +190,7 @@ def _denoise(
         baseline=baseline,
         compiler=COMPILER_BYTES["denoise"],
         parameters=4 * sum(_numbers(manifest, layer) for layer in ENDS) + max(blocks),
-        activations=activations.denoise_bytes(config.stdit3, rows, frames, places),
+        activations=activations.denoise_bytes(config.stdit3, rows, frames, places, _forms(workload)),
         staging=max(blocks) + wide,  # the block read ahead; the one in use, as the program takes it
         needs_staging=True,
         num_layers=len(blocks),
@@ -234,7 +237,9 @@ def _autoencoder(
     at_a_time = max(part.stop - part.start for part in frame_batches(batch * max(lengths), pixels))
     held = activations.video_bytes(batch, workload.num_frames, pixels)
     cast = 4 * (spatial_bytes // _itemsize(manifest)) if workload.dtype != manifest.dtype else 0
-    spatial_activations = max(activations.spatial_bytes(vae.spatial, at_a_time, pixels, decoder=decoder), cast)
+    spatial_activations = max(
+        activations.spatial_bytes(vae.spatial, at_a_time, pixels, decoder=decoder, forms=_forms(workload)), cast
+    )
     common: dict[str, Any] = {"name": name, "baseline": baseline, "compiler": COMPILER_BYTES[name]}
     common["read"] = len(lengths) * sum(sizes) + spatial_bytes
     common["flops"] = batch * sum(
@@ -253,6 +258,12 @@ def _autoencoder(
     temporal_half = _within_budget(temporal_half, budget)
     wider = max(temporal_half, spatial_half, key=lambda stage: stage.peak)
     return dataclasses.replace(wider, num_slots=temporal_half.num_slots)
+
+
+def _forms(workload: Workload) -> Forms:
+    """Returns the forms of a CPU with a budget; a kernel that is named holds no more than the automatic choice."""
+    named = workload.attention if workload.attention in ("dense", "chunked") else "auto"
+    return choose_forms(named, platform="cpu", dtype=workload.dtype, streamed=True)
 
 
 def token_shape(config: ModelConfig, workload: Workload) -> tuple[int, int, int]:

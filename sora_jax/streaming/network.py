@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sora_jax.config import policy_of
+from sora_jax.devices.attention_choice import choose_forms
 from sora_jax.networks.merging import Merge
 from sora_jax.networks.stdit3 import Conditioning, Embed, Final
 from sora_jax.storage.checkpoint import read_layer, unflatten
@@ -71,6 +72,7 @@ class STDiT3Stream:
     Args:
       directory: the model directory, or the manifest of its transformer.
       dtype: compute dtype, ``"float32"`` or ``"bfloat16"``.
+      attention: its form by name, see `attention_choice.choose_forms`.
       budget: bytes that the process may hold while the transformer runs; None retains ``retained`` blocks.
       retained: blocks to retain where no budget is given; None: all.
       fixed_bytes: planned bytes of the process without retained blocks.
@@ -91,6 +93,7 @@ class STDiT3Stream:
         directory: str | os.PathLike[str] | Manifest,
         *,
         dtype: str = "float32",
+        attention: str = "auto",
         budget: int | None = None,
         retained: int | None = None,
         fixed_bytes: int = 0,
@@ -104,12 +107,13 @@ class STDiT3Stream:
         reader = Reader(manifest, around=around)
         retention = Retention(block_bytes(manifest), budget=budget, fixed_bytes=fixed_bytes, count=retained)
         self._policy, on_cpu = policy_of(dtype), jax.default_backend() == "cpu"
+        forms = choose_forms(attention, platform=jax.default_backend(), dtype=dtype, streamed=True)
         self.blocks: BlockStream
         if _backend(backend, manifest, on_cpu) == "mmap":
-            self.blocks = MappedBlocks(reader, self._policy, retention, stall_s=stall_s, map_from_bytes=map_from_bytes)
+            self.blocks = MappedBlocks(reader, self._policy, forms, retention, stall_s=stall_s, map_from_bytes=map_from_bytes)
         else:
             portable = not on_cpu if portable is None else portable
-            self.blocks = HostedBlocks(reader, self._policy, retention, stall_s=stall_s, portable=portable)
+            self.blocks = HostedBlocks(reader, self._policy, forms, retention, stall_s=stall_s, portable=portable)
 
     @property
     def retention(self) -> Retention:

@@ -15,6 +15,7 @@ import numpy as np
 
 from sora_jax.config import DTypePolicy
 from sora_jax.networks import registry
+from sora_jax.networks.forms import WHOLE, Forms
 from sora_jax.networks.kernels import Int8Matrix
 from sora_jax.networks.layers import precision_chosen
 from sora_jax.networks.segment import Segment
@@ -36,6 +37,7 @@ class SegmentLoop:
     Args:
       manifest: the network.
       policy: compute dtype; parameters are cast where they are used, int8 a few columns at a time.
+      forms: of its computations.
       timings: waiting for files counts as ``load``, compiling and each stage as themselves.
       num_slots: segments in memory; with 1 nothing is read ahead.
       profile: takes the intervals of loading and computing.
@@ -49,6 +51,7 @@ class SegmentLoop:
         policy: DTypePolicy,
         timings: Timings,
         *,
+        forms: Forms = WHOLE,
         num_slots: int = NUM_SLOTS,
         profile: Profile | None = None,
         around: Around = untouched,
@@ -57,7 +60,7 @@ class SegmentLoop:
         self.manifest, self.policy, self.timings = manifest, policy, timings
         self.reader = Reader(manifest, around=around)
         self._profile, self._num_slots, self._stall_s = profile, num_slots, stall_s
-        self._abstract = registry.abstract(manifest.network, manifest.config, policy=policy)
+        self._abstract = registry.abstract(manifest.network, manifest.config, policy=policy, forms=forms)
 
     def run(self, stage: str, segments: Sequence[Segment], x: Any, *context: Any) -> jax.Array:
         """Returns the activations ``x`` after the segments; those that take it are handed ``context`` too.

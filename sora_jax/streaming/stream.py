@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sora_jax.config import DTypePolicy, STDiT3Config
+from sora_jax.networks.forms import Forms
 from sora_jax.networks.merging import Merge
 from sora_jax.networks.stdit3 import Conditioning, STDiT3Block
 from sora_jax.process import PeakMeter, return_freed_memory
@@ -47,11 +48,13 @@ class BlockProgram(abc.ABC):
     Attributes:
       config: of the transformer.
       policy: what it computes in.
+      forms: how it computes what could be large.
       layouts: the stored arrays of spatial and of temporal blocks.
     """
 
     config: STDiT3Config
     policy: DTypePolicy
+    forms: Forms
     layouts: tuple[Layout, Layout]
 
     @property
@@ -65,7 +68,7 @@ class BlockProgram(abc.ABC):
 
     def shell(self, kind: int) -> Any:
         """Returns a spatial (0) or temporal (1) block with shapes in place of its arrays."""
-        return _shell(self.config, self.policy, bool(kind))
+        return _shell(self.config, self.policy, self.forms, bool(kind))
 
     @abc.abstractmethod
     def stack(
@@ -80,8 +83,8 @@ class BlockProgram(abc.ABC):
 
 
 @functools.lru_cache(maxsize=8)
-def _shell(config: STDiT3Config, policy: DTypePolicy, temporal: bool) -> Any:
-    return jax.eval_shape(lambda: STDiT3Block(config, temporal=temporal, policy=policy, rngs=nnx.Rngs(0)))
+def _shell(config: STDiT3Config, policy: DTypePolicy, forms: Forms, temporal: bool) -> Any:
+    return jax.eval_shape(lambda: STDiT3Block(config, temporal=temporal, policy=policy, forms=forms, rngs=nnx.Rngs(0)))
 
 
 class BlockStream(abc.ABC):

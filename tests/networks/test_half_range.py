@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sora_jax.config import FLOAT32
-from sora_jax.networks.attention import attention
+from sora_jax.networks.attention import DENSE
 from sora_jax.networks.layers import RMSNorm, layer_norm
 from sora_jax.networks.vae.layers import GroupNorm
 
@@ -84,8 +84,8 @@ def test_attention_agrees_with_its_usual_form(masked: bool) -> None:
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 3, 9, 16))
     bias = jax.random.normal(jax.random.key(1), (1, 3, 9, 9))
     mask = jnp.asarray([[True] * 5 + [False] * 4, [True] * 9])[:, None, None, :] if masked else None
-    usual, half = (attention(q, k, v, scale=0.3, bias=bias, mask=mask, half_range=half) for half in (False, True))
+    usual, half = (DENSE(q, k, v, scale=0.3, bias=bias, mask=mask, half_range=half) for half in (False, True))
     np.testing.assert_allclose(half, usual, rtol=0, atol=2e-6)
     if masked:
-        hidden = attention(q, k, v.at[0, :, 5:].add(100.0), scale=0.3, bias=bias, mask=mask, half_range=True)
+        hidden = DENSE(q, k, v.at[0, :, 5:].add(100.0), scale=0.3, bias=bias, mask=mask, half_range=True)
         np.testing.assert_array_equal(hidden, half)  # a hidden key's weight is exactly zero

@@ -14,7 +14,7 @@ from flax import nnx
 
 from sora_jax import config as presets
 from sora_jax.config import BFLOAT16, FLOAT32, DTypePolicy
-from sora_jax.networks.attention import attention
+from sora_jax.networks.attention import DENSE
 from sora_jax.networks.positions import position_embedding, rotate, sinusoid
 from sora_jax.networks.stdit3 import Conditioning, ScalarEmbedder, STDiT3, STDiT3Block
 from sora_jax.storage.checkpoint import flatten, unflatten
@@ -267,4 +267,4 @@ def test_attention_is_softmax_of_scaled_products() -> None:
     logits = np.where(mask, np.einsum("bnsk,bnlk->bnsl", q, k) * 0.5, -np.inf).astype(np.float64)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     expected = np.einsum("bnsl,bnlk->bnsk", weights / weights.sum(axis=-1, keepdims=True), v)
-    np.testing.assert_allclose(attention(q, k, v, scale=0.5, mask=mask), expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(DENSE(q, k, v, scale=0.5, mask=mask), expected, rtol=0, atol=2e-6)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from sora_jax import config as presets
 from sora_jax.config import BFLOAT16, T5Config
-from sora_jax.networks.attention import attention
+from sora_jax.networks.attention import DENSE
 from sora_jax.networks.t5 import T5Encoder, position_buckets
 from sora_jax.storage.checkpoint import flatten, unflatten
 
@@ -97,7 +97,7 @@ def test_initial_attention_logits_have_unit_variance() -> None:
 def test_attention_weights_each_key_by_its_logit() -> None:
     v = np.asarray([[[[1.0], [10.0], [100.0]]]], np.float32)
     bias = np.log(np.asarray([[[[1.0, 3.0, 5.0]]]], np.float32))
-    weigh = jax.jit(lambda v, bias, mask: attention(v[:, :, :1] * 0, v * 0, v, scale=1.0, bias=bias, mask=mask)[0, 0, 0, 0])
+    weigh = jax.jit(lambda v, bias, mask: DENSE(v[:, :, :1] * 0, v * 0, v, scale=1.0, bias=bias, mask=mask)[0, 0, 0, 0])
     assert float(weigh(v, bias, np.ones((1, 1, 1, 3), bool))) == pytest.approx(531 / 9, rel=1e-6)
     assert float(weigh(v, bias, np.asarray([[[[True, True, False]]]]))) == pytest.approx(31 / 4, rel=1e-6)
 

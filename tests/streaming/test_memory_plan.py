@@ -14,6 +14,8 @@ from flax import nnx
 
 from sora_jax.commands import main
 from sora_jax.config import FLOAT32, NETWORKS, STDiT3Config, T5Config, pocket
+from sora_jax.networks.attention import Chunked
+from sora_jax.networks.forms import Forms
 from sora_jax.networks.segment import Segment
 from sora_jax.networks.stdit3 import Conditioning, STDiT3, STDiT3Block
 from sora_jax.networks.t5 import T5Block, T5Encoder
@@ -23,7 +25,7 @@ from sora_jax.storage.arrays import Parameter
 from sora_jax.storage.checkpoint import flatten
 from sora_jax.storage.directory import Manifest, open_network
 from sora_jax.streaming import activations
-from sora_jax.streaming.blocks import ROW_TOKENS, run_block
+from sora_jax.streaming.blocks import run_block
 from sora_jax.streaming.memory_plan import StagePlan, Workload, plan_memory
 
 SLACK = 2.0  # the plan may ask for at most so many times what the program's temporaries are; for less it may not
@@ -52,18 +54,19 @@ def test_a_transformer_block_is_planned(temporal: bool, shape: tuple[int, int, i
     assert activations.denoise_bytes(config, *shape) > activations.block_bytes(config, *shape)
 
 
-def test_many_tokens_are_planned_as_they_are_computed_a_row_at_a_time() -> None:
+def test_many_tokens_are_planned_as_they_are_computed_a_portion_at_a_time() -> None:
     config: STDiT3Config = dataclasses.replace(pocket.stdit3, hidden_size=64)
-    block = jax.eval_shape(lambda: STDiT3Block(config, temporal=False, rngs=nnx.Rngs(0)))
+    few_tokens = Forms(attention=Chunked(64), hidden_bytes=4 * config.mlp_size * 1024)
+    shape = (2, 16, 256)
 
-    def streamed_bytes(frames: int) -> int:
-        x_BTSD, given = zeros(2, frames, 256, config.hidden_size), conditioning(config, 2)
+    def streamed_bytes(forms: Forms) -> int:
+        block = jax.eval_shape(lambda: STDiT3Block(config, temporal=False, forms=forms, rngs=nnx.Rngs(0)))
+        x_BTSD, given = zeros(*shape, config.hidden_size), conditioning(config, 2)
         return temporary_bytes(lambda *args: run_block(block, *args, merge=None), flatten(block), x_BTSD, given)
 
-    few, many = (2, 8, 256), (2, 9, 256)
-    assert 8 * 256 <= ROW_TOKENS < 9 * 256
-    assert streamed_bytes(9) < 0.8 * streamed_bytes(8)
-    assert streamed_bytes(9) <= activations.denoise_bytes(config, *many) < activations.denoise_bytes(config, *few)
+    whole, portioned = (activations.denoise_bytes(config, *shape, forms) for forms in (Forms(), few_tokens))
+    assert streamed_bytes(few_tokens) < 0.5 * streamed_bytes(Forms())
+    assert streamed_bytes(few_tokens) <= portioned < 0.5 * whole
 
 
 def conditioning(config: STDiT3Config, rows: int) -> Conditioning:

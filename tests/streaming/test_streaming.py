@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sora_jax.devices import attention_choice
 from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.reuse import Plan
 from sora_jax.sampling.sampler import Result, Sampler, _run
-from sora_jax.streaming import blocks
 from sora_jax.streaming.network import STDiT3Stream
 from sora_jax.streaming.profile import Profile
 from tests.support import streamed
@@ -133,9 +133,9 @@ def test_the_portable_callback_delivers_the_same(directory, in_memory):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_row_by_row_the_numbers_and_every_retention_are_the_same(directory, in_memory, monkeypatch, backend):
-    """What many tokens do: each row of the batch on its own."""
-    monkeypatch.setattr(blocks, "ROW_TOKENS", 1)
+def test_portion_by_portion_the_numbers_and_every_retention_are_the_same(directory, in_memory, monkeypatch, backend):
+    """What many tokens do: a frame, or a place, of one row of the batch at a time."""
+    monkeypatch.setattr(attention_choice, "STREAMED_BYTES", 1)
     stream, results = STDiT3Stream(directory, **BACKENDS[backend]), []
     for retained in (0, NUM_BLOCKS):
         stream.retention.count = retained

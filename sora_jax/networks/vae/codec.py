@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sora_jax.config import FLOAT32, DTypePolicy, VAEConfig
+from sora_jax.networks.forms import WHOLE, Forms
 from sora_jax.networks.layers import lifted
 from sora_jax.networks.segment import Segment
 from sora_jax.networks.vae.spatial import SpatialDecoder, SpatialEncoder
@@ -99,12 +100,12 @@ class VAE(nnx.Module):
     not results beyond rounding.
     """
 
-    def __init__(self, config: VAEConfig, *, policy: DTypePolicy = FLOAT32, rngs: nnx.Rngs):
+    def __init__(self, config: VAEConfig, *, policy: DTypePolicy = FLOAT32, forms: Forms = WHOLE, rngs: nnx.Rngs):
         self.config = config
         self.temporal_encoder = TemporalEncoder(config.temporal, policy=policy, rngs=rngs)
         self.temporal_decoder = TemporalDecoder(config.temporal, policy=policy, rngs=rngs)
-        self.spatial_encoder = SpatialEncoder(config.spatial, policy=policy, rngs=rngs)
-        self.spatial_decoder = SpatialDecoder(config.spatial, policy=policy, rngs=rngs)
+        self.spatial_encoder = SpatialEncoder(config.spatial, policy=policy, forms=forms, rngs=rngs)
+        self.spatial_decoder = SpatialDecoder(config.spatial, policy=policy, forms=forms, rngs=rngs)
         self.stats = LatentStats(config.temporal.embed_dim, policy=policy)
 
     def encode(

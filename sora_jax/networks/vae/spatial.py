@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sora_jax.config import FLOAT32, DTypePolicy, SpatialVAEConfig
-from sora_jax.networks.attention import attention
+from sora_jax.networks.forms import WHOLE, Forms
 from sora_jax.networks.layers import Linear
 from sora_jax.networks.vae.layers import Conv2D, GroupNorm
 
@@ -44,8 +44,8 @@ class ResnetBlock(nnx.Module):
 class AttentionBlock(nnx.Module):
     """Single-head attention among the cells of one frame, added to its input."""
 
-    def __init__(self, channels: int, *, groups: int, policy: DTypePolicy, rngs: nnx.Rngs):
-        self.half_range = policy.half_range
+    def __init__(self, channels: int, *, groups: int, policy: DTypePolicy, forms: Forms, rngs: nnx.Rngs):
+        self.attention, self.half_range = forms.attention, policy.half_range
         self.group_norm = GroupNorm(channels, groups=groups, epsilon=_EPSILON, policy=policy)
         self.to_q = Linear(channels, channels, policy=policy, rngs=rngs)
         self.to_k = Linear(channels, channels, policy=policy, rngs=rngs)
@@ -56,16 +56,16 @@ class AttentionBlock(nnx.Module):
         """Returns the frames' features with every cell having seen all others."""
         y_N1SC = rearrange(self.group_norm(x), "N h w C -> N 1 (h w) C")
         q, k, v = self.to_q(y_N1SC), self.to_k(y_N1SC), self.to_v(y_N1SC)
-        y_N1SC = attention(q, k, v, scale=x.shape[-1] ** -0.5, half_range=self.half_range)
+        y_N1SC = self.attention(q, k, v, scale=x.shape[-1] ** -0.5, half_range=self.half_range)
         return x + self.to_out(y_N1SC).reshape(x.shape)
 
 
 class MidBlock(nnx.Module):
     """Attention between two resnet blocks at the smallest size."""
 
-    def __init__(self, channels: int, *, groups: int, policy: DTypePolicy, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, groups: int, policy: DTypePolicy, forms: Forms, rngs: nnx.Rngs):
         self.resnets = _resnets((channels, channels, channels), groups=groups, policy=policy, rngs=rngs)
-        self.attention = AttentionBlock(channels, groups=groups, policy=policy, rngs=rngs)
+        self.attention = AttentionBlock(channels, groups=groups, policy=policy, forms=forms, rngs=rngs)
 
     def __call__(self, x: Float[Array, "N h w C"]) -> Float[Array, "N h w C"]:
         """Returns the frames' features after the three blocks."""
@@ -118,7 +118,7 @@ class SpatialEncoder(nnx.Module):
     Sizes are divided with floor; at least ``config.downsampling`` pixels a side are needed.
     """
 
-    def __init__(self, config: SpatialVAEConfig, *, policy: DTypePolicy = FLOAT32, rngs: nnx.Rngs):
+    def __init__(self, config: SpatialVAEConfig, *, policy: DTypePolicy = FLOAT32, forms: Forms = WHOLE, rngs: nnx.Rngs):
         self.policy = policy
         groups, widths = config.norm_num_groups, config.block_out_channels
         self.conv_in = Conv2D(config.in_channels, widths[0], kernel_size=3, policy=policy, rngs=rngs)
@@ -126,7 +126,7 @@ class SpatialEncoder(nnx.Module):
         self.down_blocks = nnx.List(
             [DownBlock(level, groups=groups, halve=i < len(levels), policy=policy, rngs=rngs) for i, level in levels]
         )
-        self.mid_block = MidBlock(widths[-1], groups=groups, policy=policy, rngs=rngs)
+        self.mid_block = MidBlock(widths[-1], groups=groups, policy=policy, forms=forms, rngs=rngs)
         self.conv_norm_out = GroupNorm(widths[-1], groups=groups, epsilon=_EPSILON, policy=policy)
         moments = 2 * config.latent_channels
         self.conv_out = Conv2D(widths[-1], moments, kernel_size=3, policy=policy, rngs=rngs)
@@ -144,12 +144,12 @@ class SpatialEncoder(nnx.Module):
 class SpatialDecoder(nnx.Module):
     """Latents to frames."""
 
-    def __init__(self, config: SpatialVAEConfig, *, policy: DTypePolicy = FLOAT32, rngs: nnx.Rngs):
+    def __init__(self, config: SpatialVAEConfig, *, policy: DTypePolicy = FLOAT32, forms: Forms = WHOLE, rngs: nnx.Rngs):
         self.policy = policy
         groups, widths = config.norm_num_groups, tuple(reversed(config.block_out_channels))
         self.post_quant_conv = Conv2D(config.latent_channels, config.latent_channels, kernel_size=1, policy=policy, rngs=rngs)
         self.conv_in = Conv2D(config.latent_channels, widths[0], kernel_size=3, policy=policy, rngs=rngs)
-        self.mid_block = MidBlock(widths[0], groups=groups, policy=policy, rngs=rngs)
+        self.mid_block = MidBlock(widths[0], groups=groups, policy=policy, forms=forms, rngs=rngs)
         levels = list(enumerate(_level_widths(widths, config.layers_per_block + 1), start=1))
         self.up_blocks = nnx.List(
             [UpBlock(level, groups=groups, double=i < len(levels), policy=policy, rngs=rngs) for i, level in levels]

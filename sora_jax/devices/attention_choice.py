@@ -1,0 +1,117 @@
+"""Which forms a network computes in: by platform, compute dtype and the bytes of the arrays that a form would make.
+
+A name (`NAMES`) becomes `Forms`, which reach the networks as a static field; the bytes of the logits are compared while a
+program is traced, for each attention of it.
+
+Invariant: the choice depends on what is named here and on shapes, never on what a machine did before, so equal requests make
+equal programs.  On a CPU everything up to one guided clip of 51 frames at 256p is computed whole.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Array, Bool, Float
+
+from sora_jax.networks.attention import DENSE, LEAST_QUERIES, Attention, Chunked
+from sora_jax.networks.attention_kernels import CuDNN, Flash
+from sora_jax.networks.forms import Forms
+
+NAMES = ("auto", "dense", "chunked", "cudnn", "flash")
+KERNELS: Mapping[str, tuple[str, Attention]] = {"cudnn": ("gpu", CuDNN()), "flash": ("tpu", Flash())}
+
+# Most bytes of the logits of one attention, or of a block's hidden units, that are made at once.
+IN_MEMORY_BYTES = 2**28  # CPU: at 256p the most is 147 MB (cross attention of both rows)
+STREAMED_BYTES = 80_000_000  # CPU with a memory budget: about a block's weights, or one row of the batch at 256p
+ACCELERATOR_BYTES = 2**30
+KERNEL_BYTES = 2**28  # up to here, at 256p and over time, a kernel gains nothing
+MOST_QUERIES = 1024  # of a chunk: more do not make it faster
+
+FLOAT_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class ByLogits:
+    """Dense while the logits take at most ``dense_bytes``, else in chunks of that size.
+
+    Where they take more than ``kernel_bytes``, the first of ``kernels`` that can do it comes before both.
+    """
+
+    dense_bytes: int
+    kernels: tuple[Attention, ...] = ()
+    kernel_bytes: int = 0
+
+    def __call__(
+        self,
+        q_BNSK: Float[Array, "B N S K"],
+        k_BNLK: Float[Array, "B N L K"],
+        v_BNLK: Float[Array, "B N L K"],
+        *,
+        scale: float,
+        bias: Float[Array, "#B #N #S L"] | None = None,
+        mask: Bool[Array, "#B #N #S L"] | None = None,
+        half_range: bool = False,
+    ) -> Float[Array, "B N S K"]:
+        """Returns the averages of the values, see `attention.Attention`; a form that refuses is passed over."""
+        options: dict[str, Any] = {"scale": scale, "bias": bias, "mask": mask, "half_range": half_range}
+        shape = (*q_BNSK.shape[:3], k_BNLK.shape[2])
+        for kernel in self.kernels if FLOAT_BYTES * math.prod(shape) > self.kernel_bytes else ():
+            try:
+                return kernel(q_BNSK, k_BNLK, v_BNLK, **options)
+            except NotImplementedError:
+                continue
+        at_once = self.queries(*shape)
+        form = DENSE if at_once == shape[2] else Chunked(at_once)
+        return form(q_BNSK, k_BNLK, v_BNLK, **options)
+
+    def queries(self, batch: int, heads: int, queries: int, keys: int) -> int:
+        """Returns how many queries are taken at a time where no kernel is."""
+        fitting = self.dense_bytes // (FLOAT_BYTES * batch * heads * keys)
+        return queries if queries <= fitting else min(queries, max(LEAST_QUERIES, min(fitting, MOST_QUERIES)))
+
+
+def check_name(attention: str) -> None:
+    """Refuses what names no form.
+
+    Raises:
+      ValueError: names those that there are.
+    """
+    if attention not in NAMES:
+        raise ValueError(f"attention is {attention!r}; expected one of {', '.join(NAMES)}.")
+
+
+def choose_forms(attention: str, *, platform: str, dtype: str, streamed: bool = False) -> Forms:
+    """Returns the forms that a name stands for.
+
+    Args:
+      attention: ``auto``, or a form by name.  A kernel that is named computes what it can (cuDNN and flash take no position
+        bias and heads of up to 128 channels), chunks the rest.
+      platform: of the device: ``cpu``, ``gpu`` or ``tpu``.
+      dtype: compute dtype.
+      streamed: whether there is a memory budget.
+
+    Raises:
+      ValueError: the name is unknown, or its form does not run on the platform or in the dtype.
+    """
+    check_name(attention)
+    most = ACCELERATOR_BYTES if platform != "cpu" else STREAMED_BYTES if streamed else IN_MEMORY_BYTES
+    if attention in KERNELS:
+        needed, kernel = KERNELS[attention]
+        if platform != needed or dtype != "bfloat16":
+            raise ValueError(
+                f"attention {attention} needs a {needed} and bfloat16, got {platform} and {dtype}; use auto, chunked or dense."
+            )
+        return Forms(attention=ByLogits(most, (kernel,)), hidden_bytes=most)
+    if attention == "auto":
+        # Flash attention on a TPU holds no less memory than chunks and was never timed here: it has to be named.
+        kernels = (CuDNN(),) if (platform, dtype) == ("gpu", "bfloat16") else ()
+        return Forms(attention=ByLogits(most, kernels, KERNEL_BYTES), hidden_bytes=most)
+    return Forms(attention=DENSE if attention == "dense" else Chunked(), hidden_bytes=most)
+
+
+def queries_at_once(form: Attention, batch: int, heads: int, queries: int, keys: int) -> int:
+    """Returns the queries whose logits a form of plain XLA holds at a time."""
+    if isinstance(form, ByLogits):
+        return form.queries(batch, heads, queries, keys)
+    return min(queries, form.queries) if isinstance(form, Chunked) else queries
