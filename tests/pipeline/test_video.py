@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sora_jax import files
-from sora_jax.pipeline import video
+from sora_jax.pipeline import clip_info, video
 
 PARAMETERS = {"prompt": 'a rød circle | {braces} "quotes" 圆', "seed": 7, "guidance": 7.5, "aes": None}
 
@@ -29,7 +29,7 @@ def moving_square(num_frames: int = 10, size: int = 32) -> np.ndarray:
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.npz", "clip"])
 def test_every_format_carries_its_frames_size_and_parameters(tmp_path: Path, name: str) -> None:
     path = video.save(moving_square(), tmp_path / name, fps=24, parameters=PARAMETERS)
-    found = video.inspect(path)
+    found = clip_info.inspect(path)
     assert found.parameters == PARAMETERS
     assert (found.media["frames"], found.media["height"], found.media["width"]) == (10, 32, 32)
     assert json.loads((tmp_path / f"{name}.json").read_text("utf-8")) == PARAMETERS
@@ -45,7 +45,7 @@ def test_npz_and_png_frames_are_lossless(tmp_path: Path) -> None:
     np.testing.assert_array_equal([np.asarray(Image.open(folder / f"{i:04d}.png")) for i in range(3)], frames)
     image = video.save(frames[:1], tmp_path / "clip.png", fps=8, parameters=PARAMETERS)
     np.testing.assert_array_equal(np.asarray(Image.open(image)), frames[0])
-    assert video.inspect(image).parameters == PARAMETERS
+    assert clip_info.inspect(image).parameters == PARAMETERS
 
 
 @pytest.mark.parametrize(("fps", "rate"), [(24, Fraction(24)), (24000 / 1001, Fraction(24000, 1001)), (7.5, Fraction(15, 2))])
@@ -113,10 +113,10 @@ def test_an_existing_clip_is_replaced_only_on_request(tmp_path: Path, name: str)
     path = video.save(moving_square(), tmp_path / name, fps=24, parameters={"seed": 1})
     with pytest.raises(FileExistsError, match="pass --overwrite"):
         video.save(moving_square(5), path, fps=24, parameters={"seed": 2})
-    assert video.inspect(path).parameters == {"seed": 1}
+    assert clip_info.inspect(path).parameters == {"seed": 1}
     video.save(moving_square(5), path, fps=24, parameters={"seed": 2}, overwrite=True)
-    assert video.inspect(path).parameters == {"seed": 2}
-    assert video.inspect(path).media["frames"] == 5
+    assert clip_info.inspect(path).parameters == {"seed": 2}
+    assert clip_info.inspect(path).media["frames"] == 5
 
 
 def test_overwriting_never_removes_a_folder_of_other_things(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_parameters_are_found_beside_a_file_that_lost_its_comment(tmp_path: Path
     path.unlink()
     Image.new("RGB", (4, 4)).save(tmp_path / "bare.png")
     (tmp_path / "clip.png.mp4.json").rename(tmp_path / "bare.png.json")
-    assert video.inspect(tmp_path / "bare.png").parameters == PARAMETERS
+    assert clip_info.inspect(tmp_path / "bare.png").parameters == PARAMETERS
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_h264_refuses_odd_sides(tmp_path: Path) -> None:
 def test_inspect_names_a_damaged_file(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} is not a readable"):
-        video.inspect(tmp_path / name)
+        clip_info.inspect(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.npz", "clip"])
