@@ -90,7 +90,9 @@ def _either_width(text: str) -> str:
 
 # ftfy reads the whole text again for each level of "&amp;amp;amp;"; one level leads to the same end.
 _NESTED = re.compile(
-    "(?<=[&\uff06])(?:{0}|{1})+(?={0}|{1})".format(_either_width("amp;"), _either_width("#") + "[0\uff10]*" + _either_width("38;"))
+    "(?<=[&\uff06])(?:{0}|{1})+(?={0}|{1})".format(
+        _either_width("amp;"), _either_width("#") + "[0\uff10]*" + _either_width("38;")
+    )
 )
 
 

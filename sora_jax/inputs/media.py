@@ -19,7 +19,7 @@ import av.container
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 2**27  # of one frame: 11,585 x 11,585, or 400 MB of colours
-IMAGE_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _CONTAINERS = "avi,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"  # demuxers; others may fetch what a playlist in the file names
 
 
@@ -48,7 +48,7 @@ def opened_image(path: Path, formats: tuple[str, ...] = IMAGE_FORMATS) -> Iterat
         raise MediaError(f"it has more than {MAX_PIXELS} pixels a frame; make it smaller") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, struct.error and more
         _pass_on(error, path)
-        raise MediaError(f"it is damaged, cut short, or no {' or '.join(formats)} picture ({error})") from error
+        raise MediaError(f"it is damaged, cut short, or no picture of the kind {', '.join(formats)}") from error
 
 
 def read_image(path: Path) -> Image.Image:
@@ -81,7 +81,7 @@ def opened_video(path: Path) -> Iterator[tuple[av.container.InputContainer, Any]
             yield container, stream
     except MediaError:
         raise
-    except (av.FFmpegError, UnicodeError) as error:
+    except (av.FFmpegError, OSError, UnicodeError) as error:
         _pass_on(error, path)
         raise MediaError("it is damaged, cut short, or no video") from error
 

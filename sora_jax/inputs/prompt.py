@@ -66,12 +66,16 @@ def extract_json(prompt: str, reference: str = "", mask_strategy: str = "") -> t
     unknown = sorted(fields.keys() - {"reference_path", "mask_strategy"})
     if unknown:
         names = _shown(", ".join(unknown))
-        raise ValueError(f"The prompt's JSON has the unknown keys {names}; expected reference_path, mask_strategy: {_shown(prompt)}.")
+        raise ValueError(
+            f"The prompt's JSON has the unknown keys {names}; expected reference_path, mask_strategy: {_shown(prompt)}."
+        )
     strategy = fields.get("mask_strategy", mask_strategy)
     fields["mask_strategy"] = "" if strategy is None else strategy  # null: no strategy, as in the source
     strange = [name for name, value in fields.items() if not isinstance(value, str)]
     if strange:
-        raise ValueError(f"The prompt's JSON has values that are not strings: {', '.join(strange)}; write them in double quotes.")
+        raise ValueError(
+            f"The prompt's JSON has values that are not strings: {', '.join(strange)}; write them in double quotes."
+        )
     return text, fields.get("reference_path", reference), fields["mask_strategy"]
 
 

@@ -73,7 +73,9 @@ def save(
     text = json.dumps(dict(parameters or {}), default=str)
     beside = json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n"
     try:
-        _publish(path, beside, lambda clip: _WRITERS[kind](clip, frames, Fraction(fps).limit_denominator(1001), text), overwrite)
+        _publish(
+            path, beside, lambda clip: _WRITERS[kind](clip, frames, Fraction(fps).limit_denominator(1001), text), overwrite
+        )
     except FileExistsError:
         raise
     except OSError as error:

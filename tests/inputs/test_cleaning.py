@@ -17,12 +17,18 @@ from tests.support import caption_oracle
 RECORDED = Path(__file__).parents[1] / "golden" / "text" / "clean.json"
 
 # What the expressions look for, and what stops them.
-WORDS = """http: https: www: www. http / // . .. com co ru .com .org .it @ a b ab - _ é 1 12 123 12345 1234567 % + %2B %41 %C3%A9 x х ×
+WORDS = (
+    """http: https: www: www. http / // . .. com co ru .com .org .it @ a b ab - _ é 1 12 123 12345 1234567 % + %2B %41 %C3%A9 x х ×
 5x x7 1.5 2x3.4 # png .png .jpg .jpeg mp4 image images free shipping worldwide download click on for page : 1:23 " ' '' &quot; &amp
 &#38; & \\n \\ ( ] * , ; ! ? = ~ person <person> 文 ー — – ` “ ‘ ß İ Ã© ＆ ：
-jc6640 7a8 Z9z9""".split() + [" ", "  ", "\n", "\t", "\xa0", "\u2028", "\u0301", "\x00"]
-MARKUP = """< <a </ </a> <! <!-- --> -- > <? ?> a b = ' " / & &amp; &# &#38; &#x41 &lt ; <![ <![cdata[ ]]> ] <![if <script> </script> <style
-<br> </br> <p> <!doctype <!a é == '' "" <a b= /> <title> x=' y=" 1 <pre> <textarea>""".split() + [" ", "\n", "\x00", "\x0b", "\xa0"]
+jc6640 7a8 Z9z9""".split()
+    + [" ", "  ", "\n", "\t", "\xa0", "\u2028", "\u0301", "\x00"]
+)
+MARKUP = (
+    """< <a </ </a> <! <!-- --> -- > <? ?> a b = ' " / & &amp; &# &#38; &#x41 &lt ; <![ <![cdata[ ]]> ] <![if <script> </script> <style
+<br> </br> <p> <!doctype <!a é == '' "" <a b= /> <title> x=' y=" 1 <pre> <textarea>""".split()
+    + [" ", "\n", "\x00", "\x0b", "\xa0"]
+)
 
 
 def texts(tokens: Sequence[str], seed: int, number: int) -> list[str]:
@@ -69,11 +75,15 @@ def test_recorded_captions_are_cleaned_as_by_the_oracle() -> None:
     cases = json.loads(RECORDED.read_text("utf-8"))["cases"]
     assert len(cases) > 50
     for case in cases:
-        assert cleaning.clean_caption(case["input"]) == caption_oracle.clean_caption(case["input"]) == case["clean_caption_once"]
+        assert (
+            cleaning.clean_caption(case["input"]) == caption_oracle.clean_caption(case["input"]) == case["clean_caption_once"]
+        )
 
 
 def test_nested_entities_are_decoded_as_level_by_level() -> None:
-    for text in texts(["&", "＆", "amp;", "amp", "#38;", "＃", "38", "；", ";", "ａｍｐ；", "lt;", "<", "＜", "\n", "00", "x"], 5, 500):
+    for text in texts(
+        ["&", "＆", "amp;", "amp", "#38;", "＃", "38", "；", ";", "ａｍｐ；", "lt;", "<", "＜", "\n", "00", "x"], 5, 500
+    ):
         assert cleaning.basic_clean(text) == caption_oracle.basic_clean(text), text
 
 
@@ -119,7 +129,24 @@ LONG = [
     "\uff06amp;",
     "%2B",
 ]
-LONG_MARKUP = ["<", "</", "<!", "<!--", "<!-- >", "<?", "<a ", "<a/", "<a", "<a b='", "<a/x=", '<a"\0', '<a b= "', "<a>", "<br></i>", "<![if "]
+LONG_MARKUP = [
+    "<",
+    "</",
+    "<!",
+    "<!--",
+    "<!-- >",
+    "<?",
+    "<a ",
+    "<a/",
+    "<a",
+    "<a b='",
+    "<a/x=",
+    '<a"\0',
+    '<a b= "',
+    "<a>",
+    "<br></i>",
+    "<![if ",
+]
 
 
 @pytest.mark.parametrize("pattern", [*LONG, *LONG_MARKUP])

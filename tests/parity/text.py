@@ -32,7 +32,11 @@ def check(folder: Path, case: str) -> list[str]:
     triples = list(_CHECKS[case](folder, content))
     if not triples:
         return [f"{case}.json holds nothing to compare"]
-    return [f"{what}: {_short(got)}, expected {_short(wanted)}" for what, got, wanted in triples if got != wanted and repr(got) != repr(wanted)]
+    return [
+        f"{what}: {_short(got)}, expected {_short(wanted)}"
+        for what, got, wanted in triples
+        if got != wanted and repr(got) != repr(wanted)
+    ]
 
 
 def compute(folder: Path, case: str) -> dict[str, np.ndarray]:
@@ -168,7 +172,10 @@ def _split_merge(entry: dict[str, Any]) -> _Triples:
 def _pipeline(entry: dict[str, Any]) -> _Triples:
     def run() -> dict[str, Any]:
         merged = prompt.prepare_prompt(entry["input"], **{name: entry[name] for name in ("aes", "flow", "camera_motion")})
-        return {"merged": merged, "loops": [_or_none(lambda loop=loop: prompt.prompt_at_loop(merged, loop)) for loop in range(4)]}
+        return {
+            "merged": merged,
+            "loops": [_or_none(lambda loop=loop: prompt.prompt_at_loop(merged, loop)) for loop in range(4)],
+        }
 
     wanted = entry["result"]
     if "ok" in wanted:

@@ -3,6 +3,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -210,3 +212,50 @@ def test_numbered_names_never_collide(tmp_path: Path) -> None:
         path.touch()
         names.append(path.name)
     assert names == ["sample_0000.mp4", "sample_0000_2.mp4", "sample_0000_3.mp4"]
+
+
+LEFT = {"prompt": "a red circle", "seed": 1, "sora_jax": "0.2.0"}
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.npz", "clip"])
+def test_a_run_killed_between_its_two_publications_can_be_repeated(tmp_path: Path, name: str) -> None:
+    script = f"""if True:
+        import os, numpy as np
+        from sora_jax import files
+        from sora_jax.pipeline import video
+        published, after = [], files._publish
+        def publish(*arguments):
+            published.append(arguments)
+            os._exit(9) if len(published) == 2 else after(*arguments)
+        files._publish = publish
+        video.save(np.zeros((2, 32, 32, 3), np.uint8), {str(tmp_path / name)!r}, fps=24, parameters={LEFT})
+    """
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 9
+    assert not (tmp_path / name).exists()
+    assert json.loads((tmp_path / f"{name}.json").read_text("utf-8")) == LEFT
+    assert video.check_target(tmp_path / name, 10, overwrite=False)
+    path = video.save(moving_square(), tmp_path / name, fps=24, parameters={**LEFT, "seed": 2})
+    assert (
+        clip_info.inspect(path).parameters == json.loads((tmp_path / f"{name}.json").read_text("utf-8")) == {**LEFT, "seed": 2}
+    )
+
+
+@pytest.mark.parametrize("content", ["{}", '{"prompt": "a", "seed": 1}', "[1]", "no JSON", "[" * 100_000])
+def test_a_note_of_somebody_else_is_never_replaced(tmp_path: Path, content: str) -> None:
+    (tmp_path / "clip.mp4.json").write_text(content)
+    with pytest.raises(FileExistsError, match=r"clip\.mp4\.json exists; pass --overwrite"):
+        video.save(moving_square(), tmp_path / "clip.mp4", fps=24)
+    assert os.listdir(tmp_path) == ["clip.mp4.json"]
+    assert (tmp_path / "clip.mp4.json").read_text() == content
+
+
+def test_a_clip_that_cannot_be_published_takes_its_note_along(tmp_path: Path) -> None:
+    def publish(temporary: Path, path: Path, overwrite: bool) -> None:
+        if path.suffix == ".mp4":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        os.rename(temporary, path)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="cannot write .*Input/output error"):
+        patch.setattr(files, "_publish", publish)
+        video.save(moving_square(), tmp_path / "clip.mp4", fps=24)
+    assert not os.listdir(tmp_path)
