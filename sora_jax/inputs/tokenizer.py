@@ -25,7 +25,7 @@ from sora_jax import files
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 MAX_BYTES = 1 << 26  # T5's own files have 1.4 MB and 0.8 MB
 NUM_EXTRA_IDS = 100  # T5's sentinels <extra_id_0..99>, numbered downwards behind the SentencePiece vocabulary
-_PROBE = "A caf\u00e9, \uff21\u2460 \ufb01\u2026 \u6771 1/2"  # uses every part of a tokenizer: what is damaged fails when it is opened
+_PROBE = "A caf\u00e9, \uff21\u2460 \ufb01\u2026 \u6771 1/2"  # uses every part, so that what is damaged fails when it is opened
 
 
 class Tokenizer:

@@ -174,14 +174,14 @@ def test_a_damaged_file_is_one_error_in_one_line_and_nothing_else(
     draw, path, refused = random.Random(0), tmp_path / "tokenizer.json", 0
     for _ in range(90):
         path.write_bytes(damaged(small, draw))
+        message = None
         try:
             tokenizer = Tokenizer.from_file(path)
             ids, _ = tokenizer.encode(["a cat", "</s> <extra_id_3>"], 20)
             assert 0 <= ids.min() <= ids.max() < tokenizer.vocab_size
         except ValueError as error:
-            assert str(error).startswith(str(path))
-            assert "\n" not in str(error).strip()
-            refused += 1
+            message, refused = str(error), refused + 1
+        assert message is None or (message.startswith(str(path)) and "\n" not in message)
     assert 40 < refused < 90
     panic = {**small, "normalizer": {"type": "Precompiled"}}
     path.write_text(json.dumps(panic))

@@ -1,4 +1,4 @@
-"""Text fixtures beyond the recorded ones: random cases, with results by the reference's rules, in the layout of the recorded ones."""
+"""Text fixtures beyond the recorded ones: random cases in their layout, with results by the reference's rules."""
 
 import json
 import random
@@ -34,77 +34,58 @@ JSON = [
 ]
 
 
-def recorded(run: Callable[[], Any]) -> dict[str, Any]:
+def recorded(run: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
     try:
-        return {"ok": run()}
+        return {"ok": run(*arguments)}
     except Exception as error:
         return {"error": type(error).__name__}
-
-
-def or_null(run: Callable[[], str]) -> str | None:
-    try:
-        return run()
-    except (ValueError, IndexError):
-        return None
 
 
 def prompts(draw: random.Random, number: int) -> list[str]:
     return [draw.choice(["|0|", "|0|", ""]) + "".join(draw.choices(PARTS, k=draw.randint(0, 9))) for _ in range(number)]
 
 
+def at_loop(prompt: str, loop: int) -> list[str]:
+    return [prompt_oracle.at_loop(prompt, loop)]
+
+
 def pipeline(prompt: str, scores: dict[str, Any]) -> dict[str, Any]:
     merged = prompt_oracle.prepare(prompt, **scores)
-    return {"merged": merged, "loops": [or_null(lambda loop=loop: prompt_oracle.at_loop(merged, loop)) for loop in range(4)]}
+    return {"merged": merged, "loops": [recorded(prompt_oracle.at_loop, merged, loop).get("ok") for loop in range(4)]}
 
 
 def split_and_merge(prompt: str) -> dict[str, Any]:
-    parts = recorded(lambda: prompt_oracle.split(prompt))
-    return {
-        "input": prompt,
-        "split": parts,
-        "merge": recorded(lambda: prompt_oracle.merge(*parts["ok"])) if "ok" in parts else None,
-    }
+    parts = recorded(prompt_oracle.split, prompt)
+    merged = recorded(prompt_oracle.merge, *parts["ok"]) if "ok" in parts else None
+    return {"input": prompt, "split": parts, "merge": merged}
+
+
+def extracted(texts: list[str]) -> dict[str, Any]:
+    references, strategies = [""] * len(texts), ["1"] * len(texts)
+    result = recorded(prompt_oracle.extract_json, texts, references, strategies)
+    return {"input": texts, "reference": references, "mask_strategy": strategies, "result": result}
 
 
 def sections(draw: random.Random) -> dict[str, list[dict[str, Any]]]:
     """The sections of prompt_utils.json that take texts."""
     several = prompts(draw, 200)
-    scores = [{"aes": None, "flow": None, "camera_motion": None}, {"aes": 6.5, "flow": 0.05, "camera_motion": "pan right"}]
-    objects = [[draw.choice(["a ", "", "|0|a|1|b "]) + draw.choice(JSON) for _ in range(draw.randint(1, 2))] for _ in range(60)]
-    strategies = [
-        ";".join(",".join(draw.choices(FIELDS, k=draw.randint(1, 7))) for _ in range(draw.randint(1, 2))) for _ in range(200)
+    scores: list[dict[str, Any]] = [
+        {"aes": None, "flow": None, "camera_motion": None},
+        {"aes": 6.5, "flow": 0.05, "camera_motion": "pan right"},
     ]
+    objects = [[draw.choice(["a ", "", "|0|a|1|b "]) + draw.choice(JSON) for _ in range(draw.randint(1, 2))] for _ in range(60)]
+    entries = [",".join(draw.choices(FIELDS, k=draw.randint(1, 7))) for _ in range(300)]
+    strategies = ["", None, *entries, *map(";".join, zip(entries[::2], entries[1::2], strict=True))]
     return {
-        "extract_json_from_prompts": [
-            {
-                "input": texts,
-                "reference": [""] * len(texts),
-                "mask_strategy": ["1"] * len(texts),
-                "result": recorded(
-                    lambda texts=texts: prompt_oracle.extract_json(texts, [""] * len(texts), ["1"] * len(texts))
-                ),
-            }
-            for texts in objects
-        ],
+        "extract_json_from_prompts": [extracted(texts) for texts in objects],
         "extract_prompts_loop": [
-            {
-                "input": [one],
-                "num_loop": loop,
-                "result": recorded(lambda one=one, loop=loop: [prompt_oracle.at_loop(one, loop)]),
-            }
-            for one in several
-            for loop in range(4)
+            {"input": [one], "num_loop": loop, "result": recorded(at_loop, one, loop)} for one in several for loop in range(4)
         ],
         "split_merge": [split_and_merge(prompt) for prompt in several],
         "pipeline": [
-            {"input": one, **score, "result": recorded(lambda one=one, score=score: pipeline(one, score))}
-            for one in several[:60]
-            for score in scores
+            {"input": one, **score, "result": recorded(pipeline, one, score)} for one in several[:60] for score in scores
         ],
-        "parse_mask_strategy": [
-            {"input": one, "result": recorded(lambda one=one: prompt_oracle.parse_strategy(one))}
-            for one in ["", None, *strategies]
-        ],
+        "parse_mask_strategy": [{"input": one, "result": recorded(prompt_oracle.parse_strategy, one)} for one in strategies],
     }
 
 
@@ -114,7 +95,7 @@ def test_texts_that_the_reference_accepts_are_treated_alike_and_others_refused(t
     content = json.loads((folder / "prompt_utils.json").read_text("utf-8"))
     added = sections(random.Random(seed))
     for name, entries in added.items():
-        results = [entry.get("result", entry.get("split")) for entry in entries]
+        results: list[dict[str, Any]] = [entry["result" if "result" in entry else "split"] for entry in entries]
         assert sum("ok" in result for result in results) > 10, name
         assert sum("error" in result for result in results) > 10 or name == "pipeline", name
     (folder / "prompt_utils.json").write_text(json.dumps({**content, **added}), "utf-8")
@@ -130,7 +111,7 @@ def test_a_wrong_record_of_repeated_starts_is_noticed(tmp_path: Path) -> None:
 
 
 def test_mask_strategies_that_the_reference_accepts_are_applied_alike() -> None:
-    """Starts inside the clip and the reference; others are refused here, where the reference takes them from behind, or fails."""
+    """Starts inside the clip and the reference; others are refused here, and wrap around or fail in the reference."""
     draw = random.Random(2)
     accepted = 0
     for _ in range(600):

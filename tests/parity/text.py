@@ -3,6 +3,7 @@
 JSON fixtures must be equal; where the reference fails (an assertion, an int() of text), ours must raise ValueError.
 """
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -174,7 +175,7 @@ def _pipeline(entry: dict[str, Any]) -> _Triples:
         merged = prompt.prepare_prompt(entry["input"], **{name: entry[name] for name in ("aes", "flow", "camera_motion")})
         return {
             "merged": merged,
-            "loops": [_or_none(lambda loop=loop: prompt.prompt_at_loop(merged, loop)) for loop in range(4)],
+            "loops": [_or_none(functools.partial(prompt.prompt_at_loop, merged, loop)) for loop in range(4)],
         }
 
     wanted = entry["result"]

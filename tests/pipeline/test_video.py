@@ -249,13 +249,13 @@ def test_a_note_of_somebody_else_is_never_replaced(tmp_path: Path, content: str)
     assert (tmp_path / "clip.mp4.json").read_text() == content
 
 
-def test_a_clip_that_cannot_be_published_takes_its_note_along(tmp_path: Path) -> None:
+def test_a_clip_that_cannot_be_published_takes_its_note_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def publish(temporary: Path, path: Path, overwrite: bool) -> None:
         if path.suffix == ".mp4":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         os.rename(temporary, path)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="cannot write .*Input/output error"):
-        patch.setattr(files, "_publish", publish)
+    monkeypatch.setattr(files, "_publish", publish)
+    with pytest.raises(OSError, match=r"cannot write .*Input/output error"):
         video.save(moving_square(), tmp_path / "clip.mp4", fps=24)
     assert not os.listdir(tmp_path)

@@ -1,6 +1,6 @@
 """Caption cleaning as the reference writes it: one expression after another, over the whole text.
 
-It is slow on purpose: some of these expressions take quadratic time.  Tests compare the product, which takes linear time, with it.
+Some of these expressions take quadratic time.  Tests compare the product, which takes linear time, with them.
 Source: Open-Sora v1.2 opensora/models/text_encoder/t5.py clean_caption, in a table.
 """
 
