@@ -120,8 +120,9 @@ def advice(error: OSError) -> str:
 
 def refuse_missing(path: str | os.PathLike[str], what: str, *, remedy: str = "") -> None:
     """Raises FileNotFoundError unless ``path`` is a file; ``what`` says of what kind, ``remedy`` what to do."""
-    if not Path(path).is_file():
-        state = "is a folder" if Path(path).is_dir() else "does not exist"
+    path = Path(path)
+    if not path.is_file():
+        state = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{what} {path} {state}{'; ' if remedy else ''}{remedy or '.'}")
 
 

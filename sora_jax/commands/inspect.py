@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sora_jax.pipeline import video
+from sora_jax.pipeline import clip_info
 
 PLAN_SETTINGS = ("num_frames", "height", "width", "resolution", "aspect_ratio", "num_steps", "guidance", "loop", "dtype")
 PLAN_OPTIONS = ("memory_budget", "batch_size", "bandwidth", "gflops")
@@ -27,7 +27,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if path.is_dir() and not any(path.glob("*.png")):
         return _inspect_model(path)
-    found = video.inspect(path)
+    found = clip_info.inspect(path)
     return {"path": str(path), "media": found.media, "parameters": found.parameters}
 
 

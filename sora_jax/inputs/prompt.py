@@ -1,119 +1,20 @@
-"""Prompts before tokenisation: conditions written as JSON, segments per loop, score suffixes, caption cleaning.
+"""Prompts before tokenisation: conditions written as JSON, segments per loop, score suffixes, and the order of cleaning.
 
 The order is fixed: ``extract_json``, then ``prepare_prompt`` (split, append scores, clean, merge), then ``prompt_at_loop``
-for each clip.  Every function is text to text; nothing here tokenises, reads references or knows a network.
+for each clip.  Every function is text to text, and accepts every text that the reference accepts, up to `MAX_CHARACTERS`;
+nothing here tokenises, reads references or knows a network.
 """
 
-import html
 import itertools
 import json
 import os
-import re
-import urllib.parse
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import bs4
-import ftfy
+from sora_jax.inputs.cleaning import preprocess_text
 
-_Substitutions = tuple[tuple[re.Pattern[str], str], ...]
-
-
-def _compiled(*pairs: tuple[str, str]) -> _Substitutions:
-    return tuple((re.compile(pattern), replacement) for pattern, replacement in pairs)
-
-
-def _url(scheme: str) -> str:
-    domains = "com|co|ru|net|org|edu|gov|it"
-    return rf"\b(?:{scheme}:(?:/{{1,3}}|[a-zA-Z0-9%])|[a-zA-Z0-9.\-]+\.(?:{domains})[\w/-]*\b/?(?!@))"
-
-
-_FILE_TYPES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
-
-_BEFORE_HTML = _compiled(
-    ("<person>", "person"),
-    (_url("https?"), ""),
-    (_url("www"), ""),
-)
-
-_AFTER_HTML = _compiled(
-    (r"@\w+\b", ""),  # @nickname
-    (r"[\u31c0-\u9fff]+", ""),  # CJK strokes to CJK ideographs; kana and Hangul lie outside
-    (
-        r"[-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d]+",
-        "-",
-    ),
-    ("[`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),
-    ("[\u2018\u2019]", "'"),
-    (r"&quot;?", ""),
-    (r"&amp", ""),
-    (r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # IP address
-    (r"\d:\d\d\s+$", ""),  # time of day at the very end
-    (r"\\n", " "),  # a backslash and an n
-    (r"#\d{1,3}\b", ""),
-    (r"#\d{5,}\b", ""),
-    (r"\b\d{6,}\b", ""),
-    (rf"\S+\.(?:{_FILE_TYPES})", ""),
-    (r"[\"']{2,}", '"'),
-    (r"\.{2,}", " "),
-    (r"[#\u00ae\u2022\u00a9\u2122&@\u00b7\u00ba\u00bd\u00be\u00bf\u00a1\u00a7~()\[\]{}|\\/*]+", " "),
-    (r"\s+\.\s+", " "),
-)
-
-_DASH_OR_UNDERSCORE = re.compile("[-_]")
-_MAX_JOINERS = 3  # more of them than this, and the text is taken for a this-is-my-cute-cat slug
-
-_LAST = _compiled(
-    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # jc6640
-    (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),  # jc6640vc
-    (r"\b\d+[a-zA-Z]+\d+\b", ""),  # 6640vc231
-    (r"(?:worldwide\s+)?(?:free\s+)?shipping", ""),
-    (r"(?:free\s)?download(?:\sfree)?", ""),
-    (r"\bclick\b\s(?:for|on)\s\w+", ""),
-    (rf"\b(?:{_FILE_TYPES})(?:\simages?)?", ""),
-    (r"\bpage\s+\d+\b", ""),
-    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),  # j2d1a2a
-    (r"\b\d+\.?\d*[x\u0445\u00d7]\d+\.?\d*\b", ""),  # 1920x1080, with Latin x, Cyrillic kha or the multiplication sign
-    (r"\b\s+:\s+", ": "),
-    (r"(\D[,./])\b", r"\1 "),
-    (r"\s+", " "),
-    (r"^[\"']([\w\W]+)[\"']$", r"\1"),
-    (r"^['_,\-:;]", ""),
-    (r"['_,\-:+]$", ""),
-    (r"^\.\S+$", ""),
-)
-
-
-def preprocess_text(text: str, *, clean: bool = True) -> str:
-    """Returns a prompt as the text encoder saw captions in training: cleaned twice, or only lower-cased and stripped.
-
-    The second cleaning is not idle: the first one decodes ``%2B`` to ``+``, the second turns ``+`` into a space.
-
-    Source: Open-Sora v1.2 opensora/models/text_encoder/t5.py text_preprocessing.
-    """
-    return clean_caption(clean_caption(text)) if clean else text.lower().strip()
-
-
-def clean_caption(text: str) -> str:
-    """Returns a caption in lower case without addresses, markup, file names, serial numbers and CJK ideographs.
-
-    Source: Open-Sora v1.2 opensora/models/text_encoder/t5.py clean_caption.
-    """
-    text = urllib.parse.unquote_plus(text).strip().lower()
-    text = _substitute(_BEFORE_HTML, text)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", bs4.MarkupResemblesLocatorWarning)  # a prompt may look like a file name
-        text = bs4.BeautifulSoup(text, features="html.parser").text
-    text = _substitute(_AFTER_HTML, text)
-    if len(_DASH_OR_UNDERSCORE.findall(text)) > _MAX_JOINERS:
-        text = _DASH_OR_UNDERSCORE.sub(" ", text)
-    return _substitute(_LAST, basic_clean(text)).strip()
-
-
-def basic_clean(text: str) -> str:
-    """Returns the text with mojibake repaired and HTML entities decoded (twice: ``&amp;lt;`` is ``<``)."""
-    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+MAX_CHARACTERS = 20_000  # about 15 times what the text encoder reads of a prompt; cleaning takes a fraction of a second
+_MAX_SHOWN = 200  # characters of a prompt in a message
 
 
 def append_scores(
@@ -153,20 +54,29 @@ def extract_json(prompt: str, reference: str = "", mask_strategy: str = "") -> t
         return prompt, reference, mask_strategy
     if "{" in rest:
         raise ValueError(
-            f"The prompt opens {prompt.count('{')} braces; expected at most one JSON object, at its end: {prompt!r}."
+            f"The prompt opens {prompt.count('{')} braces; expected at most one JSON object, at its end: {_shown(prompt)}."
         )
     try:
         fields = json.loads(brace + rest)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
         raise ValueError(
-            f"The prompt's JSON is malformed ({error}): {brace + rest!r}; remove the braces if none is meant."
+            f"The prompt's JSON is malformed ({reason}): {_shown(brace + rest)}; remove the braces if none is meant."
         ) from error
     unknown = sorted(fields.keys() - {"reference_path", "mask_strategy"})
     if unknown:
-        raise ValueError(f"The prompt's JSON has unknown keys {unknown}; expected reference_path, mask_strategy: {prompt!r}.")
-    if not all(isinstance(value, str) for value in fields.values()):
-        raise ValueError(f"The prompt's JSON has values that are not strings: {fields}; write them in double quotes.")
-    return text, fields.get("reference_path", reference), fields.get("mask_strategy", mask_strategy)
+        names = _shown(", ".join(unknown))
+        raise ValueError(
+            f"The prompt's JSON has the unknown keys {names}; expected reference_path, mask_strategy: {_shown(prompt)}."
+        )
+    strategy = fields.get("mask_strategy", mask_strategy)
+    fields["mask_strategy"] = "" if strategy is None else strategy  # null: no strategy, as in the source
+    strange = [name for name, value in fields.items() if not isinstance(value, str)]
+    if strange:
+        raise ValueError(
+            f"The prompt's JSON has values that are not strings: {', '.join(strange)}; write them in double quotes."
+        )
+    return text, fields.get("reference_path", reference), fields["mask_strategy"]
 
 
 def split_prompt(prompt: str) -> tuple[list[str], list[int] | None]:
@@ -175,7 +85,7 @@ def split_prompt(prompt: str) -> tuple[list[str], list[int] | None]:
     Source: Open-Sora v1.2 opensora/utils/inference_utils.py split_prompt.
 
     Raises:
-      ValueError: a loop number is not an integer or not larger than the one before, or a text is missing.
+      ValueError: a loop number is not an integer, or a text is missing.
     """
     if not prompt.startswith("|0|"):
         return [prompt], None
@@ -201,7 +111,14 @@ def prepare_prompt(
     """Returns the prompt with scores appended to every segment and every segment cleaned, scores included.
 
     Source: Open-Sora v1.2 scripts/inference.py, steps 0 and 2 to 4.
+
+    Raises:
+      ValueError: the prompt is longer than `MAX_CHARACTERS`, or its segments or its markup are malformed.
     """
+    if len(prompt) > MAX_CHARACTERS:
+        raise ValueError(
+            f"the prompt has {len(prompt)} characters ({_shown(prompt)}); expected at most {MAX_CHARACTERS}: shorten it."
+        )
     segments, starts = split_prompt(prompt)
     scored = [append_scores(text, aes=aes, flow=flow, camera_motion=camera_motion) for text in segments]
     return merge_prompt([preprocess_text(text, clean=clean) for text in scored], starts)
@@ -210,14 +127,15 @@ def prepare_prompt(
 def prompt_at_loop(prompt: str, loop: int) -> str:
     """Returns the segment of a prepared prompt that holds in the ``loop``-th clip (0 is the first).
 
+    Each segment holds for as many clips as its number is below the next one's; where it is not, it is skipped.
+
     Source: Open-Sora v1.2 opensora/utils/inference_utils.py extract_prompts_loop.
     """
     if not prompt.startswith("|0|"):
         return prompt
     texts, starts = _segments(prompt)
-    ends = [*starts[1:], loop + 1]
-    by_loop = [text for text, start, end in zip(texts, starts, ends, strict=True) for _ in range(start, end)]
-    return by_loop[loop]
+    ends = itertools.accumulate(max(end - start, 0) for start, end in zip(starts, [*starts[1:], loop + 1], strict=True))
+    return next(text for text, end in zip(texts, ends, strict=True) if loop < end)
 
 
 def load_prompts(path: str | Path, start: int | None = None, end: int | None = None) -> list[str]:
@@ -259,20 +177,15 @@ def sample_path(
     return path if num_samples == 1 else f"{path}-{sample}"
 
 
-def _substitute(substitutions: _Substitutions, text: str) -> str:
-    for pattern, replacement in substitutions:
-        text = pattern.sub(replacement, text)
-    return text
-
-
 def _segments(prompt: str) -> tuple[list[str], list[int]]:
     parts = prompt.split("|")[1:]
     try:
         if len(parts) % 2:
             raise ValueError("the last one has no text")
-        starts = [int(part) for part in parts[::2]]
-        if any(start >= following for start, following in itertools.pairwise(starts)):
-            raise ValueError("the loops do not follow each other")
-        return parts[1::2], starts
+        return parts[1::2], [int(part) for part in parts[::2]]
     except ValueError as error:
-        raise ValueError(f"Malformed prompt segments ({error}) in {prompt!r}; expected |0| text |2| text.") from error
+        raise ValueError(f"Malformed prompt segments ({error}) in {_shown(prompt)}; expected |0| text |2| text.") from error
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}...")

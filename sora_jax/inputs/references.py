@@ -6,20 +6,24 @@ the host; encoding references to latents is the pipeline's business.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import av
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from sora_jax import files
+from sora_jax.inputs import media
 
 Latents = Float[np.ndarray, "_ _ _ _"]  # (T, H, W, C) of one reference; T differs between references
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+MAX_VIDEO_PIXELS = 2**28  # of all frames after resizing: 3.2 GB in float32, 109 s of 426 x 240 at 24 frames per second
+MAX_VIDEO_FRAMES = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +125,11 @@ def _put(z_THWC: np.ndarray, mask_T: np.ndarray, references: Sequence[np.ndarray
         raise ValueError(f"reference latents are {reference.shape[1:]} (H, W, C); expected {z_THWC.shape[1:]} as the clip.")
     source = _start(entry.reference_start, len(reference), align, "reference")
     target = _start(entry.target_start, len(z_THWC), align, "clip")
-    length = max(0, min(entry.length, len(z_THWC) - target, len(reference) - source))
-    z_THWC[target : target + length] = reference[source : source + length]
+    length = min(entry.length, len(z_THWC) - target, len(reference) - source)  # below 0: up to that many from the end
+    place, taken = z_THWC[target : target + length], reference[source : source + length]
+    if len(taken) not in (1, len(place)):
+        raise ValueError(f"the mask strategy puts {len(taken)} latent frames of a reference into {len(place)} of the clip.")
+    place[:] = taken
     mask_T[target : target + length] = entry.edit_ratio
 
 
@@ -170,34 +177,65 @@ def read_reference(path: str | Path, height: int, width: int) -> Float[np.ndarra
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is of another kind, or damaged.
+      ValueError: the file is of another kind, damaged, or has more frames or pixels than are read.
+      OSError: the system cannot read it.
     """
-    path = Path(path)
-    files.refuse_missing(path, "Reference")
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        return np.concatenate([resize_crop_video(frame[None], height, width) for frame in _frames(path)])
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        expected = " ".join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
-        raise ValueError(f"Reference {path} has suffix {path.suffix!r}; expected one of {expected}.")
+    if _is_video(path):
+        most = max(1, MAX_VIDEO_PIXELS // (height * width))
+        frames = _frames(Path(path), most, f"{most} frames of {height} x {width}")
+        return np.concatenate([resize_crop_video(frame.to_ndarray(format="rgb24")[None], height, width) for frame in frames])
     try:
-        with Image.open(path) as image:
-            return resize_crop_image(ImageOps.exif_transpose(image), height, width)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+        return resize_crop_image(media.read_image(Path(path)), height, width)
+    except media.MediaError as error:
         raise ValueError(f"Reference {path} is not a readable image: {error}.") from error
 
 
-def _frames(path: Path) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """Yields the frames of a video file one by one: whole clips of large frames need not fit in memory."""
-    count = 0
+def count_frames(path: str | Path) -> int:
+    """Returns the number of frames of a reference, which is decoded to its end but kept nowhere.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is of another kind, damaged, or has more frames or pixels than are read.
+      OSError: the system cannot read it.
+    """
+    if _is_video(path):
+        return sum(1 for _ in _frames(Path(path), MAX_VIDEO_FRAMES, f"{MAX_VIDEO_FRAMES} frames"))
     try:
-        with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
-                count += 1
-                yield frame.to_ndarray(format="rgb24")
-    except (av.FFmpegError, IndexError) as error:
+        media.read_image(Path(path))
+    except media.MediaError as error:
+        raise ValueError(f"Reference {path} is not a readable image: {error}.") from error
+    return 1
+
+
+def _is_video(path: str | Path) -> bool:
+    """Returns whether a reference is a video, else it is an image.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the path is empty, an address on the network, or has another suffix.
+    """
+    if not str(path):
+        raise ValueError("a reference path is empty; expected paths with one ';' between them, and none at the end.")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)):
+        raise ValueError(f"Reference {path} is an address on the network; download it and give the path of the file.")
+    path = Path(path)
+    files.refuse_missing(path, "Reference")
+    suffix = path.suffix.lower()
+    if suffix not in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
+        expected = " ".join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
+        raise ValueError(f"Reference {path} has suffix {path.suffix!r}; expected one of {expected}.")
+    return suffix in VIDEO_SUFFIXES
+
+
+def _frames(path: Path, most: int, limit: str) -> Iterator[av.VideoFrame]:
+    """Yields the frames of a video file one by one: whole clips of large frames need not fit in memory."""
+    try:
+        for number, frame in enumerate(media.video_frames(path)):
+            if number == most:
+                raise ValueError(f"Reference {path} has more than {limit}, which is all that is read; cut it.")
+            yield frame
+    except media.MediaError as error:
         raise ValueError(f"Reference {path} is not a readable video: {error}.") from error
-    if not count:
-        raise ValueError(f"Reference {path} holds no video frames.")
 
 
 def resize_crop_image(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "1 h w 3"]:

@@ -2,12 +2,16 @@
 
 Both files give the same ids: special tokens written in the text (``</s>``, ``<extra_id_7>``) are recognised with either.
 The one known exception is a combining mark right behind a character that normalisation replaces (U+2026 U+0301), which the
-``tokenizers`` library drops and SentencePiece keeps.  Text is tokenised as it is given; cleaning captions is the business
-of ``sora_jax.inputs.prompt``.
+``tokenizers`` library drops and SentencePiece keeps.  Text is tokenised as it stands; cleaning captions is the business of
+``sora_jax.inputs.cleaning``.
 """
 
+import contextlib
+import os
 import re
-from collections.abc import Callable, Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -19,7 +23,9 @@ from jaxtyping import Bool, Int
 from sora_jax import files
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
+MAX_BYTES = 1 << 26  # T5's own files have 1.4 MB and 0.8 MB
 NUM_EXTRA_IDS = 100  # T5's sentinels <extra_id_0..99>, numbered downwards behind the SentencePiece vocabulary
+_PROBE = "A caf\u00e9, \uff21\u2460 \ufb01\u2026 \u6771 1/2"  # uses every part, so that what is damaged fails when it is opened
 
 
 class Tokenizer:
@@ -45,6 +51,9 @@ class Tokenizer:
                 f"{path} is not a tokenizer file: got suffix {path.suffix!r}, expected tokenizer.json or spiece.model."
             )
         files.refuse_missing(path, "Tokenizer file")
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"{path} has {size} bytes; expected a tokenizer of at most {MAX_BYTES}.")
         split, pad_id, eos_id, vocab_size = readers[path.suffix](path)
         return cls(split, pad_id=pad_id, eos_id=eos_id, vocab_size=vocab_size)
 
@@ -73,18 +82,56 @@ class Tokenizer:
 
 
 def _read_json(path: Path) -> tuple[Callable[[str], list[int]], int, int, int]:
-    try:
+    with _panics_as_errors(f"{path} is not a readable tokenizer.json"):
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
-        raise ValueError(f"{path} is not a readable tokenizer.json: {error}.") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode(_PROBE, add_special_tokens=False)
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     pad_id, eos_id = (_present(tokenizer.token_to_id(token), token, path) for token in (PAD, EOS))
 
     def split(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        with _panics_as_errors(f"{path} cannot tokenise {text[:40]!r}", quiet=False):
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    return split, pad_id, eos_id, tokenizer.get_vocab_size(with_added_tokens=True)
+    return split, pad_id, eos_id, largest + 1
+
+
+@contextlib.contextmanager
+def _panics_as_errors(what: str, *, quiet: bool = True) -> Iterator[None]:
+    """Turns whatever the ``tokenizers`` library raises into a ValueError.
+
+    Its panics are no Exceptions, and print pages to standard error before they arrive; where ``quiet``, those are dropped.
+    """
+    try:
+        with _held_back() if quiet else contextlib.nullcontext():
+            yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {error}.") from error
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """Holds back what the process writes to its standard error; drops it if the body fails, writes it afterwards if not."""
+    try:
+        terminal = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    if sys.stderr:
+        sys.stderr.flush()
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+        held.seek(0)
+        with open(2, "wb", closefd=False) as stderr:
+            stderr.write(held.read())
 
 
 def _read_sentencepiece(path: Path) -> tuple[Callable[[str], list[int]], int, int, int]:

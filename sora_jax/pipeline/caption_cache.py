@@ -48,7 +48,7 @@ class CaptionCache:
             if hashlib.sha256(data).hexdigest() != fields["sha256"]:
                 return None
             features = np.frombuffer(data, _DTYPES[fields["dtype"]]).reshape(fields["shape"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # used last, removed last

@@ -1,18 +1,17 @@
-"""Frames to files and back: H.264, GIF, PNG and npz, each carrying the parameters that generated it.
+"""Frames to files: H.264, GIF, PNG and npz, each carrying the parameters that generated it.
 
 Invariant: what is written is exactly ``frames`` at exactly ``fps`` (GIF: to its clock of 1/100 s), with the generation
-parameters as JSON inside the file and beside it (``circle.mp4`` and ``circle.mp4.json``).  No jax here, and no decoding
-of references: sora_jax.inputs.references reads those.
+parameters as JSON inside the file and beside it (``circle.mp4`` and ``circle.mp4.json``).  The JSON is published first and
+the clip last: a clip that is there is complete, and a JSON without its clip is what an interrupted run left.  No jax here;
+`clip_info` reads what is written here.
 """
 
-import dataclasses
 import itertools
 import json
 import math
 import os
 import re
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from jaxtyping import Float, UInt8
 from sora_jax import files
 
 FORMATS = ("mp4", "gif", "png", "npz")
-_PARAMETERS = "parameters"  # PNG text key and npz field; mp4 and GIF have one comment
+PARAMETERS = "parameters"  # PNG text key and npz field; mp4 and GIF have one comment
+_MAX_JSON_BYTES = 1 << 20  # of parameters: a prompt has at most 20,000 characters
 _BT709 = 1  # ISO/IEC 23091-2 code of colour primaries, transfer function and matrix
 # The macroblock tree reads memory that nothing has written at sides below about 100, so equal frames gave unequal files.
 _X264 = {"crf": "16", "preset": "medium", "mbtree": "0"}
@@ -61,7 +61,7 @@ def save(
 
     Raises:
       ValueError: unknown suffix, or frames that the format cannot hold.
-      FileExistsError: the file or its JSON exists and ``overwrite`` is False.
+      FileExistsError: the file or its JSON exists and ``overwrite`` is False; not a JSON that an interrupted run left.
       OSError: the file cannot be written (no permission, disk full); nothing half-written stays behind.
     """
     path = Path(path)
@@ -73,9 +73,9 @@ def save(
     text = json.dumps(dict(parameters or {}), default=str)
     beside = json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n"
     try:
-        with files.whole_file(path, overwrite=overwrite) as clip, files.whole_file(sidecar(path), overwrite=overwrite) as note:
-            _WRITERS[kind](clip, frames, Fraction(fps).limit_denominator(1001), text)
-            note.write_text(beside, encoding="utf-8")
+        _publish(
+            path, beside, lambda clip: _WRITERS[kind](clip, frames, Fraction(fps).limit_denominator(1001), text), overwrite
+        )
     except FileExistsError:
         raise
     except OSError as error:
@@ -97,7 +97,9 @@ def check_target(path: Path, num_frames: int, *, overwrite: bool) -> str:
         raise ValueError(f"{str(path)!r} is no name in UTF-8; choose another one.")
     kind = clip_format(path, num_frames)
     if not overwrite:
-        files.refuse_existing(path, sidecar(path))
+        files.refuse_existing(path)
+        if not _is_left_over(path):
+            files.refuse_existing(sidecar(path))
     elif path.is_dir():
         others = [entry.name for entry in path.iterdir() if not re.fullmatch(r"\d{4,}\.png", entry.name)]
         if others or kind != "frames":
@@ -109,6 +111,33 @@ def check_target(path: Path, num_frames: int, *, overwrite: bool) -> str:
 def sidecar(path: Path) -> Path:
     """Returns the path of the JSON beside a clip."""
     return path.with_name(path.name + ".json")
+
+
+def _publish(path: Path, beside: str, write: Callable[[Path], None], overwrite: bool) -> None:
+    """Publishes the JSON and then the clip that ``write`` writes; a clip that cannot be published takes its JSON along."""
+    replaces = overwrite or _is_left_over(path)
+    noted = False
+    try:
+        with files.whole_file(path, overwrite=overwrite) as clip:
+            write(clip)
+            files.write_text(sidecar(path), beside, overwrite=replaces)
+            noted = True
+    except BaseException:
+        if noted:
+            sidecar(path).unlink(missing_ok=True)
+        raise
+
+
+def _is_left_over(path: Path) -> bool:
+    """Returns whether the JSON of a clip was published by a run that ended before it published the clip."""
+    beside = sidecar(path)
+    if os.path.lexists(path) or beside.is_symlink() or not beside.is_file() or beside.stat().st_size > _MAX_JSON_BYTES:
+        return False
+    try:
+        fields = json.loads(beside.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and {"prompt", "seed"} <= fields.keys() and bool({"sora_jax", "exported"} & fields.keys())
 
 
 def clip_format(path: Path, num_frames: int) -> str:
@@ -177,7 +206,7 @@ def _write_png(path: Path, frames: np.ndarray, fps: Fraction, text: str) -> None
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    info.add_text(_PARAMETERS, text)
+    info.add_text(PARAMETERS, text)
     Image.fromarray(frames[0]).save(path, format="PNG", pnginfo=info)
 
 
@@ -193,111 +222,3 @@ def _write_npz(path: Path, frames: np.ndarray, fps: Fraction, text: str) -> None
 
 
 _WRITERS = {"mp4": _write_mp4, "gif": _write_gif, "png": _write_png, "frames": _write_frames, "npz": _write_npz}
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipInfo:
-    """What a file says about itself: ``media`` (format, frames, size, fps ...) and the generation ``parameters``."""
-
-    media: dict[str, Any]
-    parameters: dict[str, Any]
-
-
-def inspect(path: str | os.PathLike[str]) -> ClipInfo:
-    """Returns what a written clip contains; if the file lost its parameters, those of the JSON beside it.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: the file is not a readable clip.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist.")
-    kind = clip_format(path, 1)
-    if kind == "frames" and not path.is_dir():
-        raise ValueError(f"{path} has no suffix and is no folder; expected .mp4, .gif, .png, .npz or a folder of PNG frames.")
-    try:
-        media, text = _READERS[kind](path)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a readable {kind} file: {error}") from error
-    if not text and sidecar(path).exists():
-        text = sidecar(path).read_text(encoding="utf-8")
-    return ClipInfo({"format": kind, "bytes": _size_bytes(path), **media}, _parse(text))
-
-
-def _parse(text: str) -> dict[str, Any]:
-    """Returns the parameters in a comment; a comment of another program is shown as it is."""
-    try:
-        parsed = json.loads(text or "{}")
-    except ValueError:
-        parsed = text
-    return parsed if isinstance(parsed, dict) else {"comment": parsed}
-
-
-def _size_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
-
-
-def _inspect_mp4(path: Path) -> tuple[dict[str, Any], str]:
-    import av
-
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError("it has no video stream")
-        stream = container.streams.video[0]
-        num_frames = stream.frames or sum(1 for _ in container.decode(stream))
-        media = {
-            "codec": stream.codec_context.name,
-            "pixel_format": stream.codec_context.pix_fmt,
-            "frames": num_frames,
-            "width": stream.codec_context.width,
-            "height": stream.codec_context.height,
-            "fps": float(stream.average_rate or 0),
-            "duration_s": float(num_frames / stream.average_rate) if stream.average_rate else 0.0,
-        }
-        return media, container.metadata.get("comment", "")
-
-
-def _inspect_gif(path: Path) -> tuple[dict[str, Any], str]:
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        comment = picture.info.get("comment", b"")
-        num_frames = getattr(picture, "n_frames", 1)
-        duration_s = 0.0
-        for i in range(num_frames):
-            picture.seek(i)
-            duration_s += picture.info.get("duration", 0) / 1000
-        media = {"frames": num_frames, "width": picture.width, "height": picture.height, "duration_s": round(duration_s, 3)}
-        return media, comment.decode(errors="replace") if isinstance(comment, bytes) else comment
-
-
-def _inspect_png(path: Path) -> tuple[dict[str, Any], str]:
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        text = picture.text.get(_PARAMETERS, "") if picture.format == "PNG" else ""  # type: ignore[attr-defined]
-        return {"frames": 1, "width": picture.width, "height": picture.height}, text
-
-
-def _inspect_frames(path: Path) -> tuple[dict[str, Any], str]:
-    pictures = sorted(path.glob("*.png"))
-    if not pictures:
-        raise ValueError("the folder has no PNG frames")
-    media, text = _inspect_png(pictures[0])
-    return {**media, "frames": len(pictures)}, text
-
-
-def _inspect_npz(path: Path) -> tuple[dict[str, Any], str]:
-    if not zipfile.is_zipfile(path):
-        raise ValueError("it is no zip archive, or cut short")
-    with np.load(path, allow_pickle=False) as arrays:
-        shapes = {name: f"{arrays[name].dtype}{list(arrays[name].shape)}" for name in arrays if name != _PARAMETERS}
-        media: dict[str, Any] = {"arrays": shapes}
-        if "frames" in arrays:
-            num_frames, height, width = arrays["frames"].shape[:3]
-            media = {"frames": num_frames, "width": width, "height": height, "fps": float(arrays["fps"])}
-        return media, str(arrays[_PARAMETERS]) if _PARAMETERS in arrays else ""
-
-
-_READERS = {"mp4": _inspect_mp4, "gif": _inspect_gif, "png": _inspect_png, "frames": _inspect_frames, "npz": _inspect_npz}

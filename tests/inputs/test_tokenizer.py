@@ -1,15 +1,20 @@
 """Token ids: both file kinds alike, truncation and padding, and what a damaged file says."""
 
 import base64
+import copy
 import json
+import os
+import random
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sora_jax.inputs import tokenizer as tokenizer_module
 from sora_jax.inputs.tokenizer import Tokenizer
 
 VOCABULARY = Path(__file__).parents[1] / "golden" / "t5_tokenizer.json"
@@ -127,3 +132,98 @@ def test_unusable_files_say_why(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(words))
     with pytest.raises(ValueError, match="no </s> token"):
         Tokenizer.from_file(tmp_path / "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def small() -> dict[str, Any]:
+    """The same tokenizer with few pieces, so that it is read quickly."""
+    content = json.loads(VOCABULARY.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = vocabulary[:200] + [entry for entry in vocabulary if entry[0].startswith("<extra_id_")]
+    place = {piece: index for index, (piece, _) in enumerate(content["model"]["vocab"])}
+    content["added_tokens"] = [{**token, "id": place[token["content"]]} for token in content["added_tokens"]]
+    return content
+
+
+def places(content: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    children = content.items() if isinstance(content, dict) else enumerate(content[:3]) if isinstance(content, list) else ()
+    return [place, *(deeper for key, child in children for deeper in places(child, (*place, key)))]
+
+
+def damaged(content: Any, draw: random.Random) -> bytes:
+    """Returns the file with one thing in it replaced by another, or cut, or with letters of its table of characters changed."""
+    content = copy.deepcopy(content)
+    *way, last = draw.choice(places(content)[1:])
+    values = [None, 0, -1, 10**9, 10**12, 1.5, "", "x", "\0", [], {}, [[]], True, "A" * 1000, float("nan"), "AAAAAAAAAAAA"]
+    holder = content
+    for key in way:
+        holder = holder[key]
+    holder[last] = draw.choice(values)
+    if draw.random() < 0.2:
+        table = bytearray(base64.b64decode(json.loads(VOCABULARY.read_text("utf-8"))["normalizer"]["precompiled_charsmap"]))
+        table[draw.randrange(len(table))] ^= 255
+        content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+    text = json.dumps(content).encode()
+    return text[: draw.randrange(len(text))] if draw.random() < 0.1 else text
+
+
+def test_a_damaged_file_is_one_error_in_one_line_and_nothing_else(
+    tmp_path: Path, small: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The library panics at some of these, and prints pages."""
+    draw, path, refused = random.Random(0), tmp_path / "tokenizer.json", 0
+    for _ in range(90):
+        path.write_bytes(damaged(small, draw))
+        message = None
+        try:
+            tokenizer = Tokenizer.from_file(path)
+            ids, _ = tokenizer.encode(["a cat", "</s> <extra_id_3>"], 20)
+            assert 0 <= ids.min() <= ids.max() < tokenizer.vocab_size
+        except ValueError as error:
+            message, refused = str(error), refused + 1
+        assert message is None or (message.startswith(str(path)) and "\n" not in message)
+    assert 40 < refused < 90
+    panic = {**small, "normalizer": {"type": "Precompiled"}}
+    path.write_text(json.dumps(panic))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a readable tokenizer\.json: Precompiled"):
+        Tokenizer.from_file(path)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_others_write_while_a_tokenizer_is_opened_is_not_lost(
+    tmp_path: Path, small: dict[str, Any], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = tokenizer_module.tokenizers.Tokenizer
+
+    class Talkative:
+        @staticmethod
+        def from_file(path: str) -> Any:
+            os.write(2, b"a warning")
+            return opened.from_file(path)
+
+    monkeypatch.setattr(tokenizer_module.tokenizers, "Tokenizer", Talkative)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(small))
+    Tokenizer.from_file(path)
+    assert capfd.readouterr().err == "a warning"
+
+
+def test_ids_beyond_the_number_of_pieces_count(tmp_path: Path) -> None:
+    """A vocabulary of four words with an id of a million: the network that has fewer rows must refuse it."""
+    model = {"type": "WordLevel", "vocab": {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 10**6}, "unk_token": "<unk>"}
+    parts = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "truncation", "padding", "decoder"))
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], **parts, "model": model}))
+    assert Tokenizer.from_file(path).vocab_size == 10**6 + 1
+
+
+def test_an_enormous_file_and_a_pipe_are_refused_unread(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "spiece.model"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(tokenizer_module.MAX_BYTES + 1)
+        with pytest.raises(ValueError, match=f"{name} has 67108865 bytes; expected a tokenizer of at most 67108864"):
+            Tokenizer.from_file(tmp_path / name)
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(FileNotFoundError, match=f"{name} is no regular file"):
+            Tokenizer.from_file(tmp_path / name)

@@ -3,6 +3,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sora_jax import files
-from sora_jax.pipeline import video
+from sora_jax.pipeline import clip_info, video
 
 PARAMETERS = {"prompt": 'a rød circle | {braces} "quotes" 圆', "seed": 7, "guidance": 7.5, "aes": None}
 
@@ -29,7 +31,7 @@ def moving_square(num_frames: int = 10, size: int = 32) -> np.ndarray:
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.npz", "clip"])
 def test_every_format_carries_its_frames_size_and_parameters(tmp_path: Path, name: str) -> None:
     path = video.save(moving_square(), tmp_path / name, fps=24, parameters=PARAMETERS)
-    found = video.inspect(path)
+    found = clip_info.inspect(path)
     assert found.parameters == PARAMETERS
     assert (found.media["frames"], found.media["height"], found.media["width"]) == (10, 32, 32)
     assert json.loads((tmp_path / f"{name}.json").read_text("utf-8")) == PARAMETERS
@@ -45,7 +47,7 @@ def test_npz_and_png_frames_are_lossless(tmp_path: Path) -> None:
     np.testing.assert_array_equal([np.asarray(Image.open(folder / f"{i:04d}.png")) for i in range(3)], frames)
     image = video.save(frames[:1], tmp_path / "clip.png", fps=8, parameters=PARAMETERS)
     np.testing.assert_array_equal(np.asarray(Image.open(image)), frames[0])
-    assert video.inspect(image).parameters == PARAMETERS
+    assert clip_info.inspect(image).parameters == PARAMETERS
 
 
 @pytest.mark.parametrize(("fps", "rate"), [(24, Fraction(24)), (24000 / 1001, Fraction(24000, 1001)), (7.5, Fraction(15, 2))])
@@ -113,10 +115,10 @@ def test_an_existing_clip_is_replaced_only_on_request(tmp_path: Path, name: str)
     path = video.save(moving_square(), tmp_path / name, fps=24, parameters={"seed": 1})
     with pytest.raises(FileExistsError, match="pass --overwrite"):
         video.save(moving_square(5), path, fps=24, parameters={"seed": 2})
-    assert video.inspect(path).parameters == {"seed": 1}
+    assert clip_info.inspect(path).parameters == {"seed": 1}
     video.save(moving_square(5), path, fps=24, parameters={"seed": 2}, overwrite=True)
-    assert video.inspect(path).parameters == {"seed": 2}
-    assert video.inspect(path).media["frames"] == 5
+    assert clip_info.inspect(path).parameters == {"seed": 2}
+    assert clip_info.inspect(path).media["frames"] == 5
 
 
 def test_overwriting_never_removes_a_folder_of_other_things(tmp_path: Path) -> None:
@@ -135,7 +137,7 @@ def test_parameters_are_found_beside_a_file_that_lost_its_comment(tmp_path: Path
     path.unlink()
     Image.new("RGB", (4, 4)).save(tmp_path / "bare.png")
     (tmp_path / "clip.png.mp4.json").rename(tmp_path / "bare.png.json")
-    assert video.inspect(tmp_path / "bare.png").parameters == PARAMETERS
+    assert clip_info.inspect(tmp_path / "bare.png").parameters == PARAMETERS
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_h264_refuses_odd_sides(tmp_path: Path) -> None:
 def test_inspect_names_a_damaged_file(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} is not a readable"):
-        video.inspect(tmp_path / name)
+        clip_info.inspect(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.npz", "clip"])
@@ -210,3 +212,50 @@ def test_numbered_names_never_collide(tmp_path: Path) -> None:
         path.touch()
         names.append(path.name)
     assert names == ["sample_0000.mp4", "sample_0000_2.mp4", "sample_0000_3.mp4"]
+
+
+LEFT = {"prompt": "a red circle", "seed": 1, "sora_jax": "0.2.0"}
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.npz", "clip"])
+def test_a_run_killed_between_its_two_publications_can_be_repeated(tmp_path: Path, name: str) -> None:
+    script = f"""if True:
+        import os, numpy as np
+        from sora_jax import files
+        from sora_jax.pipeline import video
+        published, after = [], files._publish
+        def publish(*arguments):
+            published.append(arguments)
+            os._exit(9) if len(published) == 2 else after(*arguments)
+        files._publish = publish
+        video.save(np.zeros((2, 32, 32, 3), np.uint8), {str(tmp_path / name)!r}, fps=24, parameters={LEFT})
+    """
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 9
+    assert not (tmp_path / name).exists()
+    assert json.loads((tmp_path / f"{name}.json").read_text("utf-8")) == LEFT
+    assert video.check_target(tmp_path / name, 10, overwrite=False)
+    path = video.save(moving_square(), tmp_path / name, fps=24, parameters={**LEFT, "seed": 2})
+    assert (
+        clip_info.inspect(path).parameters == json.loads((tmp_path / f"{name}.json").read_text("utf-8")) == {**LEFT, "seed": 2}
+    )
+
+
+@pytest.mark.parametrize("content", ["{}", '{"prompt": "a", "seed": 1}', "[1]", "no JSON", "[" * 100_000])
+def test_a_note_of_somebody_else_is_never_replaced(tmp_path: Path, content: str) -> None:
+    (tmp_path / "clip.mp4.json").write_text(content)
+    with pytest.raises(FileExistsError, match=r"clip\.mp4\.json exists; pass --overwrite"):
+        video.save(moving_square(), tmp_path / "clip.mp4", fps=24)
+    assert os.listdir(tmp_path) == ["clip.mp4.json"]
+    assert (tmp_path / "clip.mp4.json").read_text() == content
+
+
+def test_a_clip_that_cannot_be_published_takes_its_note_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def publish(temporary: Path, path: Path, overwrite: bool) -> None:
+        if path.suffix == ".mp4":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        os.rename(temporary, path)
+
+    monkeypatch.setattr(files, "_publish", publish)
+    with pytest.raises(OSError, match=r"cannot write .*Input/output error"):
+        video.save(moving_square(), tmp_path / "clip.mp4", fps=24)
+    assert not os.listdir(tmp_path)
