@@ -104,7 +104,7 @@ def _array_faults(reader: Reader, name: str) -> list[str]:
     try:
         if not describes(json.loads(metadata.read_text("utf-8")), parameter):
             faults.append(f"{name}: {metadata} does not describe {list(parameter.shape)} of {parameter.dtype}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         faults.append(f"{name}: {metadata} cannot be read ({error})")
     try:
         reader.verify(name)

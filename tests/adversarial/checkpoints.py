@@ -46,14 +46,19 @@ def _kinds() -> list[Kind]:
 KINDS = _kinds()
 
 
+def make(number: int, folder: Path) -> str:
+    """Writes the honest source and the mutant of this number, and returns what was done to it."""
+    kind = KINDS[number % len(KINDS)]
+    bases.base(kind.network).write(folder / "original", kind.layout)
+    mutant = bases.base(kind.network).write(folder / "mutant", kind.layout)
+    return f"{kind.name}: {kind.mutation(mutant, np.random.default_rng([SEED, number]))}"
+
+
 def run(number: int, folder: Path) -> tuple[str, Verdict, str]:
     """Returns what was done to the mutant of this number, its verdict, and what was seen."""
-    kind = KINDS[number % len(KINDS)]
-    source = bases.base(kind.network)
-    original = source.write(folder / "original", kind.layout)
-    mutant = source.write(folder / "mutant", kind.layout)
-    done = f"{kind.name}: {kind.mutation(mutant, np.random.default_rng([SEED, number]))}"
+    kind, done = KINDS[number % len(KINDS)], make(number, folder)
     (folder / MUTATION).write_text(done)
+    source, original, mutant = bases.base(kind.network), folder / "original", folder / "mutant"
     model = folder / "model"
     ran = run_command(["convert", kind.network, str(mutant), str(model), "--quiet"])
     return done, *_judge(ran, kind, source, original, model, folder)

@@ -86,7 +86,7 @@ _PATHS = (
     "PIPE",
     "LOOP",
 )
-_PROMPTS = ("a red circle", "x" * 100, "\u202e\x1b[2J", "|0| a |1| b", '{"a": 1}', "\ud800", "a\0b", "--", "-", "\n")
+_PROMPTS = ("a red circle", "x" * 100, "\u202e\x1b[2J", "|0| a |1| b", '{"a": 1}', "\ud800", "a\0b", "-", "\n")
 
 
 def run(number: int, folder: Path) -> tuple[str, Verdict, str]:

@@ -28,6 +28,7 @@ ALLOWED = frozenset({Verdict.REFUSED, Verdict.EQUAL, Verdict.BETRAYED})
 class Outcome:
     """One mutant's verdict; ``mutation`` says what was done to it and ``detail`` what was seen."""
 
+    kind: str
     number: int
     mutation: str
     verdict: Verdict
@@ -40,7 +41,7 @@ def table(outcomes: Iterable[Outcome]) -> str:
     counts = Counter(outcome.verdict for outcome in outcomes)
     lines = [f"{counts[verdict]:5d}  {verdict}" for verdict in Verdict]
     lines += [
-        f"  {outcome.verdict}: number {outcome.number}, {outcome.mutation}: {outcome.detail}"
+        f"  {outcome.verdict}: {outcome.kind} {outcome.number}, {outcome.mutation}: {outcome.detail}"
         for outcome in outcomes
         if outcome.verdict not in ALLOWED
     ]

@@ -1,7 +1,7 @@
 """A process that runs mutants one by one under limits, as its standard input names them, and writes a line for each.
 
-``python -m tests.adversarial.worker KIND SCRATCH``.  Invariant: a mutant that takes 30 CPU seconds or 60 of the clock ends the
-process, which the runner notices; memory beyond 1 GB is refused to it by the kernel.
+``python -m tests.adversarial.worker SCRATCH``; each line of the input has a kind and a number.  Invariant: a mutant that takes
+30 CPU seconds or 60 of the clock ends the process, which the runner notices; memory beyond 1 GB is refused to it by the kernel.
 """
 
 import json
@@ -25,23 +25,23 @@ Case = Callable[[int, Path], tuple[str, Verdict, str]]
 
 def main() -> None:
     """Reads numbers until the input ends."""
-    kind, scratch = sys.argv[1], Path(sys.argv[2])
-    case = _case(kind)
+    scratch = Path(sys.argv[1])
+    _prepare()
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is not taken for a reply
     reply.write("ready\n")
     reply.flush()
     for line in sys.stdin:
-        number = int(line)
+        kind, number = line.split()[0], int(line.split()[1])
         folder = scratch / f"{kind}{number}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        reply.write(json.dumps(_limited(case, number, folder)) + "\n")
+        reply.write(json.dumps(_limited(_case(kind), number, folder)) + "\n")
         reply.flush()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _case(kind: str) -> Case:
+def _prepare() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -50,17 +50,12 @@ def _case(kind: str) -> Case:
     from convert_weights import second_reader
 
     second_reader.importlib.util.find_spec = lambda *_: None  # type: ignore[attr-defined,assignment]
-    if kind == "checkpoint":
-        from tests.adversarial import checkpoints
 
-        return checkpoints.run
-    if kind == "directory":
-        from tests.adversarial import directories
 
-        return directories.run
-    from tests.adversarial import command_lines
+def _case(kind: str) -> Case:
+    from tests.adversarial import checkpoints, command_lines, directories
 
-    return command_lines.run
+    return {"checkpoint": checkpoints.run, "directory": directories.run, "command": command_lines.run}[kind]
 
 
 def _limited(case: Case, number: int, folder: Path) -> list[object]:
