@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from convert_weights.errors import SourceError, printable
-from convert_weights.json_text import read_object
+from convert_weights.json_text import parse_object, read_object
 from convert_weights.recognise import HEAD_BYTES, what_is
 from convert_weights.source_file import OpenFile
 from sora_jax.files import write_durably
@@ -21,7 +21,7 @@ from sora_jax.storage.writer import update_model_file
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 DEFAULTS_FILE = "generation_defaults.json"
-_MAX_TOKENIZER_BYTES = 64 << 20
+_MAX_TOKENIZER_BYTES = 16 << 20  # T5's has 2.4 MB
 _MAX_DEFAULTS_BYTES = 1 << 16
 
 
@@ -75,6 +75,18 @@ def tokenizer_fault(manifest: Manifest) -> str | None:
     return None
 
 
+def differs_from_source(manifest: Manifest, folder: Path) -> str | None:
+    """Returns that the tokenizer of a model directory is not the one beside a source's weights, or None."""
+    theirs = Companions(manifest.network, folder).tokenizer
+    if theirs is None:
+        return None
+    name, content = theirs
+    ours = manifest.path.parent / name
+    if ours.is_file() and ours.stat().st_size == len(content) and ours.read_bytes() == content:
+        return None
+    return f"source: {folder / name} is not the tokenizer of {manifest.path.parent}"
+
+
 def export(manifest: Manifest) -> dict[str, bytes]:
     """Returns the files that belong beside a network's PyTorch weights, by name.
 
@@ -105,6 +117,8 @@ def _read(path: Path) -> bytes:
         content = file.read_bytes(0, size)
     if answer := what_is(content[:HEAD_BYTES]):
         raise SourceError(f"{path} {answer}.")
+    if path.suffix == ".json":
+        parse_object(content, path, "a tokenizer")
     return content
 
 

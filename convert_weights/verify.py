@@ -18,7 +18,7 @@ from convert_weights import second_reader
 from convert_weights.all_networks import find_networks, is_pipeline, options_of
 from convert_weights.checkpoint import DEFAULTS, Options, Source, open_source
 from convert_weights.checksums import Checksums
-from convert_weights.companions import tokenizer_fault
+from convert_weights.companions import differs_from_source, tokenizer_fault
 from convert_weights.errors import SourceError
 from convert_weights.readers import open_checkpoint
 from convert_weights.rules import common_prefix
@@ -104,7 +104,7 @@ def _array_faults(reader: Reader, name: str) -> list[str]:
     try:
         if not describes(json.loads(metadata.read_text("utf-8")), parameter):
             faults.append(f"{name}: {metadata} does not describe {list(parameter.shape)} of {parameter.dtype}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         faults.append(f"{name}: {metadata} cannot be read ({error})")
     try:
         reader.verify(name)
@@ -152,6 +152,8 @@ def _source_faults(manifest: Manifest, opened: Source, note: Callable[[str], Non
     names = [assignment.source for assignment in opened.plan.assignments]
     faults += second_reader.differences(opened.checkpoint, names, note=note)
     faults += sink.faults()
+    if other := differs_from_source(manifest, opened.checkpoint.folder):
+        faults.append(other)
     recorded = {entry["name"]: entry["sha256"] for entry in manifest.origin.get("files", ())}
     for file, digest in zip(opened.checkpoint.files, digests, strict=True):
         if recorded.get(file.name, digest) != digest:

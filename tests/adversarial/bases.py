@@ -1,0 +1,135 @@
+"""What mutants are made from: tiny checkpoints in every layout, and the values that they hold.
+
+Invariant: the expected values come from the state dict itself by the in-memory engine, not from a converted file.
+"""
+
+import dataclasses
+import functools
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from convert_weights import convert
+from convert_weights.source_config import to_upstream
+from convert_weights.to_torch import to_torch
+from sora_jax.config import T5Config
+from sora_jax.storage.checkpoint import load_network, save_network
+from tests.support import sources, tiny_model
+
+T5 = T5Config(
+    vocab_size=16,
+    d_model=8,
+    d_kv=4,
+    num_heads=2,
+    d_ff=12,
+    num_layers=2,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=16,
+    layer_norm_epsilon=1e-6,
+)
+LAYOUTS = ("safetensors", "torch", "shards", "torch shards")
+TOKENIZER = b'{"model": "a tokenizer"}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A network's source and what it must become."""
+
+    network: str
+    config: Any
+    arrays: Mapping[str, np.ndarray]
+    expected: Mapping[str, np.ndarray]
+
+    def write(self, folder: Path, layout: str) -> Path:
+        """Writes the source in one of ``LAYOUTS`` and returns its folder."""
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(to_upstream(self.network, self.config)))
+        if self.network == "t5":
+            (folder / "tokenizer.json").write_bytes(TOKENIZER)
+        suffix = ".bin" if layout.startswith("torch") else ".safetensors"
+        stem = "pytorch_model" if suffix == ".bin" else "model"
+        if layout in ("safetensors", "torch"):
+            write_arrays(folder / f"{stem}{suffix}", self.arrays)
+            return folder
+        names = sorted(self.arrays)
+        weight_map = {}
+        for shard in range(2):
+            path = folder / f"{stem}-{shard + 1:05d}-of-00002{suffix}"
+            write_arrays(path, {name: self.arrays[name] for name in names[shard::2]})
+            weight_map.update(dict.fromkeys(names[shard::2], path.name))
+        (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        return folder
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes a state dict as safetensors or as a PyTorch file, by the suffix."""
+    if path.suffix == ".safetensors":
+        save_file(dict(arrays), path, {"format": "pt"})
+    else:
+        sources.write_torch_file(path, dict(arrays))
+
+
+@functools.cache
+def base(network: str) -> Base:
+    """Returns a tiny network's source."""
+    if network == "t5":
+        arrays = _t5_arrays()
+        return Base(network, T5, arrays, convert("t5", arrays, T5))
+    config = getattr(tiny_model.CONFIG, network)
+    arrays = _state_dict(network, config)
+    return Base(network, config, arrays, convert(network, arrays, config))
+
+
+def _t5_arrays() -> dict[str, np.ndarray]:
+    matrices = {f"layer.0.SelfAttention.{x}": (8, 8) for x in "qkvo"}
+    matrices |= {f"layer.1.DenseReluDense.{x}": (12, 8) for x in ("wi_0", "wi_1")} | {"layer.1.DenseReluDense.wo": (8, 12)}
+    norms = {f"layer.{i}.layer_norm": (8,) for i in range(2)}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"encoder.block.{i}.{name}.weight": shape for i in range(2) for name, shape in {**matrices, **norms}.items()
+    }
+    shapes |= {"shared.weight": (16, 8), "encoder.final_layer_norm.weight": (8,)}
+    shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (8, 2)
+    draw = np.random.default_rng(0)
+    return {name: draw.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+
+
+def _state_dict(network: str, config: Any) -> dict[str, np.ndarray]:
+    """Returns a random network under PyTorch's names."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_network(folder, network, config, tiny_model.random_flat(network))
+        from sora_jax.storage.directory import open_network
+
+        return load_file(to_torch(open_network(folder, network), Path(folder) / "back"))
+
+
+def differing(model: Path, source: Base) -> list[str]:
+    """Returns the parameters of a converted network that are not those of its unmutated source, bit for bit."""
+    config, flat = load_network(model, source.network)
+    if config != source.config:
+        return ["the configuration"]
+    names = flat.keys() | source.expected.keys()
+    return [name for name in sorted(names) if not _same(flat.get(name), source.expected.get(name))]
+
+
+def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is not None and b is not None and a.dtype == b.dtype and a.shape == b.shape and sources.bits(a) == sources.bits(b)
+
+
+def zip_parts(path: Path) -> dict[str, bytes]:
+    """Returns the entries of a PyTorch file by name."""
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write_zip(path: Path, parts: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    """Writes entries as a new zip file with correct headers and CRC-32."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
