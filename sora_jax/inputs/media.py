@@ -111,5 +111,6 @@ def _refuse_large(width: int, height: int) -> None:
 def _pass_on(error: Exception, path: Path) -> None:
     """Raises what the system reported about a file, and nothing for what a decoder found in it."""
     number = getattr(error, "errno", None)
-    if isinstance(number, int) and number in errno.errorcode and number != errno.EINVAL:  # FFmpeg's own numbers lie elsewhere, apart from this one
+    # FFmpeg's own numbers are none of the system's, apart from EINVAL.
+    if isinstance(number, int) and number in errno.errorcode and number != errno.EINVAL:
         raise OSError(number, os.strerror(number), str(path)) from error
