@@ -5,7 +5,9 @@ sampling at that time.  Functions return new arrays and lists and never change t
 the host; encoding references to latents is the pipeline's business.
 """
 
+import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -172,32 +174,71 @@ def read_reference(path: str | Path, height: int, width: int) -> Float[np.ndarra
       FileNotFoundError: there is no such file.
       ValueError: the file is of another kind, or damaged.
     """
+    if _is_video(path):
+        return np.concatenate([resize_crop_video(_pixels(frame)[None], height, width) for frame in _frames(Path(path))])
+    with _image(Path(path)) as image:
+        return resize_crop_image(ImageOps.exif_transpose(image), height, width)
+
+
+def count_frames(path: str | Path) -> int:
+    """Returns the number of frames of a reference, decoded to its end but kept nowhere.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is of another kind, or damaged.
+    """
+    if _is_video(path):
+        return sum(1 for _ in _frames(Path(path)))
+    with _image(Path(path)) as image:
+        image.load()
+    return 1
+
+
+def _is_video(path: str | Path) -> bool:
+    """Returns whether a reference is a video, else it is an image; refuses what can be neither.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the path is empty, an address on the network, or has another suffix.
+    """
+    if not str(path):
+        raise ValueError("a reference path is empty; expected paths with one ';' between them, and none at the end.")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)):
+        raise ValueError(f"Reference {path} is an address on the network; download it and give the path of the file.")
     path = Path(path)
     files.refuse_missing(path, "Reference")
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        return np.concatenate([resize_crop_video(frame[None], height, width) for frame in _frames(path)])
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
+    if path.suffix.lower() not in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
         expected = " ".join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
         raise ValueError(f"Reference {path} has suffix {path.suffix!r}; expected one of {expected}.")
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+@contextlib.contextmanager
+def _image(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            return resize_crop_image(ImageOps.exif_transpose(image), height, width)
+            yield image
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise ValueError(f"Reference {path} is not a readable image: {error}.") from error
 
 
-def _frames(path: Path) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+def _frames(path: Path) -> Iterator[av.VideoFrame]:
     """Yields the frames of a video file one by one: whole clips of large frames need not fit in memory."""
     count = 0
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
                 count += 1
-                yield frame.to_ndarray(format="rgb24")
+                yield frame
     except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"Reference {path} is not a readable video: {error}.") from error
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"Reference {path} is not a readable video: {why}.") from error
     if not count:
         raise ValueError(f"Reference {path} holds no video frames.")
+
+
+def _pixels(frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
+    return frame.to_ndarray(format="rgb24")
 
 
 def resize_crop_image(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "1 h w 3"]:

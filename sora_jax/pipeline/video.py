@@ -93,8 +93,7 @@ def check_target(path: Path, num_frames: int, *, overwrite: bool) -> str:
     """
     if not path.name:
         raise IsADirectoryError(f"{path} is a folder; name a file in it.")
-    if not files.is_utf8(str(path)):
-        raise ValueError(f"{str(path)!r} is no name in UTF-8; choose another one.")
+    files.check_name(path)
     kind = clip_format(path, num_frames)
     if not overwrite:
         files.refuse_existing(path, sidecar(path))
@@ -229,7 +228,7 @@ def _parse(text: str) -> dict[str, Any]:
     """Returns the parameters in a comment; a comment of another program is shown as it is."""
     try:
         parsed = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = text
     return parsed if isinstance(parsed, dict) else {"comment": parsed}
 

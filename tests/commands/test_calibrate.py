@@ -11,10 +11,10 @@ import pytest
 from sora_jax.commands import main
 from sora_jax.networks.merging import Merge
 from sora_jax.pipeline import video
+from sora_jax.pipeline.make_sampler import make_schedule
 from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.pipeline.presets import PRESETS
 from sora_jax.pipeline.recipe_file import PlanFile
-from sora_jax.pipeline.sampling import make_schedule
 from sora_jax.pipeline.settings import Settings
 from sora_jax.sampling.calibration import Calibration
 from sora_jax.sampling.leap import Leap
