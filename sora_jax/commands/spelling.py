@@ -15,7 +15,7 @@ _ATTENTIONS = ("spatial", "temporal", "cross")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spelling:
-    """What the command line spells out of `Options.leap` and `Options.merge`."""
+    """What the command line spells out of leap and merge."""
 
     leap_extrapolate: Annotated[bool, Option("Leap along the line through the last two velocities.")] = False
     merge_odd: Annotated[

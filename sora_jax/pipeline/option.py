@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ForwardRef, Literal, Union, get_args, get_origin
 
+import numpy as np
+
 _FLOAT_RANGE = 10**300  # beyond, a whole number is no float
 OFF = "off"  # what a user writes for "none", where leaving an option out means the model's default
 
@@ -43,8 +45,8 @@ class Option:
     _: dataclasses.KW_ONLY
     metavar: str = ""
     flags: tuple[str, ...] = ()
-    within: tuple[float, float] | None = None
-    above: float | None = None
+    within: tuple[int | float, int | float] | None = None
+    above: int | float | None = None
     choices: tuple[str, ...] = ()
     off: bool = False
     expected: str = ""
@@ -166,7 +168,7 @@ def _default(field: dataclasses.Field[Any] | None) -> tuple[Any, bool]:
 
 
 def said(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[str, Any]:
-    """Returns the options that say something: those that are not None.
+    """Returns the options that say something: those that are not None, NumPy's numbers as Python's.
 
     Raises:
       ValueError: a name is unknown.
@@ -176,7 +178,8 @@ def said(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[str,
         close = difflib.get_close_matches(unknown[0], known, 1)
         hint = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(known)}."
         raise ValueError(f"option {unknown[0]!r} is unknown; {hint}")
-    return {name: value for name, value in options.items() if value is not None}
+    values = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _kinds(hint: Any) -> tuple[str, ...]:
@@ -201,7 +204,7 @@ def _range(option: Option) -> str:
     return f" above {_number(option.above)}" if option.above is not None else ""
 
 
-def _number(value: float) -> str:
+def _number(value: int | float) -> str:
     return f"{value:.0f}" if float(value).is_integer() else f"{value:g}"
 
 

@@ -221,7 +221,7 @@ class Pipeline:
         Args:
           prompts: captions to measure on, all in one batch.
           evaluations: steps that the plan evaluates in full.
-          settings: from `resolve`; what they say of solver, leap and plan is not used.  None: the model's defaults.
+          settings: from `resolve`; how they take steps and which they skip is not used.  None: the model's defaults.
           keep: what a reused step takes over, see `reuse.Plan`.
           half_from: steps from this one on evaluate the caption alone, with the guidance difference of the last full step.
           callback: called with `Progress` on the host.

@@ -24,7 +24,7 @@ from sora_jax.networks.vae.codec import latent_size
 from sora_jax.pipeline.coders import Coders
 from sora_jax.pipeline.make_sampler import guidance_scale, make_sampler, make_schedule
 from sora_jax.pipeline.open_model import Networks
-from sora_jax.pipeline.samples import Sample
+from sora_jax.pipeline.samples import Sample, continued
 from sora_jax.pipeline.settings import Settings
 from sora_jax.pipeline.velocity import Velocity
 from sora_jax.process import Timings
@@ -206,14 +206,7 @@ class Generation:
     ) -> tuple[ReferenceLatents, Sequence[str]]:
         """Returns references and strategies by which the next clip begins with the end of the previous one."""
         (latents,) = self._coders.encode_videos([video_Bthw3])
-        return conditioning.append_generated(
-            references,
-            strategies,
-            latents,
-            self.loop,
-            condition_frame_length=self.settings.condition_frame_length,
-            condition_frame_edit=self.settings.condition_frame_edit,
-        )
+        return continued(references, strategies, latents, self.loop, self.settings)
 
     def _start(self, references: ReferenceLatents, strategies: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns noise with the references put in, and frame weights; None where no frame is given."""

@@ -99,20 +99,31 @@ def rehearse(sample: Sample, settings: Settings, vae: VAEConfig, lengths: Mappin
         _check_entry(entry, sample.strategy, references, settings.loop, num_latents)
     weights = []
     for loop in sorted({entry.loop for entry in entries} | ({1} if settings.loop > 1 else set())):
-        latents = [[_empty(length) for length in [*references, *[num_latents] * max(loop - 1, 0)]]]
-        strategies: Sequence[str] = [sample.strategy]
+        latents: list[list[np.ndarray]] = [[_empty(length) for length in [*references, *[num_latents] * max(loop - 1, 0)]]]
+        strategies = [sample.strategy]
         if loop:
-            latents, strategies = conditioning.append_generated(
-                latents,
-                strategies,
-                _empty(num_latents)[None],
-                loop,
-                condition_frame_length=settings.condition_frame_length,
-                condition_frame_edit=settings.condition_frame_edit,
-            )
+            latents, strategies = continued(latents, strategies, _empty(num_latents)[None], loop, settings)
         z = _empty(num_latents)[None]
         weights.append(conditioning.apply_mask_strategy(z, latents, strategies, loop, align=settings.align)[1][0])
     return weights
+
+
+def continued(
+    references: Sequence[Sequence[np.ndarray]],
+    strategies: Sequence[str],
+    latents_BTHWC: np.ndarray,
+    loop: int,
+    settings: Settings,
+) -> tuple[list[list[np.ndarray]], list[str]]:
+    """Returns references and strategies by which clip ``loop`` begins with the end of the clip before, given its latents."""
+    return conditioning.append_generated(
+        references,
+        strategies,
+        latents_BTHWC,
+        loop,
+        condition_frame_length=settings.condition_frame_length,
+        condition_frame_edit=settings.condition_frame_edit,
+    )
 
 
 def _empty(num_latents: int) -> np.ndarray:

@@ -61,12 +61,17 @@ class ClipOptions(TypedDict, total=False):
     ]
     width: Annotated[int | None, Option("Columns of pixels.", metavar="PX", within=(1, MAX_SIDE_PX))]
     resolution: Annotated[
-        str | None, Option("Size by name, such as 240p, in place of rows and columns.", metavar="NAME", default="240p")
+        str | None,
+        Option("Size by name, in place of rows and columns.", metavar="NAME", choices=sizes.RESOLUTIONS, default="240p"),
     ]
     aspect_ratio: Annotated[
         str | None,
         Option(
-            "Height to width, not width to height: 9:16 is landscape. Goes with a resolution.", metavar="H:W", default="9:16"
+            "Height to width, not width to height: 9:16 is landscape. Goes with a resolution.",
+            metavar="H:W",
+            choices=sizes.ASPECT_RATIOS,
+            expected=f"height:width, one of {', '.join(sizes.ASPECT_RATIOS)}",
+            default="9:16",
         ),
     ]
     num_frames: Annotated[
@@ -176,7 +181,11 @@ class SamplingOptions(TypedDict, total=False):
     ]
     plan: Annotated[
         Union["Plan", str, "os.PathLike[str]", None],
-        Option("Reuse plan: a file of sora-jax calibrate, which brings its number of steps.", metavar="JSON"),
+        Option(
+            "Which steps evaluate the transformer and which reuse what it computed; a plan brings its number of steps.",
+            metavar="JSON",
+            expected="a file of sora-jax calibrate, or a sora_jax.Plan",
+        ),
     ]
     merge_steps: Annotated[
         int | None,
@@ -188,7 +197,8 @@ class SamplingOptions(TypedDict, total=False):
         ),
     ]
     merge: Annotated[
-        Merge | None, Option("What those steps merge; from Python, a sora_jax.Merge.", default=Merge(), on_command_line=False)
+        Merge | None,
+        Option("What those steps merge.", expected="a sora_jax.Merge", default=Merge(), on_command_line=False),
     ]
 
 
@@ -360,10 +370,8 @@ class Settings:
 
 
 def _decided(name: str, value: Any) -> Any:
-    """Returns the value that a setting has: NumPy's numbers as Python's, whole numbers as floats, off as None."""
+    """Returns the value that a setting has: whole numbers as floats where it is one, off as None."""
     option = OPTIONS[name]
-    if isinstance(value, np.generic):
-        value = value.item()
     if name == "num_frames":
         return sizes.num_frames(value)
     if isinstance(value, str) and value == OFF and option.option.off and option.option.default != OFF:
