@@ -18,6 +18,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from sora_jax import files
+
 OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 NAME = "sora-jax"  # how every line for the user begins
 _MAX_FOREIGN = 400  # characters of an error that is not ours: XLA's can fill a screen
@@ -127,7 +129,7 @@ def describe(error: BaseException) -> str:
     """Returns an error in one line."""
     if isinstance(error, OSError) and error.strerror:
         names = [str(name) for name in (error.filename, error.filename2) if name]
-        text = ": ".join([*names, error.strerror])
+        text = ": ".join([*names, error.strerror]) + files.advice(error)
     elif isinstance(error, MemoryError):
         text = "out of memory; use a smaller size, fewer frames or a smaller batch"
     elif isinstance(error, KeyError) and error.args:

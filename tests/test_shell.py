@@ -24,8 +24,16 @@ def command_that(error: BaseException):
         (ValueError("a\nb"), 2, "sora-jax: error: a b"),
         (FileNotFoundError(2, "No such file or directory", "gone"), 2, "sora-jax: error: gone: No such file or directory"),
         (FileExistsError("clip exists"), 2, "sora-jax: error: clip exists"),
-        (PermissionError(13, "Permission denied", "clip"), 1, "sora-jax: error: clip: Permission denied"),
-        (OSError(28, "No space left on device"), 1, "sora-jax: error: No space left on device"),
+        (
+            PermissionError(13, "Permission denied", "clip"),
+            1,
+            "sora-jax: error: clip: Permission denied; check the permissions of the file and of its folders",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "sora-jax: error: No space left on device; make room and give the same command again",
+        ),
         (MemoryError(), 1, "sora-jax: error: out of memory; use a smaller size, fewer frames or a smaller batch"),
         (KeyError("lacks seed"), 1, "sora-jax: error: lacks seed"),
         (RuntimeError("x" * 1000), 1, f"sora-jax: error: RuntimeError: {'x' * 400}; --debug shows where"),

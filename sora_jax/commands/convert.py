@@ -6,7 +6,6 @@ when the same command is given again.  The work is `convert_weights`'.
 
 import argparse
 import dataclasses
-import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -119,13 +118,7 @@ def command(arguments: Sequence[str]) -> int:
     summary, kind, work = VERBS[verb]
     own = command_line.make_parser(f"sora-jax convert {verb}", f"{summary[0].upper()}{summary[1:]}.", {"": declared(kind)})
     asked = command_line.read(own, arguments[1:], kind)
-    try:
-        return work(verb, asked)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        advice = f"{error.strerror}; make room and give the same command again to go on"
-        raise OSError(error.errno, advice, error.filename) from error
+    return work(verb, asked)
 
 
 def _convert(network: str, asked: Conversion) -> int:
@@ -195,7 +188,7 @@ def _verify(_: str, asked: Verification) -> int:
     from convert_weights.verify import verify
 
     directory = model_path(asked.directory)
-    faults = verify(directory, source=asked.source, network=asked.network, options=asked.options())
+    faults = verify(directory, source=asked.source, network=asked.network, options=asked.options(), note=note)
     for network, found in faults.items():
         count = len(open_network(directory, network).parameters)
         state = counted(len(found), "fault") if found else "checksums, shapes and dtypes as recorded"

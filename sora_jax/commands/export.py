@@ -1,23 +1,29 @@
-"""``sora-jax export``: one call of `sora_jax.export.export`, and a line for each stage.
+"""``sora-jax export``: one call of `sora_jax.export.exporter.export`, and a line for each stage.
 
-Invariant: nothing is decided here.  The work is done in other processes, so an interrupt is answered at once, and leaving
-`export` removes what it had begun.
+Invariant: nothing is decided here.  An interrupt is answered within a second: `export` is told by its progress to stop, ends
+the process that it has begun, and removes what was written.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from sora_jax import files, shell
 from sora_jax.commands import options
 from sora_jax.pipeline import command_line
 from sora_jax.pipeline.option import Option, declared
 from sora_jax.pipeline.settings import OPTIONS, Options
-from sora_jax.shell import counted, note
+from sora_jax.shell import note
 
 if TYPE_CHECKING:
-    pass
+    from sora_jax.export.entries import ExportManifest
+    from sora_jax.export.progress import Progress
+
+_EVERY_S = 10.0  # between two lines about one stage
+_UNWIND_S = 5.0  # that an interrupted export has to end its process and to remove what it wrote
 
 LEAP = dataclasses.replace(
     OPTIONS["leap"].option,
@@ -67,40 +73,89 @@ def run(asked: Arguments) -> None:
     Raises:
       ValueError: see `export`.
     """
+    sizes = [parse_size(text) for text in asked.size]
     if not asked.overwrite:
         files.refuse_existing(asked.out)
-    sizes = [parse_size(text) for text in asked.size]
+    stop, ended = threading.Event(), threading.Event()
 
+    def work() -> None:
+        try:
+            _export(asked, sizes, stop)
+        finally:
+            ended.set()
+
+    def clean_up() -> None:
+        stop.set()
+        ended.wait(_UNWIND_S)
+        files.remove_partial(asked.out.parent)
+
+    shell.interruptibly(work, clean_up)
+
+
+def _export(asked: Arguments, sizes: Sequence[tuple[int, int, int]], stop: threading.Event) -> None:
+    """Exports until ``stop`` is set.
+
+    Raises:
+      KeyboardInterrupt: it was stopped.
+    """
     from sora_jax.export import Size
     from sora_jax.export.exporter import export
 
-    manifest = export(
-        asked.model,
-        asked.out,
-        target=asked.target,  # type: ignore[arg-type]  # one of the choices, as the two below
-        further_sizes=[Size(num_frames=frames, height=height, width=width) for frames, height, width in sizes],
-        precision=asked.precision,  # type: ignore[arg-type]
-        weights=asked.weights,  # type: ignore[arg-type]
-        stages=tuple(asked.stages.split(",")),
-        settings=asked.clip,
-        licence=asked.licence,
-        fuse_attention=not asked.no_fused_attention,
-        overwrite=asked.overwrite,
-        progress=None if asked.quiet else _show,
-    )
+    shown = _Shown(quiet=asked.quiet)
+
+    def progress(at: "Progress") -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        shown(at)
+
+    with files.claimed(asked.out):
+        manifest = export(
+            asked.model,
+            asked.out,
+            target=asked.target,  # type: ignore[arg-type]  # one of the choices, as the two below
+            further_sizes=[Size(num_frames=frames, height=height, width=width) for frames, height, width in sizes],
+            precision=asked.precision,  # type: ignore[arg-type]
+            weights=asked.weights,  # type: ignore[arg-type]
+            stages=tuple(asked.stages.split(",")),
+            settings=asked.clip,
+            licence=asked.licence,
+            fuse_attention=not asked.no_fused_attention,
+            overwrite=asked.overwrite,
+            progress=progress,
+        )
     if not asked.quiet:
-        note(_summary(manifest))
+        for line in margins(manifest):
+            note(line)
+        note(f"{manifest['total_bytes'] / 1e6:.1f} MB; {manifest['notes'][0]}")
     shell.result(asked.out)
 
 
-def _summary(manifest: dict[str, Any]) -> str:
-    checked = [*manifest["stages"], *([manifest["sampler"]] if manifest["sampler"] else [])]
-    checks = [check for entry in checked for function in entry["functions"] for check in function["checks"]]
-    worst = min(check["psnr_db"] for check in checks)
-    return (
-        f"{manifest['total_bytes'] / 1e6:.1f} MB, {counted(len(checks), 'comparison')} with JAX, worst {worst:.1f} dB; "
-        f"{manifest['notes'][0]}"
-    )
+def margins(manifest: "ExportManifest") -> Iterator[str]:
+    """Yields a line for every artefact: how near it is to JAX, and by how much it passed."""
+    functions = [(stage["name"], function) for stage in manifest["stages"] for function in stage["functions"]]
+    functions += [("sampler", function) for function in (manifest["sampler"]["functions"] if manifest["sampler"] else ())]
+    for name, function in functions:
+        worst = min(function["checks"], key=lambda check: check["psnr_db"] - check["floor_db"])
+        margin_db = worst["psnr_db"] - worst["floor_db"]
+        yield (
+            f"{name} {function['name']}: {worst['psnr_db']:.1f} dB ({worst['output']}, {worst['case']}), "
+            f"{margin_db:.1f} above its floor"
+        )
+
+
+class _Shown:
+    """Writes a line when a stage begins, and now and then while it goes on."""
+
+    def __init__(self, *, quiet: bool):
+        self.quiet, self.stage, self.told = quiet, "", 0.0
+
+    def __call__(self, at: "Progress") -> None:
+        now = time.monotonic()
+        if self.quiet or (at.stage == self.stage and now - self.told < _EVERY_S):
+            return
+        self.stage, self.told = at.stage, now
+        left = "" if at.remaining_s is None else f", about {at.remaining_s:.0f} s left"
+        note(f"{at.done}/{at.total} {at.stage} {at.share:.0%}{left}")
 
 
 def parse_size(text: str) -> tuple[int, int, int]:
@@ -114,7 +169,3 @@ def parse_size(text: str) -> tuple[int, int, int]:
         raise ValueError(f"size {text!r} is not frames x height x width; expected for example 51x240x320.")
     frames, height, width = map(int, parts)
     return frames, height, width
-
-
-def _show(stage: str, done: int, total: int) -> None:
-    note(f"{done}/{total} {stage}")

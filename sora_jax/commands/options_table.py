@@ -1,45 +1,55 @@
-"""The options of a clip as a Markdown table, for the documentation: ``python -m sora_jax.commands.options_table``.
+"""The options of ``generate`` as Markdown tables, for the documentation: ``python -m sora_jax.commands.options_table``.
 
-Invariant: every row is made from a declaration in `sora_jax.pipeline.settings`; nothing about an option is written here.
+Invariant: every row is made from a declaration; nothing about an option is written here.
 """
 
+import html
 import sys
 from collections.abc import Mapping, Sequence
 
 from sora_jax import shell
-from sora_jax.commands.spelling import Spelling
+from sora_jax.commands.generate import GROUPS
 from sora_jax.pipeline import command_line
-from sora_jax.pipeline.option import Declared, declared
-from sora_jax.pipeline.settings import ClipOptions, SamplingOptions
+from sora_jax.pipeline.option import Declared
+from sora_jax.pipeline.settings import OPTIONS
 
-_HEAD = ("Python", "command line", "value", "Open-Sora", "what it is")
+_HEAD = ("option", "in Python", "value", "Open-Sora", "meaning")
 
 
 def table() -> str:
-    """Returns one table for each group of options, each under its heading."""
-    parts = []
-    for group in (ClipOptions, SamplingOptions, Spelling):
-        heading = str(group.__doc__).splitlines()[0].removesuffix(".")
-        rows = [_HEAD, ("---",) * len(_HEAD), *(_row(each) for each in declared(group).values())]
-        parts += [f"**{heading}**", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
-    return "\n".join(parts).rstrip()
+    """Returns a table for each group of options, under its heading; the column Open-Sora holds defaults.
+
+    An option that Python takes as an object (`merge`) follows the group in which the command line spells it out.
+    """
+    lines: list[str] = []
+    for heading, group in GROUPS.items():
+        objects = [each for each in OPTIONS.values() if not each.option.on_command_line and heading == _SPELT_OUT]
+        lines += [f"## {heading[0].upper()}{heading[1:]}", "", f"| {' | '.join(_HEAD)} |", f"|{'---|' * len(_HEAD)}"]
+        lines += [f"| {' | '.join(_row(each))} |" for each in [*group.values(), *objects]]
+        lines += [""]
+    return "\n".join(lines)
+
+
+_SPELT_OUT = next(heading for heading, group in GROUPS.items() if "merge_odd" in group)
 
 
 def _row(each: Declared) -> Sequence[str]:
     option = each.option
-    flags = ", ".join(f"`{flag}`" for flag in each.flags) if option.on_command_line else ""
-    default = "" if option.default is None or not option.on_command_line else f"`{option.default}`"
+    spellings = ", ".join(each.flags)
+    written = " ".join(part for part in ("" if option.positional else spellings, command_line.metavar(each)) if part)
+    of_clip = each.name in OPTIONS
     return (
-        "" if each.name in declared(Spelling) else f"`{each.name}`",
-        flags,
-        _escaped(each.expected),
-        default,
-        _escaped(option.help),
+        f"<code>{_cell(written)}</code>" if option.on_command_line else "",
+        f"`{each.name}`" if of_clip else "",
+        "" if each.is_flag else _cell(each.expected),
+        f"`{option.default}`" if of_clip and option.on_command_line and option.default is not None else "",
+        _cell(command_line.help_of(each)),
     )
 
 
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
+def _cell(text: str) -> str:
+    """Returns a text for a cell of a table; a bar in backquotes would be the end of the cell for one of the two renderers."""
+    return html.escape(text, quote=False).replace("|", "&#124;")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _command(arguments: Sequence[str]) -> None:
     groups: Mapping[str, command_line.Group] = {}
     command_line.make_parser("python -m sora_jax.commands.options_table", str(__doc__).splitlines()[0], groups).read(arguments)
-    shell.result(table())
+    shell.result(table().rstrip())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 from sora_jax import files, shell
 from sora_jax.commands import options
@@ -18,9 +18,6 @@ from sora_jax.pipeline import command_line, video
 from sora_jax.pipeline.option import Option, declared
 from sora_jax.pipeline.settings import Options
 from sora_jax.shell import counted, note
-
-if TYPE_CHECKING:
-    from sora_jax.export import ExportedModel
 
 LOOP = command_line.of_clip("num_steps", "guidance", "merge_steps", "leap", leap=LEAP)
 NOISE = command_line.of_clip("seed")
@@ -68,18 +65,20 @@ def _make(asked: Arguments) -> None:
     from sora_jax.sampling import noise
 
     model = ExportedModel(asked.folder, keep=not asked.unload)
-    size, loop = _checked_size(model, asked), _loop(asked.clip)
+    tokens, tokenizer, size = model.manifest["tokens"], model.tokenizer(), model.size(asked.size)
+    numbers: dict[str, Any] = {name: asked.clip.get(name) for name in ("num_steps", "guidance", "merge_steps")}
+    numbers |= {"leap": _leap_entry(asked.clip.get("leap"))}
+    used, seed = model.sampling(**numbers), asked.clip.get("seed") or 0
+    loop: Literal["sampler", "stages"] = "sampler" if asked.sampler else "stages"
     video.check_target(asked.output, size["num_frames"], overwrite=asked.overwrite)
     files.refuse_unwritable(asked.output.parent)
-    tokens, seed = model.manifest["tokens"], asked.clip.get("seed") or 0
     text = prompt.prompt_at_loop(prompt.prepare_prompt(asked.prompt, **tokens["scores"]), 0)
-    ids, mask = Tokenizer.from_file(asked.folder / tokens["file"]).encode([text], tokens["length"])
+    ids, mask = Tokenizer.from_file(tokenizer).encode([text], tokens["length"])
     began = time.perf_counter()
     with files.claimed(asked.output):
         z_BTHWC = np.asarray(noise.initial_noise(seed, (1, *size["latents"])))
-        result = model(ids, mask, z_BTHWC, size=size["key"], loop="sampler" if asked.sampler else "stages", **loop)
-        used = {**model.manifest["sampling"], **loop, "loop": "sampler" if asked.sampler else "stages"}
-        parameters = {"prompt": asked.prompt, "seed": seed, "exported": model.manifest["target"], **used}
+        result = model(ids, mask, z_BTHWC, size=size["key"], loop=loop, **numbers)
+        parameters = {"prompt": asked.prompt, "seed": seed, "exported": model.manifest["target"], "loop": loop, **used}
         frames = video.quantise(result.frames_Bthw3)[0]
         video.save(frames, asked.output, fps=size["conditions"]["fps_B"], parameters=parameters, overwrite=asked.overwrite)
     if not asked.quiet:
@@ -87,25 +86,8 @@ def _make(asked: Arguments) -> None:
     shell.result(asked.output)
 
 
-def _checked_size(model: "ExportedModel", asked: Arguments) -> dict[str, Any]:
-    """Returns the manifest's entry of the size that is asked for.
-
-    Raises:
-      ValueError: there is no such size, no tokenizer, or no such step.
-    """
-    sizes = {size["key"]: size for size in model.manifest["sizes"]}
-    size = sizes.get(asked.size) if asked.size else next(iter(sizes.values()))
-    if size is None:
-        raise ValueError(f"{asked.folder} was not exported for size {asked.size}; it has {', '.join(sizes)}.")
-    if model.manifest["tokens"]["file"] is None:
-        raise ValueError(f"{asked.folder} has no tokenizer; export it with the stage t5.")
-    return size
-
-
-def _loop(clip: Options) -> dict[str, Any]:
-    """Returns the numbers of the loop that are said, the leap as the manifest writes it."""
-    loop: dict[str, Any] = {name: clip[name] for name in ("num_steps", "guidance", "merge_steps") if name in clip}
-    leap = clip.get("leap")
-    if leap is not None:
-        loop["leap"] = {"mode": "static", "index": leap} if isinstance(leap, int) else {"mode": leap, "index": None}
-    return loop
+def _leap_entry(leap: Any) -> dict[str, Any] | None:
+    """Returns the fields of the manifest's leap that the option replaces; None where nothing is said."""
+    if leap is None:
+        return None
+    return {"mode": "static", "index": leap} if isinstance(leap, int) else {"mode": leap, "index": None}

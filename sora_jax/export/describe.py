@@ -29,7 +29,7 @@ from sora_jax.export.entries import (
 )
 from sora_jax.export.manifest import MANIFEST_FILE
 from sora_jax.export.size import Size
-from sora_jax.export.stages import MERGE, Function, Specs, Stage
+from sora_jax.export.stages import Function, Specs, Stage
 from sora_jax.export.targets import Options
 from sora_jax.inputs import sizes
 from sora_jax.networks.vae.codec import chunks

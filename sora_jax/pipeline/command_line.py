@@ -38,11 +38,11 @@ def make_parser(prog: str, description: str, groups: Mapping[str, Group]) -> Par
 
 def _add(place: Any, each: Declared) -> None:
     option = each.option
-    keywords: dict[str, Any] = {"help": _help(each).replace("%", "%%")}
+    keywords: dict[str, Any] = {"help": help_of(each).replace("%", "%%")}
     if each.is_flag:
         place.add_argument(*each.flags, dest=each.name, action="store_true", **keywords)
         return
-    keywords |= {"type": _parser_of(each), "metavar": option.metavar or "|".join(option.choices) or None}
+    keywords |= {"type": _parser_of(each), "metavar": metavar(each) or None}
     if option.positional:
         keywords["nargs"] = "*" if option.repeats else None if each.required else "?"
         place.add_argument(each.name, **keywords)
@@ -51,7 +51,13 @@ def _add(place: Any, each: Declared) -> None:
     place.add_argument(*each.flags, dest=each.name, action=action, required=each.required, default=None, **keywords)
 
 
-def _help(each: Declared) -> str:
+def metavar(each: Declared) -> str:
+    """Returns how help writes the value of an option; nothing for one without a value."""
+    return "" if each.is_flag else each.option.metavar or "|".join(each.option.choices)
+
+
+def help_of(each: Declared) -> str:
+    """Returns what help says of an option, its default included where a command has one of its own."""
     default = each.default
     if default is None or default == () or each.is_flag:
         return each.option.help

@@ -120,7 +120,7 @@ class Declared:
         number = {"int": "a whole number", "float": "a number"}
         what = [number[kind] + _range(self.option) for kind in self.kinds if kind in number]
         if not what and not self.option.choices:
-            what = ["a text" if "str" in self.kinds else f"a {self.kinds[0]}"]
+            what = ["a text" if "str" in self.kinds else f"a {self.kinds[0].lower()}"]
         return ", or ".join([*what, _listed(words)] if words else what)
 
     def _takes_text(self, text: str) -> bool:

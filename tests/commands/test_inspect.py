@@ -61,11 +61,7 @@ def test_what_cannot_be_read_is_one_line(
         (("--bandwidth", "auto"), "bandwidth is 'auto'; expected bytes a second, such as 1.6GB."),
         (("--batch-size", "0"), "--batch-size is 0; expected a whole number from 1 to 1000000."),
         (("--height", "63", "--width", "64"), "height 63 is not a multiple of 16 (VAE 8 x patch 2); nearest valid: 48, 64."),
-        (
-            ("--loop", "2"),
-            "loop 2 takes over 17 frames from clip to clip (condition_frame_length 5), but a clip has 17; expected "
-            "num_frames above 17.",
-        ),
+        (("--solver", "ab2"), "unrecognized arguments: --solver ab2 (see sora-jax inspect --help)"),
     ],
 )
 def test_a_memory_plan_refuses_what_generation_would(

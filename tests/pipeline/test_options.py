@@ -1,6 +1,7 @@
 """An option is written once: signature, settings, command line, JSON and documentation say the same."""
 
 import dataclasses
+import html
 import json
 import re
 import types
@@ -100,15 +101,14 @@ def test_json_has_every_setting_and_returns_it() -> None:
 
 def test_the_table_of_the_documentation_has_a_row_for_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert options_table.main([]) == 0
-    rows = [
-        re.split(r"(?<!\\) *\| *", line.strip("| ")) for line in capsys.readouterr().out.splitlines() if line.startswith("|")
-    ]
-    by_name = {row[0].strip("`"): row for row in rows}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = [[html.unescape(cell) for cell in line.removeprefix("| ").removesuffix(" |").split(" | ")] for line in lines]
+    by_name = {row[1].strip("`"): row for row in rows}
     for name, each in OPTIONS.items():
-        row = by_name[name]
-        assert len(row) == 5
-        assert (row[4], row[2]) == (each.option.help, each.expected.replace("|", "\\|"))
-        assert re.findall(r"`([^`]+)`", row[1]) == list(each.flags if each.option.on_command_line else ())
+        spelling, _, value, default, meaning = by_name[name]
+        assert (value, meaning) == (each.expected, each.option.help)
+        assert re.findall(r"(?<!\w)--?[a-z][\w-]*", spelling) == list(each.flags if each.option.on_command_line else ())
+        assert default in ("", f"`{each.option.default}`")
 
 
 def test_words_that_other_rooms_define_are_theirs() -> None:
