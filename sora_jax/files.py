@@ -9,6 +9,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import math
 import os
 import re
 import secrets
@@ -142,12 +143,59 @@ def check_target(path: Path, *, overwrite: bool) -> None:
       IsADirectoryError: ``path`` is a folder, which is never replaced by a file.
       OSError: the folder cannot be created or written.
     """
-    if not is_utf8(str(path)):
-        raise ValueError(f"{str(path)!r} is no name in UTF-8; choose another one.")
+    check_name(path)
     if not overwrite:
         refuse_existing(path)
     _refuse_folder(path)
     refuse_unwritable(path.parent)
+
+
+def check_name(path: Path) -> None:
+    """Refuses a path that other libraries would take for another one, or that nobody could print.
+
+    Raises:
+      ValueError: it is not UTF-8, or has a zero byte.
+    """
+    if not is_utf8(str(path)):
+        raise ValueError(f"{str(path)!r} is no name in UTF-8; choose another one.")
+    if "\0" in str(path):
+        raise ValueError(f"{str(path)!r} has a zero byte, which no name of a file can have; choose another one.")
+
+
+@contextlib.contextmanager
+def claimed(*paths: Path) -> Iterator[None]:
+    """Claims the paths while the body runs, so that of two processes that would write to one path the later gives way at once.
+
+    Raises:
+      FileExistsError: another process has begun to write to one of the paths.
+      OSError: the folder cannot be written.
+    """
+    with contextlib.ExitStack() as claims:
+        for path in paths:
+            claims.enter_context(_claimed(path))
+        yield
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    own = path.parent / _partial_name(path.name)
+    own.touch(exist_ok=False)
+    try:
+        since = own.stat().st_mtime_ns, own.name
+        for other, owner in _partials(path.parent):
+            if _stem(other) == _stem(own) and _begun(other) < since and not _is_dead(other, owner):
+                raise FileExistsError(f"another process is writing {path}; wait for it to end, or choose another name.")
+        yield
+    finally:
+        own.unlink(missing_ok=True)
+
+
+def _begun(partial: Path) -> tuple[float, str]:
+    """Returns when a temporary name was made, by which two are put in order; one that is gone came last."""
+    try:
+        return partial.lstat().st_mtime_ns, partial.name
+    except OSError:
+        return math.inf, partial.name
 
 
 def refuse_unwritable(folder: str | os.PathLike[str]) -> None:
@@ -218,6 +266,11 @@ def _partial_name(name: str) -> str:
     machine, process, start = _owner()
     stem = os.fsencode(name)[:_MAX_NAME_BYTES].decode("utf-8", "ignore")
     return f".{stem}.{machine}-{process}-{start}-{secrets.token_hex(4)}.partial"
+
+
+def _stem(partial: Path) -> str:
+    """Returns what a temporary name keeps of the target's."""
+    return partial.name.removesuffix(".partial").rpartition(".")[0]
 
 
 def _owner() -> Owner:

@@ -25,7 +25,7 @@ from sora_jax.export import ExportedModel, check, export
 from sora_jax.export.targets import Precision, TargetName, Weights
 from sora_jax.inputs import prompt
 from sora_jax.pipeline import video
-from sora_jax.pipeline.pipeline import POCKET
+from sora_jax.pipeline.model_file import POCKET
 from sora_jax.sampling import noise
 
 PROMPT = "a red circle moves right on a blue background"

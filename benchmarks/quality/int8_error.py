@@ -24,7 +24,8 @@ import convert_weights
 from benchmarks._support.machine import write_report
 from sora_jax.metrics import psnr
 from sora_jax.networks import registry
-from sora_jax.pipeline.pipeline import POCKET, Pipeline
+from sora_jax.pipeline.model_file import POCKET
+from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.pocket.judging import cases, scores
 from sora_jax.pocket.judging.measure import measure
 from sora_jax.storage.checkpoint import load_network, save_network, stored_arrays, unflatten
@@ -85,7 +86,7 @@ def embedded(model: Path, num_clips: int, seed: int, folder: Path) -> dict[str, 
     table: dict[str, Any] = {"float32": {"faithfulness": _rates(clips, attributes)}}
     for name, (dtypes, compute) in VARIANTS.items():
         variant = stored_as(model, folder / f"variant{len(table)}", dtypes) if dtypes else exact
-        sampling = cases.Sampling(dtype=compute)
+        sampling = {"dtype": compute}
         made = [one.frames_thw3 for one in cases.clips(variant, asked, sampling)]
         noise = [psnr(a, b) for a, b in zip(made, clips, strict=True)]
         table[name] = {

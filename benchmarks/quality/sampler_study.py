@@ -34,9 +34,9 @@ from benchmarks._support import study_report
 from benchmarks._support.study_clips import Prompt, References, calibration_prompts, read_lines, read_prompts, scores
 from benchmarks._support.study_methods import LONG_REFERENCE, REFERENCE, Method, chosen, frontier, methods
 from sora_jax.pipeline import video
+from sora_jax.pipeline.make_sampler import make_sampler
 from sora_jax.pipeline.pipeline import Pipeline
-from sora_jax.pipeline.run import Generation, read_inputs
-from sora_jax.pipeline.sampling import make_sampler
+from sora_jax.pipeline.run import Generation
 from sora_jax.pipeline.settings import Settings
 from sora_jax.pipeline.velocity import Velocity
 from sora_jax.process import Timings
@@ -68,8 +68,8 @@ class Study:
         if not path.exists():
             texts = calibration_prompts(self.prompt_file, len(self.prompts), self.calibration_prompts, self.settings.seed)
             generation = self.generation(seed=(self.settings.seed + SEED_STRIDE * 1000) % 2**32, shift=shift)
-            inputs = read_inputs(texts, [""] * len(texts), [""] * len(texts), 1, generation.settings)
-            np.savez(path, error_NN=generation.calibrate(inputs, "residual").error_NN)
+            samples = self.pipeline.read(texts, generation.settings)
+            np.savez(path, error_NN=generation.calibrate(samples, "residual").error_NN)
         return Calibration(error_NN=np.load(path)["error_NN"], keep="residual")
 
     def sampled_by(self, method: Method) -> Settings:
@@ -222,8 +222,7 @@ def scored(study: Study, frames: np.ndarray, references: Sequence[References], a
 def denoise(study: Study, generation: Generation, texts: Sequence[str], wanted: Sequence[Method], folder: Path) -> None:
     """Writes the latents of all methods that have none yet."""
     missing = [method for method in wanted if not latents_path(folder, method.name).exists()]
-    inputs = read_inputs(texts, [""] * len(texts), [""] * len(texts), 1, generation.settings)
-    captions, mask, z, _ = generation.prepare(inputs)
+    captions, mask, z, _ = generation.prepare(study.pipeline.read(texts, generation.settings))
     with generation.networks.use("stdit3", generation.settings.dtype, generation.timings) as stdit3:
         velocity = generation.velocity(stdit3, captions, mask)
         needed = chosen(wanted, [method.name for method in missing])

@@ -1,52 +1,101 @@
-"""``sora-jax calibrate``: from parsed options to a plan file, with progress.
+"""``sora-jax calibrate``: the reuse plan of a model, measured and written to a file.
 
-Invariant: everything that can be refused is refused before a network is loaded.  What is measured, and how a plan follows
-from it, is `calibration`'s business.
+Invariant: everything that can be refused is refused before a network is loaded, and what needs no network before JAX is
+imported.  What is measured, and how a plan follows from it, is `calibration`'s business.
 """
 
-import argparse
-import sys
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
-from sora_jax import files
-from sora_jax.commands.generate import progress_bar, read_prompts
+from sora_jax import files, shell
+from sora_jax.commands import options
+from sora_jax.commands.progress import progress_bar
+from sora_jax.commands.prompts import read_prompts
 from sora_jax.commands.user_cache import use_compile_cache
+from sora_jax.pipeline import command_line
+from sora_jax.pipeline.model_file import ModelFile
+from sora_jax.pipeline.option import Option, declared
+from sora_jax.pipeline.settings import Options, Settings
 from sora_jax.shell import note
 
-_SETTINGS = ("num_steps guidance seed shift merge_steps height width resolution aspect_ratio num_frames fps dtype").split()
+OPTIONS = command_line.of_clip(
+    "num_steps", "guidance", "seed", "shift", "merge_steps", "height", "width", "resolution", "aspect_ratio", "num_frames",
+    "fps", "dtype",
+)  # fmt: skip
 
 
-def run(options: argparse.Namespace) -> None:
-    """Measures and writes the plan that the options ask for, printing its path to standard output.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(options.PromptFile, options.MemoryBudget, options.Writing, options.CompileCache):
+    """What the command line asks for."""
+
+    model: Annotated[
+        str | None,
+        Option("Model directory, or pocket: the embedded model, which is the default.", metavar="MODEL_DIR", positional=True),
+    ] = None
+    output: Annotated[Path, Option("The plan's file.", flags=("-o", "--output"), metavar="JSON")]
+    evaluations: Annotated[int, Option("Steps that the plan evaluates in full.", metavar="N", within=(1, 100_000))]
+    prompts: Annotated[
+        tuple[str, ...], Option("Caption to measure on; repeatable.", flags=("--prompt",), metavar="TEXT", repeats=True)
+    ] = ()
+    keep: Annotated[str, Option("What a reused step takes over.", choices=("residual", "velocity"))] = "residual"
+    half_from: Annotated[
+        int | None,
+        Option(
+            "Steps from here on reuse the guidance difference: half an evaluation each.", metavar="STEP", within=(0, 100_000)
+        ),
+    ] = None
+    clip: Options
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Reads the command line and writes the plan."""
+    parser = command_line.make_parser(
+        "sora-jax calibrate",
+        "Measures what reuse costs at each step of a model's sampling, and writes the best plan.",
+        {"": declared(Arguments), "sampling (defaults are the model's)": OPTIONS},
+    )
+    run(command_line.read(parser, arguments, Arguments, OPTIONS))
+
+
+def run(asked: Arguments) -> None:
+    """Measures and writes the plan that is asked for, printing its path to standard output.
 
     Raises:
-      ValueError: an option is invalid, or no plan has so many evaluations.
+      ValueError: an option is wrong, or no plan has so many evaluations.
       OSError: the file cannot be written.
     """
-    if options.output.suffix != ".json":
-        raise ValueError(f"--output {options.output} has suffix {options.output.suffix!r}; expected .json.")
-    texts = read_prompts(options, "--prompt TEXT")
-    files.check_target(options.output, overwrite=options.overwrite)
-    use_compile_cache(options.compile_cache)
+    if asked.output.suffix != ".json":
+        raise ValueError(f"--output {asked.output} has suffix {asked.output.suffix!r}; expected .json.")
+    texts = read_prompts(asked, asked.prompts, "--prompt TEXT")
+    files.check_target(asked.output, overwrite=asked.overwrite)
+    model = ModelFile.read(asked.model)
+    settings = model.resolve(asked.clip)
+    settings.check_calibration(asked.evaluations, asked.half_from)
+    use_compile_cache(asked.compile_cache)
+    shell.interruptibly(lambda: _measure(asked, model, settings, texts), lambda: files.remove_partial(asked.output.parent))
 
+
+def _measure(asked: Arguments, model: ModelFile, settings: Settings, texts: Sequence[str]) -> None:
     from sora_jax.pipeline.pipeline import Pipeline
 
-    pipeline = Pipeline.from_pretrained(options.model, memory_budget=options.memory_budget)
-    chosen = pipeline.resolve({name: getattr(options, name) for name in _SETTINGS})
-    with progress_bar(options.quiet) as callback:
-        made = pipeline.calibrate(
+    pipeline = Pipeline.open(model, memory_budget=asked.memory_budget)
+    with files.claimed(asked.output), progress_bar(asked.quiet) as callback:
+        measured = pipeline.calibrate(
             texts,
-            evaluations=options.evaluations,
-            chosen=chosen,
-            keep=options.keep,
-            half_from=options.half_from,
+            evaluations=asked.evaluations,
+            settings=settings,
+            keep=asked.keep,  # type: ignore[arg-type]  # one of the choices
+            half_from=asked.half_from,
             callback=callback,
         )
-    made.write(options.output, overwrite=options.overwrite)
-    sys.stdout.write(f"{options.output}\n")
-    sys.stdout.flush()
-    if not options.quiet:
-        codes = "".join(map(str, made.plan.codes))
+        measured.write(asked.output, overwrite=asked.overwrite)
+    shell.result(asked.output)
+    if not asked.quiet:
+        plan = measured.plan
+        steps = f"steps {''.join(map(str, plan.codes))} (0 full, 1 reused, 2 half)"
         note(
-            f"{made.plan.evaluations:g} of {len(made.plan.codes)} evaluations, steps {codes} (0 full, 1 reused, 2 half); "
-            f"reuse shifts latents by {made.error:.4f} in root mean square, summed over the steps."
+            f"{plan.evaluations:g} of {len(plan.codes)} evaluations, {steps}; "
+            f"reuse shifts latents by {measured.error:.4f} in root mean square, summed over the steps."
         )

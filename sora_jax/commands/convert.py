@@ -1,29 +1,29 @@
-"""The command ``sora-jax convert`` (``python -m convert_weights`` is the same).
+"""``sora-jax convert`` (``python -m convert_weights`` is the same): one verb for each thing to do with checkpoints.
 
-It parses, calls and prints; a failure is one line (or one report of faults) on standard error and a non-zero exit code.
+Invariant: standard output holds what was written or compared, notes go to standard error, and an interrupted conversion goes on
+when the same command is given again.  The work is `convert_weights`'.
 """
 
 import argparse
+import dataclasses
 import functools
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from tqdm import tqdm
-
-from convert_weights.all_networks import convert_pipeline, find_networks
-from convert_weights.checkpoint import Options, Source, convert_checkpoint
-from convert_weights.to_torch import to_torch
-from convert_weights.verify import verify
+from sora_jax import shell
+from sora_jax.commands import options
 from sora_jax.config import NETWORKS
-from sora_jax.files import advice
-from sora_jax.process import peak_bytes
-from sora_jax.shell import BAD_INPUT, FAILED, INTERRUPTED, OK, Parser
+from sora_jax.pipeline import command_line
+from sora_jax.pipeline.model_file import model_path
+from sora_jax.pipeline.option import Option, declared
+from sora_jax.shell import FAILED, OK, Parser, counted, note
 from sora_jax.storage.arrays import STORED_DTYPES
 from sora_jax.storage.directory import Manifest, open_network, present_networks
-from sora_jax.storage.upgrade import outdated, upgrade, upgraded_bytes
+
+if TYPE_CHECKING:
+    from convert_weights.checkpoint import Options, Source
 
 _EPILOG = """\
 examples:
@@ -38,135 +38,150 @@ An interrupted conversion goes on when the same command is given again.
 """
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a checkpoint is read."""
+
+    section: Annotated[
+        str | None,
+        Option("State dict of a training checkpoint to take (default: EMA where there is one).", metavar="NAME"),
+    ] = None
+    config: Annotated[Path | None, Option("Read instead of the config.json beside the weights.", metavar="FILE")] = None
+    spatial: Annotated[
+        Path | None, Option("vae: the AutoencoderKL, where SOURCE holds only the temporal part.", metavar="SOURCE")
+    ] = None
+    ignore_config_key: Annotated[
+        tuple[str, ...],
+        Option("A key of config.json known not to change the network; repeatable.", metavar="KEY", repeats=True),
+    ] = ()
+    allow_mixed_dtypes: Annotated[bool, Option("Accept arrays that differ in dtype.")] = False
+
+    def options(self) -> "Options":
+        """Returns them as `convert_weights` takes them."""
+        from convert_weights.checkpoint import Options
+
+        return Options(
+            section=self.section,
+            config_file=self.config,
+            spatial=self.spatial,
+            ignore_config_keys=list(self.ignore_config_key),
+            allow_mixed_dtypes=self.allow_mixed_dtypes,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversion(Reading, options.Writing):
+    """What is converted, and to where."""
+
+    source: Annotated[Path, Option("A weight file, an index of shards, or a folder.", metavar="SOURCE", positional=True)]
+    directory: Annotated[Path, Option("Model directory.", metavar="MODEL_DIR", positional=True)]
+    dtype: Annotated[
+        str, Option(f"Stored dtype: {', '.join(STORED_DTYPES)}; pipeline also takes t5=int8,....", metavar="NAME")
+    ] = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verification(Reading):
+    """What is compared with what."""
+
+    directory: Annotated[str, Option("Model directory, or pocket.", metavar="MODEL_DIR", positional=True)]
+    source: Annotated[Path | None, Option("Compare bit for bit with this checkpoint, converted again.", metavar="SOURCE")] = (
+        None
+    )
+    network: Annotated[str | None, Option("Look at this network only.", choices=NETWORKS)] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reversal:
+    """What is written back, and to where."""
+
+    directory: Annotated[str, Option("Model directory, or pocket.", metavar="MODEL_DIR", positional=True)]
+    out: Annotated[Path, Option("Folder that gets one folder for each network.", metavar="OUT", positional=True)]
+    network: Annotated[str | None, Option("Write this network only.", choices=NETWORKS)] = None
+    overwrite: Annotated[bool, Option("Replace files that exist.")] = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Upgrading:
+    """What is rewritten in the present format."""
+
+    directory: Annotated[str, Option("Model directory, or pocket.", metavar="MODEL_DIR", positional=True)]
+    quiet: Annotated[bool, Option("No progress bar, no notes.")] = False
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0 done, 1 failed or differs, 2 wrong usage, 130 interrupted."""
-    try:
-        options = _parser().parse_args(arguments)
-        return options.run(options)
-    except SystemExit as stop:  # argparse has printed why
-        return stop.code if isinstance(stop.code, int) else BAD_INPUT
-    except KeyboardInterrupt:
-        return _fail("interrupted; give the same command again to go on.", INTERRUPTED)
-    except ValueError as error:
-        return _fail(str(error), FAILED)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}{advice(error)}.", FAILED)
+    """Runs the command and returns its exit code: 0 done, 1 differs or failed, 2 source or usage is wrong, 130 interrupted."""
+    return shell.run(command, arguments, interrupted="interrupted; give the same command again to go on.", reports=True)
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"sora-jax convert: {message}", file=sys.stderr)
-    return code
-
-
-def _parser() -> argparse.ArgumentParser:
+def command(arguments: Sequence[str]) -> int:
+    """Reads the command line and does what its verb says."""
     parser = Parser(
         prog="sora-jax convert",
-        description="Convert PyTorch checkpoints into a model directory, verify it, or write it back.",
+        description="Converts PyTorch checkpoints into a model directory, verifies it, or writes it back.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="{t5,stdit3,vae,pipeline,verify,to-torch,upgrade}")
-    for network in (*NETWORKS, "pipeline"):
-        what = "all three networks, from a folder of their folders" if network == "pipeline" else f"the network {network}"
-        command = commands.add_parser(network, help=f"convert {what}")
-        command.add_argument("source", type=Path, help="a weight file, an index of shards, or a folder")
-        command.add_argument("directory", type=Path, metavar="MODEL_DIR")
-        command.add_argument("--dtype", default="float32", help=f"stored dtype: {', '.join(STORED_DTYPES)} (default float32)")
-        command.add_argument("--overwrite", action="store_true", help="replace a network that exists")
-        command.add_argument("--quiet", action="store_true", help="no progress bar, no notes")
-        _add_source_options(command)
-        command.set_defaults(run=_convert_pipeline if network == "pipeline" else _convert, network=network)
-    command = commands.add_parser("verify", help="checksum, shape and dtype of every parameter; and the source's values")
-    command.add_argument("directory", type=Path, metavar="MODEL_DIR")
-    command.add_argument("--source", type=Path, help="compare bit for bit with this checkpoint, converted again")
-    command.add_argument("--network", choices=NETWORKS, help="look at this network only")
-    _add_source_options(command)
-    command.set_defaults(run=_verify)
-    command = commands.add_parser("to-torch", help="write PyTorch names and layouts back, as safetensors")
-    command.add_argument("directory", type=Path, metavar="MODEL_DIR")
-    command.add_argument("out", type=Path, metavar="OUT", help="gets one folder for each network")
-    command.add_argument("--network", choices=NETWORKS, help="write this network only")
-    command.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    command.set_defaults(run=_to_torch)
-    command = commands.add_parser("upgrade", help="rewrite networks of an older format in the present one, in place")
-    command.add_argument("directory", type=Path, metavar="MODEL_DIR")
-    command.add_argument("--quiet", action="store_true", help="no progress bar, no notes")
-    command.set_defaults(run=_upgrade)
-    return parser
+    verbs = parser.add_subparsers(required=True, metavar=f"{{{','.join(VERBS)}}}", dest="verb")
+    for name, (summary, _, _) in VERBS.items():
+        verbs.add_parser(name, help=summary, prog=f"sora-jax convert {name}", add_help=False)
+    verb = parser.parse_args(arguments[:1]).verb
+    summary, kind, work = VERBS[verb]
+    own = command_line.make_parser(f"sora-jax convert {verb}", f"{summary[0].upper()}{summary[1:]}.", {"": declared(kind)})
+    asked = command_line.read(own, arguments[1:], kind)
+    return work(verb, asked)
 
 
-def _add_source_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--section", help="which state dict of a training checkpoint to take (default: EMA where there is one)"
-    )
-    command.add_argument("--config", type=Path, help="read instead of the config.json beside the weights")
-    command.add_argument("--spatial", type=Path, help="vae: the AutoencoderKL, where SOURCE holds only the temporal part")
-    command.add_argument(
-        "--ignore-config-key",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="a config.json key known not to change the network",
-    )
-    command.add_argument("--allow-mixed-dtypes", action="store_true", help="accept arrays that differ in dtype")
+def _convert(network: str, asked: Conversion) -> int:
+    from convert_weights.checkpoint import convert_checkpoint
 
-
-def _source_options(options: argparse.Namespace) -> Options:
-    return Options(
-        section=options.section,
-        config_file=options.config,
-        spatial=options.spatial,
-        ignore_config_keys=options.ignore_config_key,
-        allow_mixed_dtypes=options.allow_mixed_dtypes,
-    )
-
-
-def _convert(options: argparse.Namespace) -> int:
     started = time.monotonic()
-    with _Bar(options.quiet) as bar:
+    with Bar(asked.quiet) as bar:
         manifest = convert_checkpoint(
-            options.network,
-            options.source,
-            options.directory,
-            dtype=options.dtype,
-            overwrite=options.overwrite,
-            options=_source_options(options),
-            report=(lambda opened: None) if options.quiet else _print_notes,
-            progress=lambda done, total: bar.show(options.network, done, total),
+            network,
+            asked.source,
+            asked.directory,
+            dtype=asked.dtype,
+            overwrite=asked.overwrite,
+            options=asked.options(),
+            report=(lambda opened: None) if asked.quiet else _note_source,
+            progress=lambda done, total: bar.show(network, done, total),
         )
-    print(_summary(manifest, time.monotonic() - started))
+    shell.result(_summary(manifest, time.monotonic() - started))
     return OK
 
 
-def _print_notes(opened: Source) -> None:
-    notes = [*opened.checkpoint.notes, f"configuration: {opened.resolved.origin}"]
+def _note_source(opened: "Source") -> None:
+    for line in (*opened.checkpoint.notes, f"configuration: {opened.resolved.origin}"):
+        note(line)
     if opened.resolved.ignored:
-        notes.append(f"config.json keys without effect here: {', '.join(opened.resolved.ignored)}")
-    notes += [f"ignored {name}: {reason}" for name, reason in opened.plan.ignored.items()]
-    print("\n".join(notes))
+        note(f"config.json keys without effect here: {', '.join(opened.resolved.ignored)}")
+    for name, reason in opened.plan.ignored.items():
+        note(f"ignored {name}: {reason}")
 
 
-def _convert_pipeline(options: argparse.Namespace) -> int:
-    dtypes = _dtypes(options.dtype)
-    if not options.quiet:
-        for network, folder in find_networks(options.source).items():
-            print(f"{network}: {folder}")
+def _convert_all(_: str, asked: Conversion) -> int:
+    from convert_weights.all_networks import convert_pipeline, find_networks
+
+    dtypes = _dtypes(asked.dtype)
+    if not asked.quiet:
+        for network, folder in find_networks(asked.source).items():
+            note(f"{network}: {folder}")
     started = time.monotonic()
-    with _Bar(options.quiet) as bar:
+    with Bar(asked.quiet) as bar:
         manifests = convert_pipeline(
-            options.source,
-            options.directory,
+            asked.source,
+            asked.directory,
             dtypes=dtypes,
-            overwrite=options.overwrite,
-            options=_source_options(options),
+            overwrite=asked.overwrite,
+            options=asked.options(),
             progress=bar.show,
         )
     for network in NETWORKS:
         if network not in manifests:
-            print(f"{network}: already in {options.directory}; --overwrite converts it again")
+            note(f"{network}: already in {asked.directory}; --overwrite converts it again")
     for manifest in manifests.values():
-        print(_summary(manifest, time.monotonic() - started))
+        shell.result(_summary(manifest, time.monotonic() - started))
     return OK
 
 
@@ -174,71 +189,79 @@ def _dtypes(text: str) -> dict[str, str]:
     """Returns the stored dtype of each network from ``DTYPE`` or ``NETWORK=DTYPE,...``; the VAE is never int8."""
     if "=" not in text:
         return {network: "float32" if network == "vae" and text == "int8" else text for network in NETWORKS}
-    chosen = dict(part.partition("=")[::2] for part in text.split(","))
-    if unknown := chosen.keys() - set(NETWORKS):
+    named = dict(part.partition("=")[::2] for part in text.split(","))
+    if unknown := named.keys() - set(NETWORKS):
         raise ValueError(f"--dtype names {', '.join(sorted(unknown))}; expected {', '.join(NETWORKS)}.")
-    return {network: chosen.get(network, "float32") for network in NETWORKS}
+    return {network: named.get(network, "float32") for network in NETWORKS}
 
 
-def _verify(options: argparse.Namespace) -> int:
-    faults = verify(
-        options.directory, source=options.source, network=options.network, options=_source_options(options), note=print
-    )
+def _verify(_: str, asked: Verification) -> int:
+    from convert_weights.verify import verify
+
+    directory = model_path(asked.directory)
+    faults = verify(directory, source=asked.source, network=asked.network, options=asked.options(), note=note)
     for network, found in faults.items():
-        count = len(open_network(options.directory, network).parameters)
-        print(
-            f"{network}: {count} arrays, " + (f"{len(found)} faults" if found else "checksums, shapes and dtypes as recorded")
-        )
+        count = len(open_network(directory, network).parameters)
+        state = counted(len(found), "fault") if found else "checksums, shapes and dtypes as recorded"
+        shell.result(f"{network}: {counted(count, 'array')}, {state}")
         for fault in found:
-            print(f"  {fault}", file=sys.stderr)
+            note(fault)
     failed = any(faults.values())
-    if options.source and not failed:
-        print(f"equal to {options.source}, bit for bit")
+    if asked.source and not failed:
+        shell.result(f"equal to {asked.source}, bit for bit")
     return FAILED if failed else OK
 
 
-def _to_torch(options: argparse.Namespace) -> int:
-    networks = [options.network] if options.network else present_networks(options.directory) or NETWORKS
+def _to_torch(_: str, asked: Reversal) -> int:
+    from convert_weights.to_torch import to_torch
+
+    directory = model_path(asked.directory)
+    networks = [asked.network] if asked.network else present_networks(directory) or NETWORKS
     for network in networks:
-        path = to_torch(open_network(options.directory, network), options.out / network, overwrite=options.overwrite)
-        print(f"{network}: {path}, {path.stat().st_size / 1e9:.3f} GB")
+        path = to_torch(open_network(directory, network), asked.out / network, overwrite=asked.overwrite)
+        shell.result(f"{network}: {path}, {path.stat().st_size / 1e9:.3f} GB")
     return OK
 
 
-def _upgrade(options: argparse.Namespace) -> int:
-    manifests = outdated(options.directory)
-    if manifests and not options.quiet:
+def _upgrade(_: str, asked: Upgrading) -> int:
+    from sora_jax.storage.upgrade import outdated, upgrade, upgraded_bytes
+
+    directory = model_path(asked.directory)
+    manifests = outdated(directory)
+    if manifests and not asked.quiet:
         largest = max(manifests, key=upgraded_bytes)
-        print(
+        note(
             f"upgrading {', '.join(manifest.network for manifest in manifests)}, one after the other: needs "
             f"{upgraded_bytes(largest) / 1e9:.3f} GB of free disk space, for {largest.network}, until the old files are removed"
         )
     for manifest in manifests:
         started = time.monotonic()
-        with _Bar(options.quiet) as bar:
+        with Bar(asked.quiet) as bar:
             upgraded = upgrade(manifest, progress=functools.partial(bar.show, manifest.network))
-        print(_summary(upgraded, time.monotonic() - started))
+        shell.result(_summary(upgraded, time.monotonic() - started))
     if not manifests:
-        print(f"{options.directory}: every network has the present format")
+        shell.result(f"{directory}: every network has the present format")
     return OK
 
 
 def _summary(manifest: Manifest, seconds: float) -> str:
+    from sora_jax.process import peak_bytes
+
     nbytes = sum(parameter.nbytes for parameter in manifest.parameters.values())
     return (
-        f"{manifest.path}: {len(manifest.parameters)} arrays, {nbytes / 1e9:.3f} GB as {manifest.dtype}, "
+        f"{manifest.path}: {counted(len(manifest.parameters), 'array')}, {nbytes / 1e9:.3f} GB as {manifest.dtype}, "
         f"{seconds:.1f} s, peak memory {peak_bytes() / 1e9:.2f} GB"
     )
 
 
-class _Bar:
-    """A progress bar of source bytes; begins anew with each network."""
+class Bar:
+    """A progress bar of source bytes, on standard error; begins anew with each network."""
 
     def __init__(self, quiet: bool):
         self._quiet, self._network = quiet, ""
         self._bar: Any = None
 
-    def __enter__(self) -> "_Bar":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -246,10 +269,23 @@ class _Bar:
             self._bar.close()
 
     def show(self, network: str, done: int, total: int) -> None:
+        """Shows that ``done`` of ``total`` bytes of a network's source were converted."""
         if self._quiet:
             return
         if self._bar is None or network != self._network:
+            from tqdm import tqdm
+
             self.__exit__()
             self._network = network
             self._bar = tqdm(total=total, desc=network, unit="B", unit_scale=True, disable=None)
         self._bar.update(min(done, total) - self._bar.n)
+
+
+# What each verb does, what it takes, and the function that does it.
+VERBS: Mapping[str, tuple[str, Any, Callable[[str, Any], int]]] = {
+    **{network: (f"convert the network {network}", Conversion, _convert) for network in NETWORKS},
+    "pipeline": ("convert all three networks, from a folder of their folders", Conversion, _convert_all),
+    "verify": ("compare checksum, shape and dtype of every parameter, and the source's values", Verification, _verify),
+    "to-torch": ("write PyTorch names and layouts back, as safetensors", Reversal, _to_torch),
+    "upgrade": ("rewrite networks of an older format in the present one, in place", Upgrading, _upgrade),
+}

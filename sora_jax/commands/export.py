@@ -1,69 +1,141 @@
-"""The ``sora-jax export`` command: options of the command line into one call of `export`, and a line for each stage.
+"""``sora-jax export``: one call of `sora_jax.export.exporter.export`, and a line for each stage.
 
 Invariant: nothing is decided here.  An interrupt is answered within a second: `export` is told by its progress to stop, ends
 the process that it has begun, and removes what was written.
 """
 
-import argparse
-import sys
+import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from sora_jax.export import Size
-from sora_jax.export.entries import ExportManifest
-from sora_jax.export.exporter import export
-from sora_jax.export.progress import Progress
+from sora_jax import files, shell
+from sora_jax.commands import options
+from sora_jax.pipeline import command_line
+from sora_jax.pipeline.option import Option, declared
+from sora_jax.pipeline.settings import OPTIONS, Options
 from sora_jax.shell import note
 
+if TYPE_CHECKING:
+    from sora_jax.export.entries import ExportManifest
+    from sora_jax.export.progress import Progress
+
 _EVERY_S = 10.0  # between two lines about one stage
+_UNWIND_S = 5.0  # that an interrupted export has to end its process and to remove what it wrote
+
+LEAP = dataclasses.replace(
+    OPTIONS["leap"].option,
+    metavar="off|N|dynamic",
+    choices=("dynamic",),
+    expected="off, dynamic, or the number of the step that leaps",
+)
+SIZE = command_line.of_clip("height", "width", "resolution", "aspect_ratio", "num_frames")
+LOOP = command_line.of_clip("num_steps", "guidance", "merge_steps", "leap", "fps", leap=LEAP)
 
 
-def run(options: argparse.Namespace, stop: threading.Event, begun: threading.Event) -> None:
-    """Exports a model and prints the folder, until ``stop`` is set; sets ``begun`` before other processes work for it.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(options.Writing):
+    """What the command line asks for."""
+
+    model: Annotated[str, Option("Model directory, or pocket: the embedded model.", metavar="MODEL_DIR", positional=True)]
+    out: Annotated[Path, Option("Folder to make.", metavar="OUT", positional=True)]
+    target: Annotated[str, Option("Format of the programs.", choices=("stablehlo", "onnx", "coreml"))]
+    size: Annotated[
+        tuple[str, ...], Option("A further size, for example 51x240x320; repeatable.", metavar="FxHxW", repeats=True)
+    ] = ()
+    precision: Annotated[str, Option("Precision of the arithmetic.", choices=("float32", "float16"))] = "float32"
+    weights: Annotated[
+        str, Option("How weights are stored; lut6 and int4: Core ML only.", choices=("float", "int8", "lut6", "int4"))
+    ] = "float"
+    stages: Annotated[str, Option("Which parts, of t5,stdit3,vae_decoder,vae_encoder.", metavar="NAMES")] = (
+        "t5,stdit3,vae_decoder"
+    )
+    licence: Annotated[str | None, Option("Licence of the weights, for the manifest.", metavar="TEXT")] = None
+    no_fused_attention: Annotated[bool, Option("Core ML: plain operations for attention.")] = False
+    clip: Options
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Reads the command line and exports."""
+    parser = command_line.make_parser(
+        "sora-jax export",
+        "Writes a model's stages as programs of fixed shapes, each compared with JAX before it counts.",
+        {"": declared(Arguments), "size": SIZE, "defaults of the loop (a host may use others)": LOOP},
+    )
+    run(command_line.read(parser, arguments, Arguments, {**SIZE, **LOOP}))
+
+
+def run(asked: Arguments) -> None:
+    """Exports a model and prints the folder.
 
     Raises:
       ValueError: see `export`.
+    """
+    sizes = [parse_size(text) for text in asked.size]
+    if not asked.overwrite:
+        files.refuse_existing(asked.out)
+    stop, begun, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        try:
+            _export(asked, sizes, stop, begun)
+        finally:
+            ended.set()
+
+    def clean_up() -> None:
+        stop.set()
+        if begun.is_set():  # before that there is no other process to end
+            ended.wait(_UNWIND_S)
+        files.remove_partial(asked.out.parent)
+
+    shell.interruptibly(work, clean_up)
+
+
+def _export(asked: Arguments, sizes: Sequence[tuple[int, int, int]], stop: threading.Event, begun: threading.Event) -> None:
+    """Exports until ``stop`` is set; sets ``begun`` before other processes work for it.
+
+    Raises:
       KeyboardInterrupt: it was stopped.
     """
-    named = ("resolution", "aspect_ratio", "num_steps", "guidance", "merge_steps", "leap", "fps")
-    settings = {name: getattr(options, name) for name in named}
-    shown = _Shown(quiet=options.quiet)
+    from sora_jax.export import Size
+    from sora_jax.export.exporter import export
 
-    def progress(at: Progress) -> None:
+    shown = _Shown(quiet=asked.quiet)
+
+    def progress(at: "Progress") -> None:
         begun.set()
         if stop.is_set():
             raise KeyboardInterrupt
         shown(at)
 
-    made = export(
-        None if str(options.model) == "pocket" else options.model,
-        options.out,
-        target=options.target,
-        num_frames=options.num_frames,
-        height=options.height,
-        width=options.width,
-        further_sizes=[parse_size(text) for text in options.size],
-        precision=options.precision,
-        weights=options.weights,
-        stages=tuple(options.stages.split(",")),
-        settings=settings,
-        licence=options.licence,
-        fuse_attention=not options.no_fused_attention,
-        overwrite=options.overwrite,
-        progress=progress,
-    )
-    if not options.quiet:
-        for line in margins(made):
+    with files.claimed(asked.out):
+        manifest = export(
+            asked.model,
+            asked.out,
+            target=asked.target,  # type: ignore[arg-type]  # one of the choices, as the two below
+            further_sizes=[Size(num_frames=frames, height=height, width=width) for frames, height, width in sizes],
+            precision=asked.precision,  # type: ignore[arg-type]
+            weights=asked.weights,  # type: ignore[arg-type]
+            stages=tuple(asked.stages.split(",")),
+            settings=asked.clip,
+            licence=asked.licence,
+            fuse_attention=not asked.no_fused_attention,
+            overwrite=asked.overwrite,
+            progress=progress,
+        )
+    if not asked.quiet:
+        for line in margins(manifest):
             note(line)
-        note(f"{made['total_bytes'] / 1e6:.1f} MB; {made['notes'][0]}")
-    sys.stdout.write(f"{options.out}\n")
+        note(f"{manifest['total_bytes'] / 1e6:.1f} MB; {manifest['notes'][0]}")
+    shell.result(asked.out)
 
 
-def margins(made: ExportManifest) -> Iterator[str]:
+def margins(manifest: "ExportManifest") -> Iterator[str]:
     """Yields a line for every artefact: how near it is to JAX, and by how much it passed."""
-    functions = [(stage["name"], function) for stage in made["stages"] for function in stage["functions"]]
-    functions += [("sampler", function) for function in (made["sampler"]["functions"] if made["sampler"] else ())]
+    functions = [(stage["name"], function) for stage in manifest["stages"] for function in stage["functions"]]
+    functions += [("sampler", function) for function in (manifest["sampler"]["functions"] if manifest["sampler"] else ())]
     for name, function in functions:
         worst = min(function["checks"], key=lambda check: check["psnr_db"] - check["floor_db"])
         margin_db = worst["psnr_db"] - worst["floor_db"]
@@ -79,7 +151,7 @@ class _Shown:
     def __init__(self, *, quiet: bool):
         self.quiet, self.stage, self.told = quiet, "", 0.0
 
-    def __call__(self, at: Progress) -> None:
+    def __call__(self, at: "Progress") -> None:
         now = time.monotonic()
         if self.quiet or (at.stage == self.stage and now - self.told < _EVERY_S):
             return
@@ -88,14 +160,14 @@ class _Shown:
         note(f"{at.done}/{at.total} {at.stage} {at.share:.0%}{left}")
 
 
-def parse_size(text: str) -> Size:
-    """Returns the size that ``frames x height x width`` means, written ``51x240x320``.
+def parse_size(text: str) -> tuple[int, int, int]:
+    """Returns frames, height and width of a size written ``51x240x320``.
 
     Raises:
       ValueError: the text is no such size.
     """
     parts = text.split("x")
-    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
         raise ValueError(f"size {text!r} is not frames x height x width; expected for example 51x240x320.")
     frames, height, width = map(int, parts)
-    return Size(num_frames=frames, height=height, width=width)
+    return frames, height, width

@@ -1,39 +1,112 @@
-"""What a clip or a model directory holds, as nested fields for people and for JSON.
+"""``sora-jax inspect``: what a clip or a model directory holds, as nested fields for people and for JSON.
 
 Invariant: nothing is changed, no weight is read, and JAX computes nothing.
 """
 
+import dataclasses
+import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from sora_jax.pipeline import clip_info
+from sora_jax import shell
+from sora_jax.commands import options
+from sora_jax.config import NETWORKS
+from sora_jax.pipeline import clip_info, command_line
+from sora_jax.pipeline.model_file import ModelFile, model_path
+from sora_jax.pipeline.option import Option, declared
+from sora_jax.pipeline.settings import Options
+from sora_jax.storage import directory
+from sora_jax.streaming.budget import AUTO, parse_budget
 
-PLAN_SETTINGS = ("num_frames", "height", "width", "resolution", "aspect_ratio", "num_steps", "guidance", "loop", "dtype")
-PLAN_OPTIONS = ("memory_budget", "batch_size", "bandwidth", "gflops")
+PLANNED = command_line.of_clip(
+    "num_frames", "height", "width", "resolution", "aspect_ratio", "num_steps", "guidance", "loop", "dtype"
+)
 _BANDWIDTH = "1.3GB"  # a second, of a layer read from a solid-state disk
 _GFLOPS_PER_CORE = 100.0
 
 
-def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planning(options.MemoryBudget):
+    """What a memory plan depends on besides the clip."""
+
+    batch_size: Annotated[int | None, Option("Clips made together.", metavar="N", within=(1, 10**6))] = None
+    bandwidth: Annotated[
+        str | None, Option("Bytes that storage reads a second, such as 1.6GB (default 1.3GB).", metavar="SIZE")
+    ] = None
+    gflops: Annotated[
+        float | None,
+        Option("Speed in GFLOP/s (default: 100 for each core).", metavar="N", above=0, expected="a positive number"),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class What:
+    """What is shown."""
+
+    path: Annotated[
+        str, Option("Clip, model directory, or pocket: the embedded model.", metavar="FILE|MODEL_DIR", positional=True)
+    ]
+    json: Annotated[bool, Option("Print JSON.")] = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(What, Planning):
+    """What the command line asks for."""
+
+    clip: Options
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Reads the command line and prints what is there, or the memory plan that is asked for."""
+    plan = "memory plan (any of these prints what a generation with the model would need)"
+    parser = command_line.make_parser(
+        "sora-jax inspect",
+        "Shows what a clip or a model directory holds.",
+        {"": declared(What), plan: {**declared(Planning), **PLANNED}},
+    )
+    asked = command_line.read(parser, arguments, Arguments, PLANNED)
+    machine = {name: getattr(asked, name) for name in declared(Planning)}
+    if asked.clip or any(value is not None for value in machine.values()):
+        fields, lines = inspect_memory(asked.path, asked.clip, **machine)
+    else:
+        fields = inspect(asked.path)
+        lines = _lines(fields)
+    shell.result(json.dumps(fields, indent=2, ensure_ascii=False) if asked.json else "\n".join(lines))
+
+
+def _lines(fields: Mapping[str, Any], indent: str = "") -> list[str]:
+    """Returns nested fields as indented ``name: value`` lines."""
+    lines = []
+    for name, value in fields.items():
+        shown = " ".join(name.split("\n"))
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{shown}:", *_lines(value, indent + "  ")]
+        else:
+            text = " ".join(value.split("\n")) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            lines.append(f"{indent}{shown}: {text}")
+    return lines
+
+
+def inspect(name: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the fields of a clip (``media``, ``parameters``) or of a model directory.
 
     Raises:
       FileNotFoundError: nothing is there.
       ValueError: it is neither, or damaged.
     """
-    path = Path(path)
+    path = model_path(name)
     if path.is_dir() and not any(path.glob("*.png")):
         return _inspect_model(path)
-    found = clip_info.inspect(path)
-    return {"path": str(path), "media": found.media, "parameters": found.parameters}
+    clip = clip_info.inspect(path)
+    return {"path": str(path), "media": clip.media, "parameters": clip.parameters}
 
 
 def inspect_memory(
-    path: str | os.PathLike[str],
-    given: Mapping[str, Any],
+    name: str | os.PathLike[str],
+    clip: Mapping[str, Any],
     *,
     memory_budget: str | int | float | None = None,
     batch_size: int | None = None,
@@ -43,8 +116,8 @@ def inspect_memory(
     """Returns the memory plan of a generation with a model directory, as fields and as lines of a table.
 
     Args:
-      path: the model directory.
-      given: settings as the pipeline takes them (`PLAN_SETTINGS`); what is missing or None is the model's default.
+      name: the model directory, or ``pocket``.
+      clip: options as the pipeline takes them (`PLANNED`); what is missing or None is the model's default.
       memory_budget: such as ``"3.3GB"`` or ``"auto"``; None: no budget.
       batch_size: clips made together.
       bandwidth: of storage, a second; for the times.
@@ -53,40 +126,33 @@ def inspect_memory(
     Raises:
       ValueError: a setting is invalid, or the budget too small; the message says what would fit.
     """
-    from sora_jax.config import NETWORKS
-    from sora_jax.pipeline.settings import Settings, check_multiple
-    from sora_jax.storage import directory
-    from sora_jax.streaming import report
-    from sora_jax.streaming.budget import parse_budget
-    from sora_jax.streaming.memory_plan import Workload, plan_memory
-
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch size is {batch_size}; expected at least 1.")
-    if gflops is not None and not 0 < gflops < math.inf:
-        raise ValueError(f"speed is {gflops:g} GFLOP/s; expected a positive number.")
     budget = None if memory_budget is None else parse_budget(memory_budget)
     speed = {
         "bytes_per_s": _bytes_per_s(_BANDWIDTH if bandwidth is None else bandwidth),
         "flop_per_s": 1e9 * (_GFLOPS_PER_CORE * (os.cpu_count() or 1) if gflops is None else gflops),
     }
-    settings = Settings.resolve(directory.read_model_file(path).get("defaults", {}), given)
-    manifests = {network: directory.open_network(path, network) for network in NETWORKS}
-    if given.get("height") is not None and given.get("width") is not None:
-        patch = manifests["stdit3"].config.patch_size[1]
-        check_multiple(manifests["vae"].config, patch, settings.height, settings.width)
+    model = ModelFile.read(name)
+    settings = model.resolve(clip)
+
+    from sora_jax.streaming import report
+    from sora_jax.streaming.memory_plan import Workload, plan_memory
+
     workload = Workload(
-        **{name: getattr(settings, name) for name in ("num_frames", "height", "width", "dtype", "num_steps")},
+        num_frames=settings.num_frames,
+        height=settings.height,
+        width=settings.width,
+        dtype=settings.dtype,
+        num_steps=settings.num_steps,
         batch=1 if batch_size is None else batch_size,
         guided=settings.guided,
         encodes=settings.loop > 1,
     )
+    manifests = {network: directory.open_network(model.directory, network) for network in NETWORKS}
     plan = plan_memory(manifests, workload, budget)
-    return {"path": str(path), **report.fields(plan, **speed)}, report.table(plan, **speed)
+    return {"path": str(model.directory), **report.fields(plan, **speed)}, report.table(plan, **speed)
 
 
 def _bytes_per_s(bandwidth: str | int | float) -> float:
-    from sora_jax.streaming.budget import AUTO, parse_budget
-
     try:
         return float(parse_budget("" if bandwidth == AUTO else bandwidth))
     except ValueError:
@@ -94,9 +160,6 @@ def _bytes_per_s(bandwidth: str | int | float) -> float:
 
 
 def _inspect_model(path: Path) -> dict[str, Any]:
-    from sora_jax.config import NETWORKS
-    from sora_jax.storage import directory
-
     index = directory.read_model_file(path)
     if not index["networks"]:
         raise ValueError(f"{path} holds neither a model (t5, stdit3, vae) nor PNG frames.")
@@ -110,6 +173,7 @@ def _inspect_model(path: Path) -> dict[str, Any]:
         "path": str(path),
         "tokenizer": index.get("tokenizer") or "-",
         "defaults": index.get("defaults", {}),
+        **({"trained": index["trained"]} if "trained" in index else {}),
         "networks": networks | missing,
     }
 

@@ -1,62 +1,93 @@
-"""The ``sora-jax run-exported`` command: a prompt into a clip, from an exported folder and nothing else of the model.
+"""``sora-jax run-exported``: a prompt into a clip, from an exported folder and nothing else of the model.
 
 Invariant: text is prepared as the pipeline does and the noise is the pipeline's, so that seed and prompt mean the same clip;
 everything else is `ExportedModel`'s.
 """
 
-import argparse
-import sys
+import dataclasses
 import time
-from typing import Any, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import numpy as np
-
-from sora_jax import files
-from sora_jax.export import ExportedModel
+from sora_jax import files, shell
+from sora_jax.commands import options
+from sora_jax.commands.export import LEAP
 from sora_jax.inputs import prompt
-from sora_jax.inputs.tokenizer import Tokenizer
-from sora_jax.pipeline import video
-from sora_jax.sampling import noise
-from sora_jax.shell import note
+from sora_jax.pipeline import command_line, video
+from sora_jax.pipeline.option import Option, declared
+from sora_jax.pipeline.settings import Options
+from sora_jax.shell import counted, note
+
+LOOP = command_line.of_clip("num_steps", "guidance", "merge_steps", "leap", leap=LEAP)
+NOISE = command_line.of_clip("seed")
 
 
-def run(options: argparse.Namespace) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(options.Writing):
+    """What the command line asks for."""
+
+    folder: Annotated[Path, Option("What sora-jax export has written.", metavar="FOLDER", positional=True)]
+    prompt: Annotated[str, Option("Caption.", metavar="PROMPT", positional=True)]
+    output: Annotated[Path, Option("Output file.", flags=("-o", "--output"), metavar="FILE")] = Path("clip.mp4")
+    size: Annotated[str | None, Option("One of the exported sizes (default: the first).", metavar="FxHxW")] = None
+    sampler: Annotated[bool, Option("StableHLO: run the whole loop as one program.")] = False
+    unload: Annotated[bool, Option("Unload every stage when the manifest says that it may be.")] = False
+    clip: Options
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Reads the command line and makes the clip."""
+    parser = command_line.make_parser(
+        "sora-jax run-exported",
+        "Makes a clip from a prompt with the artefacts of an export, read through its manifest.",
+        {"": {**declared(Arguments), **NOISE}, "the loop (defaults are the manifest's)": LOOP},
+    )
+    run(command_line.read(parser, arguments, Arguments, {**NOISE, **LOOP}))
+
+
+def run(asked: Arguments) -> None:
     """Writes the clip and prints its path.
 
     Raises:
       ValueError: the folder is no finished export, or lacks what the clip needs.
     """
-    model = ExportedModel(options.folder, keep=not options.unload)
-    tokens, tokenizer, size = model.manifest["tokens"], model.tokenizer(), model.size(options.size)
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("num_steps", "guidance", "merge_steps")}
-    given |= {"leap": _leap_entry(options.leap)}
-    loop: Literal["stages", "sampler"] = "sampler" if options.sampler else "stages"
-    used = model.sampling(**given)
-    video.check_target(options.output, size["num_frames"], overwrite=options.overwrite)
-    files.refuse_unwritable(options.output.parent)
-    text = prompt.prompt_at_loop(prompt.prepare_prompt(options.prompt, **tokens["scores"]), 0)
+    if str(asked.output) == "-":
+        raise ValueError("--output - is no file, and standard output holds paths only; name a file.")
+    shell.interruptibly(lambda: _make(asked), lambda: files.remove_partial(asked.output.parent))
+
+
+def _make(asked: Arguments) -> None:
+    import numpy as np
+
+    from sora_jax.export import ExportedModel
+    from sora_jax.inputs.tokenizer import Tokenizer
+    from sora_jax.sampling import noise
+
+    model = ExportedModel(asked.folder, keep=not asked.unload)
+    tokens, tokenizer, size = model.manifest["tokens"], model.tokenizer(), model.size(asked.size)
+    numbers: dict[str, Any] = {name: asked.clip.get(name) for name in ("num_steps", "guidance", "merge_steps")}
+    numbers |= {"leap": _leap_entry(asked.clip.get("leap"))}
+    used, seed = model.sampling(**numbers), asked.clip.get("seed") or 0
+    loop: Literal["sampler", "stages"] = "sampler" if asked.sampler else "stages"
+    video.check_target(asked.output, size["num_frames"], overwrite=asked.overwrite)
+    files.refuse_unwritable(asked.output.parent)
+    text = prompt.prompt_at_loop(prompt.prepare_prompt(asked.prompt, **tokens["scores"]), 0)
     ids, mask = Tokenizer.from_file(tokenizer).encode([text], tokens["length"])
     began = time.perf_counter()
-    z_BTHWC = np.asarray(noise.initial_noise(options.seed, (1, *size["latents"])))
-    made = model(ids, mask, z_BTHWC, size=size["key"], loop=loop, **given)
-    parameters = {"prompt": options.prompt, "seed": options.seed, "exported": model.manifest["target"], "loop": loop, **used}
-    frames = video.quantise(made.frames_Bthw3)[0]
-    video.save(frames, options.output, fps=size["conditions"]["fps_B"], parameters=parameters, overwrite=options.overwrite)
-    if not options.quiet:
-        note(f"{made.evaluations} evaluations, {time.perf_counter() - began:.1f} s")
-    sys.stdout.write(f"{options.output}\n")
+    with files.claimed(asked.output):
+        z_BTHWC = np.asarray(noise.initial_noise(seed, (1, *size["latents"])))
+        result = model(ids, mask, z_BTHWC, size=size["key"], loop=loop, **numbers)
+        parameters = {"prompt": asked.prompt, "seed": seed, "exported": model.manifest["target"], "loop": loop, **used}
+        frames = video.quantise(result.frames_Bthw3)[0]
+        video.save(frames, asked.output, fps=size["conditions"]["fps_B"], parameters=parameters, overwrite=asked.overwrite)
+    if not asked.quiet:
+        note(f"{counted(result.evaluations, 'evaluation')}, {time.perf_counter() - began:.1f} s")
+    shell.result(asked.output)
 
 
-def _leap_entry(leap: int | str | None) -> dict[str, Any] | None:
-    """Returns the fields of the manifest's leap that the option replaces.
-
-    Raises:
-      ValueError: there is no such leap.
-    """
+def _leap_entry(leap: Any) -> dict[str, Any] | None:
+    """Returns the fields of the manifest's leap that the option replaces; None where nothing is said."""
     if leap is None:
         return None
-    if isinstance(leap, int):
-        return {"mode": "static", "index": leap}
-    if leap not in ("off", "dynamic"):
-        raise ValueError(f"leap is {leap!r}; expected off, dynamic, or the number of a step.")
-    return {"mode": leap, "index": None}
+    return {"mode": "static", "index": leap} if isinstance(leap, int) else {"mode": leap, "index": None}

@@ -19,7 +19,7 @@ from sora_jax.export.size import Size
 from sora_jax.export.stages import Function, Stage
 from sora_jax.inputs import prompt, sizes
 from sora_jax.inputs.tokenizer import Tokenizer
-from sora_jax.pipeline.sampling import make_schedule
+from sora_jax.pipeline.make_sampler import make_schedule
 from sora_jax.pipeline.settings import Settings
 from sora_jax.sampling import noise
 from sora_jax.sampling.schedule import OPEN_SORA_TIMESTEPS

@@ -29,11 +29,11 @@ from sora_jax.export.entries import (
 )
 from sora_jax.export.manifest import MANIFEST_FILE
 from sora_jax.export.size import Size
-from sora_jax.export.stages import MERGE, Function, Specs, Stage
+from sora_jax.export.stages import Function, Specs, Stage
 from sora_jax.export.targets import Options
 from sora_jax.inputs import sizes
 from sora_jax.networks.vae.codec import chunks
-from sora_jax.pipeline.sampling import leap_rule, make_schedule
+from sora_jax.pipeline.make_sampler import leap_rule, make_schedule
 from sora_jax.pipeline.settings import Settings
 from sora_jax.sampling import schedule
 from sora_jax.sampling.leap import Leap
@@ -89,13 +89,13 @@ def sampling_entry(settings: Settings) -> SamplingEntry:
     """Returns the numbers of the loop that a host may change.
 
     Raises:
-      ValueError: leap, solver, plan or merge are not those of an exported loop.
+      ValueError: steps, leap, plan or merge are not those of an exported loop.
     """
     rule = leap_rule(settings.leap)
     if rule is not None and (rule.mode == "released" or rule.extrapolate):
         raise ValueError(f"leap {settings.leap!r} cannot be exported; expected off, dynamic, or the number of a step.")
-    if settings.solver != "euler" or settings.plan is not None or settings.merge != MERGE:
-        raise ValueError("an exported loop has solver euler, no plan, and merges all attentions; leave the three out.")
+    if not settings.is_published_loop:
+        raise ValueError("an exported loop takes Euler steps, has no plan, and merges all attentions; leave the three out.")
     numbers = rule or Leap.dynamic()
     mode = "off" if rule is None or rule.mode == "released" else rule.mode
     return {

@@ -41,7 +41,8 @@ from sora_jax.export.size import Size
 from sora_jax.export.stages import DEFAULT_PARTS, Stage, check_parts
 from sora_jax.export.targets import Options, target_module
 from sora_jax.networks import merging
-from sora_jax.pipeline.pipeline import POCKET, Pipeline, tokenizer_path
+from sora_jax.pipeline.model_file import model_path, tokenizer_path
+from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.pipeline.settings import Settings
 from sora_jax.storage import directory as model_directory
 
@@ -108,7 +109,7 @@ def export(
     target_module(target).check_options(options)
     sizes = (Size(num_frames=chosen.num_frames, height=chosen.height, width=chosen.width), *further_sizes)
     job = Job(
-        directory=str((POCKET if directory is None else Path(directory)).resolve()),
+        directory=str(model_path(directory).resolve()),
         target=target,
         options=options,
         parts=tuple(dict.fromkeys(stages)),

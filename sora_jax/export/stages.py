@@ -23,13 +23,12 @@ from flax import nnx
 from sora_jax.config import FLOAT32, DTypePolicy, ModelConfig
 from sora_jax.export import forwards
 from sora_jax.export.size import Size
-from sora_jax.inputs.sizes import is_listed
 from sora_jax.networks import merging
 from sora_jax.networks.layers import RMSNorm
 from sora_jax.networks.stdit3 import Embed, Final, STDiT3Block
 from sora_jax.networks.t5 import T5Block, T5Embed
 from sora_jax.networks.vae.codec import VAE, chunks
-from sora_jax.pipeline import settings
+from sora_jax.pipeline.frame_size import check_multiple
 from sora_jax.storage.checkpoint import flatten, read_layer
 from sora_jax.storage.directory import Manifest
 from sora_jax.storage.reader import Reader
@@ -138,8 +137,7 @@ def list_stages(
     """
     check_parts(parts)
     for size in sizes:
-        if not is_listed(size.height, size.width):
-            settings.check_multiple(config.vae, config.stdit3.patch_size[1], size.height, size.width)
+        check_multiple(config.vae, config.stdit3.patch_size[1], size.height, size.width)
     builder = _Builder(config, sizes, policy=policy, frame_mask="vae_encoder" in parts)
     stages: list[Stage] = []
     for part, build in zip(PARTS, (builder.t5, builder.stdit3, builder.vae_decoder, builder.vae_encoder), strict=True):

@@ -31,10 +31,12 @@ _PROBE = "A caf\u00e9, \uff21\u2460 \ufb01\u2026 \u6771 1/2"  # uses every part,
 class Tokenizer:
     """Holds the open vocabulary; ``from_file`` is the usual way to get one."""
 
-    def __init__(self, split: Callable[[str], list[int]], *, pad_id: int, eos_id: int, vocab_size: int):
+    def __init__(
+        self, split: Callable[[str], list[int]], *, pad_id: int, eos_id: int, vocab_size: int, unk_id: int | None = None
+    ):
         """``split`` returns the ids of a text without EOS and without padding; ids are below ``vocab_size``."""
         self._split = split
-        self.pad_id, self.eos_id, self.vocab_size = pad_id, eos_id, vocab_size
+        self.pad_id, self.eos_id, self.vocab_size, self.unk_id = pad_id, eos_id, vocab_size, unk_id
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -54,8 +56,8 @@ class Tokenizer:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise ValueError(f"{path} has {size} bytes; expected a tokenizer of at most {MAX_BYTES}.")
-        split, pad_id, eos_id, vocab_size = readers[path.suffix](path)
-        return cls(split, pad_id=pad_id, eos_id=eos_id, vocab_size=vocab_size)
+        split, pad_id, eos_id, unk_id, vocab_size = readers[path.suffix](path)
+        return cls(split, pad_id=pad_id, eos_id=eos_id, vocab_size=vocab_size, unk_id=unk_id)
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
         """Returns int32 ids padded to ``max_length`` and a mask that is True on text and end token.
@@ -80,8 +82,13 @@ class Tokenizer:
             mask_BL[row, : len(ids)] = True
         return ids_BL, mask_BL
 
+    def unknown_words(self, text: str) -> list[str]:
+        """Returns the words of a text, in lower case, that the vocabulary lacks in whole or in part; each once."""
+        words = dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower()))
+        return [word for word in words if self.unk_id is not None and self.unk_id in self._split(word)]
 
-def _read_json(path: Path) -> tuple[Callable[[str], list[int]], int, int, int]:
+
+def _read_json(path: Path) -> tuple[Callable[[str], list[int]], int, int, int | None, int]:
     with _panics_as_errors(f"{path} is not a readable tokenizer.json"):
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
         tokenizer.no_truncation()
@@ -94,7 +101,7 @@ def _read_json(path: Path) -> tuple[Callable[[str], list[int]], int, int, int]:
         with _panics_as_errors(f"{path} cannot tokenise {text[:40]!r}", quiet=False):
             return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    return split, pad_id, eos_id, largest + 1
+    return split, pad_id, eos_id, tokenizer.token_to_id(UNK), largest + 1
 
 
 @contextlib.contextmanager
@@ -134,7 +141,7 @@ def _held_back() -> Iterator[None]:
             stderr.write(held.read())
 
 
-def _read_sentencepiece(path: Path) -> tuple[Callable[[str], list[int]], int, int, int]:
+def _read_sentencepiece(path: Path) -> tuple[Callable[[str], list[int]], int, int, int | None, int]:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
@@ -149,7 +156,7 @@ def _read_sentencepiece(path: Path) -> tuple[Callable[[str], list[int]], int, in
         parts = boundary.split(text.replace("\x85", " "))  # "next line": white space for the other library only
         return [index for part in parts for index in ([special[part]] if part in special else processor.encode(part))]
 
-    return split, pad_id, eos_id, vocab_size
+    return split, pad_id, eos_id, processor.unk_id(), vocab_size
 
 
 def _present(index: int | None, token: str, path: Path) -> int:

@@ -1,13 +1,11 @@
-"""What a pipeline returns: frames, latents, the record of their making; and the file that holds latents.
+"""What a pipeline returns: frames, latents, and the record of their making.
 
 Invariant: ``parameters`` holds everything needed to make the sample again with the same weights, and nothing that differs
 between two equal runs (no times, no paths of this machine).  Nothing here computes.
 """
 
 import dataclasses
-import json
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from sora_jax import files
 from sora_jax.pipeline import video
 from sora_jax.process import Timings
 from sora_jax.sampling.sampler import Trace
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Clip:
     """Generated samples.
 
@@ -43,6 +40,14 @@ class Clip:
     evaluations_B: Float[np.ndarray, "B"] | None
     timings: Timings
 
+    def __repr__(self) -> str:
+        count, frames, height, width = self.frames.shape[:4]
+        seeds = [str(made_from.get("seed", "?")) for made_from in self.parameters]
+        seed = seeds[0] if count == 1 else f"{seeds[0]} to {seeds[-1]}"
+        shown = str(self.parameters[0].get("prompt", ""))
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        return f"<Clip {count} x {frames} frames, {height} x {width} pixels, {self.fps:g} fps, seed {seed}, {shown!r}>"
+
     def save(self, path: str | os.PathLike[str], *, sample: int | None = None, overwrite: bool = False) -> list[Path]:
         """Writes one sample, or all of them, and returns the paths; see `video.save` for formats and errors.
 
@@ -60,58 +65,3 @@ class Clip:
                 video.save(self.frames[i], target, fps=self.fps, parameters=self.parameters[i], overwrite=overwrite)
                 for i, target in targets.items()
             ]
-
-
-def save_latents(
-    path: str | os.PathLike[str],
-    latents: Float[np.ndarray, "B T H W C"],
-    parameters: Sequence[Mapping[str, Any]],
-    *,
-    overwrite: bool = False,
-) -> Path:
-    """Writes latents and the parameters of their samples as npz (``latents`` float32, ``parameters`` JSON).
-
-    Raises:
-      ValueError: the suffix is another one.
-      FileExistsError: the file exists and ``overwrite`` is False.
-    """
-    path = check_latents_target(path, overwrite=overwrite)
-    with files.whole_file(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
-        np.savez(file, latents=np.asarray(latents, np.float32), parameters=json.dumps({"samples": list(parameters)}))
-    return path
-
-
-def check_latents_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """Returns the path, having seen that `save_latents` will take it.
-
-    Raises:
-      ValueError: the suffix is another one.
-      FileExistsError: the file exists and ``overwrite`` is False.
-    """
-    path = Path(path)
-    if path.suffix != ".npz":
-        raise ValueError(f"latents file {path} has suffix {path.suffix!r}; expected .npz.")
-    files.check_target(path, overwrite=overwrite)
-    return path
-
-
-def load_latents(path: str | os.PathLike[str]) -> tuple[Float[np.ndarray, "B T H W C"], list[dict[str, Any]]]:
-    """Returns normalised latents and each sample's parameters from a file of `save_latents`.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: the file is something else, or damaged.
-    """
-    files.refuse_missing(path, "latents file")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a latents file (no npz, or cut short); expected one written by --save-latents.")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            latents, samples = arrays["latents"], json.loads(str(arrays["parameters"]))["samples"]
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a latents file ({error}); expected one written by --save-latents.") from error
-    if latents.dtype != np.float32 or latents.ndim != 5 or len(latents) != len(samples):
-        raise ValueError(
-            f"{path} holds {latents.dtype}{list(latents.shape)} for {len(samples)} samples; expected float32[B, T, H, W, C]."
-        )
-    return latents, samples

@@ -1,49 +1,46 @@
-"""From prompt to clip: settings, inputs and stages put together, and no arithmetic of its own.
+"""From prompt to clip: settings, samples and stages put together, and no arithmetic of its own.
 
 Invariant: a clip depends on prompt, settings, weights and seed only: sample b of a batch is the clip that ``seed + b`` gives
-alone.  How the stages run is `generation`'s business, where a model lies `networks`'.
+alone.  How the stages run is `run`'s business, what a model says of itself `model_file`'s, how it is opened `open_model`'s.
 """
 
-import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, Unpack
 
 import jax
 import numpy as np
 
-from sora_jax.config import NETWORKS
 from sora_jax.inputs.tokenizer import Tokenizer
 from sora_jax.networks import merging
-from sora_jax.networks.merging import Merge
 from sora_jax.networks.vae.codec import latent_size
-from sora_jax.pipeline import settings, video
+from sora_jax.pipeline import video
 from sora_jax.pipeline.caption_cache import CaptionCache
-from sora_jax.pipeline.clip import Clip, check_latents_target, load_latents, save_latents
+from sora_jax.pipeline.clip import Clip
+from sora_jax.pipeline.latents_file import check_latents_target, load_latents, save_latents
+from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.open_model import Networks
-from sora_jax.pipeline.recipe_file import PlanFile
-from sora_jax.pipeline.run import Callback, Generation, Inputs, read_inputs
-from sora_jax.pipeline.sampling import make_sampling
-from sora_jax.pipeline.settings import Settings
+from sora_jax.pipeline.recipe_file import CALIBRATED, PlanFile
+from sora_jax.pipeline.run import Callback, Generation
+from sora_jax.pipeline.samples import Sample, read_samples
+from sora_jax.pipeline.settings import Options, Settings
 from sora_jax.process import Timings
-from sora_jax.sampling.leap import Leap
-from sora_jax.sampling.reuse import Keep, Plan
+from sora_jax.sampling.reuse import Keep
 from sora_jax.sampling.sampler import Trace
-from sora_jax.storage import directory as model_directory
 from sora_jax.streaming.budget import parse_budget
 from sora_jax.version import __version__
-
-POCKET = Path(__file__).parents[1] / "pocket" / "weights"
-_TOKENIZERS = ("tokenizer.json", "spiece.model")
 
 
 class Pipeline:
     """A model directory, opened; make one with `from_pretrained`, call it with a prompt."""
 
-    def __init__(self, networks: Networks, tokenizer: Tokenizer, defaults: Mapping[str, Any]):
-        self.networks, self.tokenizer, self.defaults = networks, tokenizer, defaults
+    def __init__(self, model: ModelFile, networks: Networks, tokenizer: Tokenizer):
+        self.model, self.networks, self.tokenizer = model, networks, tokenizer
         self.config = networks.config
+
+    def __repr__(self) -> str:
+        budget = "" if self.memory_budget is None else f", memory budget {self.memory_budget / 1e9:.3g} GB"
+        return f"<Pipeline {self.model_id} in {self.model.directory}{budget}>"
 
     @classmethod
     def from_pretrained(
@@ -57,9 +54,9 @@ class Pipeline:
         """Returns the pipeline of a model directory, or of the embedded pocket model; loads no weights yet.
 
         Args:
-          path: the model directory; None: the pocket model.
-          keep: whether networks stay in memory between stages and calls; None: if the model is below 1 GB and no budget
-            is given.
+          path: the model directory; None or ``"pocket"``: the embedded model.
+          keep: whether networks stay in memory between stages and calls; None: they do if the model is below 1 GB and there
+            is no budget.
           memory_budget: what the process may hold, such as ``"3.3GB"``, ``"auto"`` or bytes; the transformer's blocks are
             then read while it runs, and as many retained as fit; the other networks run from their files.
           caption_cache: folder where caption features are kept, so that a prompt is encoded once; None: nowhere.
@@ -69,16 +66,26 @@ class Pipeline:
           FileNotFoundError: there is no tokenizer.
           ValueError: the tokenizer is damaged or does not fit the text encoder, or the budget cannot be read.
         """
-        directory = POCKET if path is None else Path(path)
+        return cls.open(ModelFile.read(path), keep=keep, memory_budget=memory_budget, caption_cache=caption_cache)
+
+    @classmethod
+    def open(
+        cls,
+        model: ModelFile,
+        *,
+        keep: bool | None = None,
+        memory_budget: str | int | float | None = None,
+        caption_cache: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Returns the pipeline of a model whose files of JSON were read; otherwise as `from_pretrained`."""
         budget = None if memory_budget is None else parse_budget(memory_budget)
-        networks = Networks.open(directory, keep=keep, budget=budget)
+        networks = Networks.open(model.directory, keep=keep, budget=budget)
         networks.caption_cache = None if caption_cache is None else CaptionCache(caption_cache)
-        index = model_directory.read_model_file(directory)
-        tokenizer = Tokenizer.from_file(tokenizer_path(directory, index.get("tokenizer")))
+        tokenizer = Tokenizer.from_file(model.tokenizer_path)
         rows = networks.config.t5.vocab_size
         if tokenizer.vocab_size > rows:
-            raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the text encoder only {rows}.")
-        return cls(networks, tokenizer, index.get("defaults", {}))
+            raise ValueError(f"{model.directory}: the tokenizer has {tokenizer.vocab_size} ids, the text encoder only {rows}.")
+        return cls(model, networks, tokenizer)
 
     @property
     def memory_budget(self) -> int | None:
@@ -89,145 +96,112 @@ class Pipeline:
     def memory_budget(self, memory_budget: str | int | float) -> None:
         self.networks.budget = parse_budget(memory_budget)
 
+    @property
+    def model_id(self) -> str:
+        """The folder's name and a digest of its manifests, which hold the checksum of every parameter."""
+        return self.model.model_id
+
     def __call__(
         self,
         prompts: str | Sequence[str],
         *,
-        num_steps: int | None = None,
-        guidance: int | float | None = None,
-        seed: int | None = None,
-        preset: str | None = None,
-        solver: str | None = None,
-        shift: int | float | None = None,
-        leap: int | str | Leap | None = None,
-        plan: Plan | str | os.PathLike[str] | None = None,
-        merge_steps: int | None = None,
-        merge: Merge | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        resolution: str | None = None,
-        aspect_ratio: str | None = None,
-        num_frames: int | str | None = None,
-        fps: int | float | None = None,
-        save_fps: int | float | None = None,
-        aes: int | float | str | None = None,
-        flow: int | float | str | None = None,
-        camera_motion: str | None = None,
         references: str | Sequence[str] | None = None,
         mask_strategies: str | Sequence[str] | None = None,
-        loop: int | None = None,
-        condition_frame_length: int | None = None,
-        condition_frame_edit: int | float | None = None,
-        align: int | str | None = None,
         num_samples: int = 1,
-        dtype: str | None = None,
+        latents_path: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
+        callback: Callback | None = None,
+        **options: Unpack[Options],
+    ) -> Clip:
+        """Returns a clip for each prompt (``num_samples`` of each), generated in one batch.
+
+        Args:
+          prompts: text, ``|0| first |2| then`` for loops, with optional JSON (reference_path, mask_strategy) at its end.
+          references: for each prompt the paths of its reference images or videos, separated by ``;``.
+          mask_strategies: for each prompt, groups ``loop,reference,reference start,target start,length,edit ratio``.
+          num_samples: samples of each prompt.
+          latents_path: npz file written before the last decoding; `resume` continues from it.
+          overwrite: replace an existing latents file.
+          callback: called with `Progress` on the host; an exception it raises ends the generation.
+          options: see `Options`; what is None or left out is the model's default (model.json), else Open-Sora's.
+
+        Raises:
+          ValueError: an option, prompt or strategy is wrong or without effect; nothing was computed.
+          FileNotFoundError: a reference is missing.
+          FileExistsError: the latents file exists and ``overwrite`` is False; nothing was computed.
+        """
+        settings = self.resolve(options)
+        texts = _texts("prompts", prompts)
+        self.check(settings, len(texts) * num_samples if isinstance(num_samples, int) else 1)
+        if latents_path is not None:
+            check_latents_target(latents_path, overwrite=overwrite)
+        samples = self.read(texts, settings, references=references, mask_strategies=mask_strategies, num_samples=num_samples)
+        return self.generate(samples, settings, latents_path=latents_path, overwrite=overwrite, callback=callback)
+
+    def resolve(self, options: Mapping[str, Any]) -> Settings:
+        """Returns complete settings from options (see `Options`), with a size that this model can make.
+
+        Raises:
+          ValueError: an option is wrong or without effect.
+        """
+        return self.model.resolve(options)
+
+    def check(self, settings: Settings, num_clips: int = 1) -> None:
+        """Refuses settings for which this machine has no room, or this model not the frames, before anything is loaded.
+
+        Raises:
+          ValueError: says how much there is, or which numbers of frames can be merged.
+        """
+        settings.check_room(num_clips)
+        if settings.merge_steps:
+            num_latents, _, _ = latent_size(self.config.vae, settings.num_frames, settings.height, settings.width)
+            merging.check_frames(num_latents, settings.merge.odd)
+
+    def read(
+        self,
+        prompts: str | Sequence[str],
+        settings: Settings,
+        *,
+        references: str | Sequence[str] | None = None,
+        mask_strategies: str | Sequence[str] | None = None,
+        num_samples: int = 1,
+    ) -> list[Sample]:
+        """Returns what each sample of a request is made from, checked; the arguments are those of a call.
+
+        Raises:
+          ValueError: a prompt, strategy or reference is malformed, or a part of it has no effect.
+          FileNotFoundError: a reference is missing.
+        """
+        texts = _texts("prompts", prompts)
+        paths = [""] * len(texts) if references is None else _texts("references", references)
+        strategies = [""] * len(texts) if mask_strategies is None else _texts("mask_strategies", mask_strategies)
+        return read_samples(texts, paths, strategies, num_samples, settings, self.config.vae)
+
+    def generate(
+        self,
+        samples: Sequence[Sample],
+        settings: Settings,
+        *,
         latents_path: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
         callback: Callback | None = None,
     ) -> Clip:
-        """Returns a clip for each prompt (``num_samples`` of each), generated in one batch.
-
-        What is None is the model's default (model.json), else Open-Sora's; ``settings.Settings`` describes the numbers.
-
-        Args:
-          prompts: text, ``|0| first |2| then`` for loops, with optional JSON (reference_path, mask_strategy) at its end.
-          num_steps: sampling steps.
-          guidance: weight of the caption; 1 evaluates without the null caption, at half the cost.
-          seed: of sample 0; sample b has ``seed + b``.
-          preset: ``"exact"``, as Open-Sora samples, or ``"recommended"``, see `presets`; what is given besides goes before it.
-          solver: ``"euler"``, ``"ab2"``, ``"dpmpp"`` or ``"heun"``, see `sampler.sample`.
-          shift: of the times on top of the resolution's own; above 1 more steps are spent at high noise.
-          leap: ``"off"``, a step that leaps to the end, ``"dynamic"``, ``"released"``, or a `Leap`.
-          plan: which steps evaluate: a `Plan`, or a file of `calibrate`; ``num_steps`` is the plan's unless given.
-          merge_steps: first steps with merged temporal tokens.
-          merge: what those steps merge.
-          height: pixels, a multiple of 16 (autoencoder 8 x patch 2).
-          width: pixels, likewise.
-          resolution: instead of height and width, for example ``"240p"``.
-          aspect_ratio: height:width, for example ``"9:16"``.
-          num_frames: a number, or a duration such as ``"2s"``; 1 is an image.
-          fps: frame rate the model is conditioned on.
-          save_fps: frame rate of the file; ``fps`` unless given.
-          aes: aesthetic score appended to the caption; ``"off"`` for none.
-          flow: motion score, likewise.
-          camera_motion: camera motion, likewise.
-          references: for each prompt the paths of its reference images or videos, separated by ``;``.
-          mask_strategies: for each prompt, groups ``loop,reference,reference start,target start,length,edit ratio``.
-          loop: clips in a row, each continuing the one before.
-          condition_frame_length: latent frames that a clip takes over.
-          condition_frame_edit: edit ratio of those frames.
-          align: latent frames that starts in mask strategies are rounded to; ``"off"`` for none.
-          num_samples: samples of each prompt.
-          dtype: compute dtype, ``"float32"`` or ``"bfloat16"``.
-          latents_path: npz file written before the last decoding; `resume` continues from it.
-          overwrite: replace an existing latents file.
-          callback: called with `Progress` on the host; an exception it raises ends the generation.
-
-        Raises:
-          ValueError: a setting, prompt or strategy is invalid; nothing was computed.
-          FileNotFoundError: a reference is missing.
-          FileExistsError: the latents file exists and ``overwrite`` is False; nothing was computed.
-        """
-        given = {
-            "num_steps": num_steps,
-            "guidance": guidance,
-            "seed": seed,
-            "preset": preset,
-            "solver": solver,
-            "shift": shift,
-            "leap": leap,
-            "plan": plan,
-            "merge_steps": merge_steps,
-            "merge": merge,
-            "height": height,
-            "width": width,
-            "resolution": resolution,
-            "aspect_ratio": aspect_ratio,
-            "num_frames": num_frames,
-            "fps": fps,
-            "save_fps": save_fps,
-            "aes": aes,
-            "flow": flow,
-            "camera_motion": camera_motion,
-            "loop": loop,
-            "condition_frame_length": condition_frame_length,
-            "condition_frame_edit": condition_frame_edit,
-            "align": align,
-            "dtype": dtype,
-        }
-        chosen = self.resolve(given)
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        self.check(chosen, len(texts) * num_samples)
+        """Returns the clip of one batch of samples that `read` has returned for these settings."""
+        timings, parameters = Timings(), self._parameters(samples, settings)
+        generation = Generation(self.networks, self.tokenizer, settings, timings, callback)
+        sampled = generation.sample(samples)
         if latents_path is not None:
-            check_latents_target(latents_path, overwrite=overwrite)
-        inputs = read_inputs(texts, _each(references, texts), _each(mask_strategies, texts), num_samples, chosen)
-
-        def keep(latents: np.ndarray, parameters: Sequence[Mapping[str, Any]]) -> None:
-            if latents_path is not None:
-                save_latents(latents_path, latents, parameters, overwrite=overwrite)
-
-        return self._generate(inputs, chosen, keep, callback)
-
-    def _generate(
-        self,
-        inputs: Inputs,
-        chosen: Settings,
-        keep: Callable[[np.ndarray, list[dict[str, Any]]], None],
-        callback: Callback | None,
-    ) -> Clip:
-        """Returns the clip; ``keep`` is handed latents and parameters before the last decoding."""
-        timings, parameters = Timings(), self._parameters(inputs, chosen)
-        generation = Generation(self.networks, self.tokenizer, chosen, timings, callback)
-        pixels, latents, results = generation.run(inputs, lambda latents: keep(latents, parameters))
-        evaluations_B = np.sum([result.evaluations_B for result in results], axis=0)
+            save_latents(latents_path, sampled.latents, parameters, overwrite=overwrite)
+        pixels = generation.finish(sampled)
+        evaluations_B = np.sum([result.evaluations_B for result in sampled.results], axis=0)
         return Clip(
             frames=video.quantise(pixels),
-            latents=latents,
-            fps=chosen.save_fps,
+            latents=sampled.latents,
+            fps=settings.save_fps,
             parameters=[
                 {**made_from, "evaluations": float(count)} for made_from, count in zip(parameters, evaluations_B, strict=True)
             ],
-            trace=_joined([result.trace for result in results]),
+            trace=_joined([result.trace for result in sampled.results]),
             evaluations_B=evaluations_B,
             timings=timings,
         )
@@ -237,44 +211,40 @@ class Pipeline:
         prompts: str | Sequence[str],
         *,
         evaluations: int,
-        chosen: Settings | None = None,
+        settings: Settings | None = None,
         keep: Keep = "residual",
         half_from: int | None = None,
         callback: Callback | None = None,
     ) -> PlanFile:
-        """Returns the reuse plan with the smallest measured error for this model, to be given to a call as ``plan``.
+        """Returns the reuse plan with the smallest measured error for this model, for a call's option ``plan``.
 
         Args:
           prompts: captions to measure on, all in one batch.
           evaluations: steps that the plan evaluates in full.
-          chosen: settings from `resolve`; what they say of solver, leap and plan is not used.
-          keep: what a reused step takes over, see `plans.Plan`.
+          settings: from `resolve`; how they take steps and which they skip is not used.  None: the model's defaults.
+          keep: what a reused step takes over, see `reuse.Plan`.
           half_from: steps from this one on evaluate the caption alone, with the guidance difference of the last full step.
           callback: called with `Progress` on the host.
 
         Raises:
-          ValueError: a setting is invalid, or no plan has so many evaluations.
+          ValueError: a setting is wrong, or no plan has so many evaluations; nothing was measured.
         """
-        chosen = self.resolve({}) if chosen is None else chosen
-        if not 1 <= evaluations <= chosen.num_steps:
-            raise ValueError(f"a plan of {chosen.num_steps} steps cannot have {evaluations} evaluations; give 1 to all steps.")
-        if half_from is not None and not chosen.guided:
-            raise ValueError("half steps reuse the guidance difference, but guidance is 1; leave half_from out.")
-        self._check_merging(chosen)
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        settings.check_room(chosen, len(texts))
-        inputs = read_inputs(texts, [""] * len(texts), [""] * len(texts), 1, chosen)
-        generation = Generation(self.networks, self.tokenizer, chosen, Timings(), callback)
-        measured = generation.calibrate(inputs, keep)
+        settings = self.resolve({}) if settings is None else settings
+        settings.check_calibration(evaluations, half_from)
+        self.check(settings)
+        texts = _texts("prompts", prompts)
+        settings.check_room(len(texts))
+        samples = self.read(texts, settings)
+        generation = Generation(self.networks, self.tokenizer, settings, Timings(), callback)
+        measured = generation.calibrate(samples, keep)
         plan = measured.plan(evaluations)
         error = measured.error(plan)
-        unused = ("solver", "leap", "plan", "aes", "flow", "camera_motion", "save_fps", "loop", "align")
-        recorded = {name: value for name, value in chosen.to_dict().items() if name not in unused}
+        recorded = {name: value for name, value in settings.to_dict().items() if name in CALIBRATED}
         return PlanFile(
             plan=plan if half_from is None else plan.with_half_steps(half_from),
             model=self.model_id,
             error=error,
-            calibrated={**recorded, "prompts": list(inputs.captions), "sora_jax": __version__},
+            calibrated={**recorded, "prompts": [sample.caption for sample in samples], "sora_jax": __version__},
         )
 
     def resume(self, path: str | os.PathLike[str], *, callback: Callback | None = None) -> Clip:
@@ -286,14 +256,14 @@ class Pipeline:
         """
         latents, parameters = load_latents(path)
         try:
-            chosen = Settings.from_dict(parameters[0])
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            settings = Settings.from_dict(parameters[0])
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"{path} lacks the settings of its samples ({error}); expected a file of --save-latents."
             ) from error
         timings = Timings()
-        generation = Generation(self.networks, self.tokenizer, chosen, timings, callback)
-        expected = (len(latents), *generation.latent_shape(num_clips=chosen.loop))
+        generation = Generation(self.networks, self.tokenizer, settings, timings, callback)
+        expected = (len(latents), *generation.latent_shape(num_clips=settings.loop))
         if latents.shape != expected:
             raise ValueError(
                 f"{path} holds latents {list(latents.shape)}; this model makes {list(expected)} with their settings."
@@ -301,85 +271,44 @@ class Pipeline:
         return Clip(
             frames=video.quantise(generation.decode(latents)),
             latents=latents,
-            fps=chosen.save_fps,
+            fps=settings.save_fps,
             parameters=parameters,
             trace=None,
             evaluations_B=None,
             timings=timings,
         )
 
-    def resolve(self, given: Mapping[str, Any]) -> Settings:
-        """Returns complete settings from those given (see `Settings.resolve`), with sizes this model can make."""
-        if given.get("height") is not None and given.get("width") is not None:
-            settings.check_multiple(self.config.vae, self.config.stdit3.patch_size[1], given["height"], given["width"])
-        plan = given.get("plan")
-        if isinstance(plan, str | os.PathLike):
-            given = {**given, "plan": PlanFile.read(plan).for_model(self.model_id, plan)}
-        return Settings.resolve(self.defaults, given)
-
-    def check(self, chosen: Settings, num_clips: int = 1) -> None:
-        """Refuses settings that cannot be sampled, or a video beyond this machine's memory, before anything is loaded.
-
-        Raises:
-          ValueError: they do not go together, or ``num_clips`` such videos do not fit into memory.
-        """
-        settings.check_room(chosen, num_clips)
-        make_sampling(chosen)
-        self._check_merging(chosen)
-
-    def _check_merging(self, chosen: Settings) -> None:
-        if chosen.merge_steps:
-            num_latents, _, _ = latent_size(self.config.vae, chosen.num_frames, chosen.height, chosen.width)
-            merging.check_frames(num_latents, chosen.merge.odd)
-
-    def _parameters(self, inputs: Inputs, chosen: Settings) -> list[dict[str, Any]]:
+    def _parameters(self, samples: Sequence[Sample], settings: Settings) -> list[dict[str, Any]]:
         """Returns for each sample what it is made from, JSON-ready."""
         made_by = {"sora_jax": __version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
-        rows = zip(inputs.prompts, inputs.captions, inputs.reference_paths, inputs.strategies, strict=True)
         return [
             {
-                "prompt": text,
-                "caption": caption,
-                "references": paths,
-                "mask_strategy": strategy,
-                **chosen.to_dict(),
-                "seed": (chosen.seed + b) % 2**32,
+                "prompt": sample.prompt,
+                "caption": sample.caption,
+                "references": sample.references,
+                "mask_strategy": sample.strategy,
+                **settings.to_dict(),
+                "seed": settings.with_seed(settings.seed + b).seed,
                 "model": self.model_id,
                 **made_by,
             }
-            for b, (text, caption, paths, strategy) in enumerate(rows)
+            for b, sample in enumerate(samples)
         ]
 
-    @property
-    def model_id(self) -> str:
-        """The folder's name and a digest of its manifests, which hold the checksum of every parameter; of no format."""
-        digest = hashlib.sha256()
-        for network in NETWORKS:
-            digest.update(self.networks.manifests[network].values_text().encode())
-        directory = self.networks.directory.resolve()
-        return f"{'pocket' if directory == POCKET.resolve() else directory.name} {digest.hexdigest()[:16]}"
 
+def _texts(name: str, values: Any) -> list[str]:
+    """Returns a list of texts; a single one stands for a list of one.
 
-def _each(values: str | Sequence[str] | None, prompts: Sequence[str]) -> list[str]:
-    """Returns one text for each prompt; a single text is for a single prompt."""
-    if values is None:
-        return [""] * len(prompts)
-    return [values] if isinstance(values, str) else list(values)
+    Raises:
+      ValueError: it is something else.
+    """
+    texts = [values] if isinstance(values, str) or not isinstance(values, Sequence) else list(values)
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{name} hold {text!r}; expected a text, or a list of texts.")
+    return texts
 
 
 def _joined(traces: Sequence[Trace]) -> Trace:
     """Returns the rows of all clips of a loop, one after the other."""
     return jax.tree.map(lambda *rows: np.concatenate(rows), *traces)
-
-
-def tokenizer_path(directory: Path, name: str | None) -> Path:
-    """Returns the tokenizer of a model directory; ``name`` is what its index says, if anything.
-
-    Raises:
-      FileNotFoundError: there is none.
-    """
-    candidates = [name] if name else _TOKENIZERS
-    for candidate in candidates:
-        if (directory / candidate).is_file():
-            return directory / candidate
-    raise FileNotFoundError(f"{directory} has no tokenizer; put {' or '.join(candidates)} there.")

@@ -15,6 +15,8 @@ from sora_jax import files
 from sora_jax.sampling.reuse import Plan
 
 _FORMAT = "sora_jax plan 1"
+# What a calibration depends on, of the settings.
+CALIBRATED = ("num_steps", "guidance", "seed", "shift", "merge_steps", "merge", "height", "width", "num_frames", "fps", "dtype")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,13 +65,14 @@ class PlanFile:
         files.refuse_missing(path, "plan", remedy=f"make one with: sora-jax calibrate MODEL_DIR -o {path}")
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not a plan: no JSON ({error}); expected a file of sora-jax calibrate.") from error
+        except (ValueError, RecursionError) as error:
+            why = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise ValueError(f"{path} is not a plan: no JSON ({why}); expected a file of sora-jax calibrate.") from error
         if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
-            found = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
-            raise ValueError(f"{path} is not a plan: format {found!r}; expected {_FORMAT!r}, a file of sora-jax calibrate.")
+            format_ = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
+            raise ValueError(f"{path} is not a plan: format {format_!r}; expected {_FORMAT!r}, a file of sora-jax calibrate.")
         codes = fields.get("codes")
-        if not isinstance(codes, list) or not all(isinstance(code, int) for code in codes):
+        if not isinstance(codes, list) or not all(type(code) is int for code in codes):
             raise ValueError(f"{path}: codes are {codes!r}; expected a list with one whole number for each step.")
         try:
             plan = Plan(codes=tuple(codes), keep=fields["keep"])
@@ -82,10 +85,10 @@ class PlanFile:
             raise ValueError(f"{path}: {error}") from error
 
     def for_model(self, model_id: str, path: str | os.PathLike[str]) -> Plan:
-        """Returns the plan for the model it was made for; the folder of the model may have another name by now.
+        """Returns the plan for the model it was calibrated for; the folder of the model may have another name by now.
 
         Raises:
-          ValueError: it was made for another model.
+          ValueError: it was calibrated for another model.
         """
         if self.model.split()[-1:] != model_id.split()[-1:]:
             raise ValueError(

@@ -22,8 +22,9 @@ from sora_jax.inputs.tokenizer import Tokenizer
 from sora_jax.networks.stdit3 import STDiT3, with_null_caption
 from sora_jax.networks.vae.codec import latent_size
 from sora_jax.pipeline.coders import Coders
+from sora_jax.pipeline.make_sampler import guidance_scale, make_sampler, make_schedule
 from sora_jax.pipeline.open_model import Networks
-from sora_jax.pipeline.sampling import guidance_scale, make_sampler, make_schedule
+from sora_jax.pipeline.samples import Sample, continued
 from sora_jax.pipeline.settings import Settings
 from sora_jax.pipeline.velocity import Velocity
 from sora_jax.process import Timings
@@ -60,77 +61,18 @@ ReferenceLatents = Sequence[Sequence[np.ndarray]]  # for each sample the latents
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What each sample of the batch is made from.
+class Sampled:
+    """What is left to decode.
 
     Attributes:
-      prompts: text without JSON.
-      captions: prepared for the text encoder, segments included.
-      reference_paths: as given, separated by ``;``.
-      references: pixels [t, h, w, 3] of each of the sample's references.
-      strategies: mask strategies.
+      latents: normalised latents.
+      results: the record of every clip of the loop.
+      videos: the clips before the last one, which were decoded on the way.
     """
 
-    prompts: Sequence[str]
-    captions: Sequence[str]
-    reference_paths: Sequence[str]
-    references: Sequence[Sequence[np.ndarray]]
-    strategies: Sequence[str]
-
-
-def read_inputs(
-    prompts: Sequence[str], reference_paths: Sequence[str], strategies: Sequence[str], num_samples: int, settings: Settings
-) -> Inputs:
-    """Returns ``num_samples`` samples of each prompt, with its JSON split off and its references read.
-
-    A reference without a mask strategy fixes the first latent frame.
-
-    Raises:
-      ValueError: lengths differ, or a prompt, strategy or reference is malformed.
-      FileNotFoundError: a reference is missing.
-    """
-    if not prompts:
-        raise ValueError("no prompt given; expected at least one.")
-    for name, values in (("references", reference_paths), ("mask strategies", strategies)):
-        if len(values) != len(prompts):
-            raise ValueError(f"got {len(values)} {name} for {len(prompts)} prompts; expected one for each ('' for none).")
-    if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}; expected at least 1.")
-    parts = [prompt.extract_json(*given) for given in zip(prompts, reference_paths, strategies, strict=True)]
-    samples = [(text, paths, strategy or ("0" if paths else "")) for text, paths, strategy in parts for _ in range(num_samples)]
-    for _, paths, strategy in samples:
-        _check_strategy(strategy, len(_split(paths)))
-    pixels = {
-        path: conditioning.read_reference(path, settings.height, settings.width)
-        for path in dict.fromkeys(path for _, paths, _ in samples for path in _split(paths))
-    }
-    captions = [
-        prompt.prepare_prompt(text, aes=settings.aes, flow=settings.flow, camera_motion=settings.camera_motion)
-        for text, _, _ in samples
-    ]
-    for caption in captions:
-        prompt.prompt_at_loop(caption, settings.loop - 1)
-    return Inputs(
-        prompts=[text for text, _, _ in samples],
-        captions=captions,
-        reference_paths=[paths for _, paths, _ in samples],
-        references=[[pixels[path] for path in _split(paths)] for _, paths, _ in samples],
-        strategies=[strategy for _, _, strategy in samples],
-    )
-
-
-def _check_strategy(strategy: str, num_references: int) -> None:
-    for entry in conditioning.parse_mask_strategy(strategy):
-        if not 0 <= entry.edit_ratio <= 1:
-            raise ValueError(
-                f"mask strategy {strategy!r} has edit ratio {entry.edit_ratio}; expected 0 (keep) to 1 (generate)."
-            )
-        if entry.loop == 0 and not -num_references <= entry.reference < num_references:
-            raise ValueError(f"mask strategy {strategy!r} names reference {entry.reference}; the prompt has {num_references}.")
-
-
-def _split(paths: str) -> list[str]:
-    return paths.split(";") if paths else []
+    latents: Latents
+    results: Sequence[Result]
+    videos: Sequence[Pixels]
 
 
 class Generation:
@@ -143,15 +85,9 @@ class Generation:
         self.callback, self.loop = callback, 0
         self._plan: MemoryPlan | None = None
 
-    def run(self, inputs: Inputs, keep_latents: Callable[[np.ndarray], Any]) -> tuple[Pixels, Latents, list[Result]]:
-        """Returns pixels in [-1, 1], not clipped, normalised latents, and the record of every clip of the loop.
-
-        ``keep_latents`` is handed the latents before the last decoding.
-        """
-        self._begin(len(inputs.captions), any(inputs.references))
-        references = self._encode_references(inputs.references)
-        strategies: Sequence[str] = inputs.strategies
-        features = self._encode_captions(inputs.captions)
+    def sample(self, samples: Sequence[Sample]) -> Sampled:
+        """Returns the latents of all clips of the loop; all but the last one are decoded, to be continued."""
+        references, strategies, features = self._conditions(samples)
         results: list[Result] = []
         videos: list[np.ndarray] = []
         for loop in range(self.settings.loop):
@@ -161,21 +97,30 @@ class Generation:
                 references, strategies = self._continue(references, strategies, videos[-1])
             results.append(self._denoise(*features[loop], *self._start(references, strategies)))
         latents = np.concatenate([np.asarray(result.z) for result in results], axis=1)
-        keep_latents(latents)
-        videos.append(self._decode_clip(np.asarray(results[-1].z)))
-        return self._join(videos), latents, results
+        return Sampled(latents=latents, results=results, videos=videos)
 
-    def prepare(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    def finish(self, sampled: Sampled) -> Pixels:
+        """Returns the pixels, in [-1, 1] and not clipped, of all clips of the loop."""
+        return self._join([*sampled.videos, self._decode_clip(np.asarray(sampled.results[-1].z))])
+
+    def prepare(self, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
         """Returns what the first clip is denoised from: captions [B, L, E], their mask, noise, frame weights or None."""
-        self._begin(len(inputs.captions), any(inputs.references))
-        references = self._encode_references(inputs.references)
-        captions, mask = self._encode_captions(inputs.captions)[0]
-        return captions, mask, *self._start(references, inputs.strategies)
+        references, strategies, features = self._conditions(samples)
+        return *features[0], *self._start(references, strategies)
 
-    def calibrate(self, inputs: Inputs, keep: Keep) -> Calibration:
-        """Returns what reuse costs along the sampling of the first clip, all of ``inputs`` in one batch."""
+    def _conditions(
+        self, samples: Sequence[Sample]
+    ) -> tuple[ReferenceLatents, Sequence[str], list[tuple[np.ndarray, np.ndarray]]]:
+        """Returns the latents of references, mask strategies, and for every clip of the loop caption features and mask."""
+        self._begin(len(samples), any(sample.references for sample in samples))
+        references = self._encode_references(samples)
+        features = self._encode_captions([sample.caption for sample in samples])
+        return references, [sample.strategy for sample in samples], features
+
+    def calibrate(self, samples: Sequence[Sample], keep: Keep) -> Calibration:
+        """Returns what reuse costs along the sampling of the first clip, all samples in one batch."""
         settings, done = self.settings, 0
-        captions, mask, z, weights = self.prepare(inputs)
+        captions, mask, z, weights = self.prepare(samples)
 
         def report(carry: Carry) -> None:
             nonlocal done
@@ -245,28 +190,23 @@ class Generation:
         rows = [[unique.index(text) for text in row] for row in texts]
         return [(features[row], mask[row]) for row in rows]
 
-    def _encode_references(self, references: Sequence[Sequence[np.ndarray]]) -> ReferenceLatents:
+    def _encode_references(self, samples: Sequence[Sample]) -> ReferenceLatents:
         """Returns the latents of every reference; one that several samples share is encoded once."""
-        if not any(references):
-            return references
+        paths = list(dict.fromkeys(path for sample in samples for path in sample.reference_paths))
+        if not paths:
+            return [[] for _ in samples]
         self._report("encode")
-        unique = {id(pixels): pixels for given in references for pixels in given}
-        latents = dict(zip(unique, self._coders.encode_videos([pixels[None] for pixels in unique.values()]), strict=True))
-        return [[latents[id(pixels)][0] for pixels in given] for given in references]
+        height, width = self.settings.height, self.settings.width
+        videos = [conditioning.read_reference(path, height, width)[None] for path in paths]
+        latents = dict(zip(paths, self._coders.encode_videos(videos), strict=True))
+        return [[latents[path][0] for path in sample.reference_paths] for sample in samples]
 
     def _continue(
         self, references: ReferenceLatents, strategies: Sequence[str], video_Bthw3: np.ndarray
     ) -> tuple[ReferenceLatents, Sequence[str]]:
         """Returns references and strategies by which the next clip begins with the end of the previous one."""
         (latents,) = self._coders.encode_videos([video_Bthw3])
-        return conditioning.append_generated(
-            references,
-            strategies,
-            latents,
-            self.loop,
-            condition_frame_length=self.settings.condition_frame_length,
-            condition_frame_edit=self.settings.condition_frame_edit,
-        )
+        return continued(references, strategies, latents, self.loop, self.settings)
 
     def _start(self, references: ReferenceLatents, strategies: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns noise with the references put in, and frame weights; None where no frame is given."""

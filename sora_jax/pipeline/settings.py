@@ -1,87 +1,227 @@
-"""The numbers that decide a clip besides prompt, references and weights: checked once, stored with every clip.
+"""The options of a clip besides prompt, references and weights: declared once, resolved once, stored with every clip.
 
-Invariant: a `Settings` holds only values that the pipeline accepts; every fault is a ValueError of one line.  Defaults come
-from the model directory (``defaults`` in model.json) and otherwise from Open-Sora 1.2.  Nothing here computes.
+`Options` is what a caller may say; its fields carry help, range and spelling, from which the command line, the checks and the
+table of the documentation are made.  `Settings` is what follows from it for one model.
+
+Invariant: a `Settings` holds only values that the pipeline accepts; every fault is a ValueError of one line.  This module
+imports no JAX before a sampler or a schedule is asked for, and computes nothing.
 """
 
 import dataclasses
-import math
+import os
+from collections import ChainMap
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Union, no_type_check
 
 import numpy as np
 
-from sora_jax.config import VAEConfig
 from sora_jax.inputs import sizes
-from sora_jax.networks.merging import Merge
-from sora_jax.pipeline.presets import EXACT, preset_values
+from sora_jax.networks.merge_rule import Merge
+from sora_jax.pipeline.frame_size import MAX_FRAMES, MAX_SIDE_PX, frame_size
+from sora_jax.pipeline.option import OFF, Declared, Option, declared, said
+from sora_jax.pipeline.presets import PRESETS, preset_values
 from sora_jax.process import available_bytes
-from sora_jax.sampling.leap import Leap
-from sora_jax.sampling.reuse import Plan
-from sora_jax.sampling.solvers import check_solver
 
-OFF = "off"  # written for a score that the model would otherwise add by default
+if TYPE_CHECKING:
+    from sora_jax.sampling.leap import Leap
+    from sora_jax.sampling.reuse import Plan
 
-# Source: Open-Sora v1.2 configs/opensora-v1-2/inference/sample.py.
-OPEN_SORA_DEFAULTS: Mapping[str, Any] = {
-    "guidance": 7.0,
-    "resolution": "240p",
-    "aspect_ratio": "9:16",
-    "num_frames": 51,
-    "fps": 24,
-    "aes": 6.5,
-    "condition_frame_length": 5,
-    "condition_frame_edit": 0.0,
-    "align": 5,
-}
-_REST: Mapping[str, Any] = {**EXACT, "seed": 0, "merge": Merge(), "loop": 1, "dtype": "float32"}
-_SCORES = ("aes", "flow", "camera_motion")
-_FLOATS = ("guidance", "shift", "fps", "save_fps", "aes", "flow", "condition_frame_edit")
-_SIZE_KEYS = ("height", "width", "resolution", "aspect_ratio")
-_MAX_SEED = 2**32 - 1
 # Far beyond any use, but numbers that arrays, files and float32 times still hold: larger ones would end in their errors.
-_MAX_STEPS, _MAX_SIDE_PX, _MAX_FRAMES, _MAX_LOOP = 100_000, 2**15, 10**6, 10_000
-_MIN_FPS, _MAX_FPS = 0.01, 1000.0
-_RANGES: Mapping[str, tuple[int, int]] = {
-    "num_steps": (1, _MAX_STEPS),
-    "seed": (0, _MAX_SEED),
-    "merge_steps": (0, _MAX_STEPS),
-    "height": (1, _MAX_SIDE_PX),
-    "width": (1, _MAX_SIDE_PX),
-    "num_frames": (1, _MAX_FRAMES),
-    "loop": (1, _MAX_LOOP),
-    "condition_frame_length": (1, _MAX_FRAMES),
-    "align": (1, _MAX_FRAMES),
-}
+MAX_STEPS, _MAX_SEED, _MAX_LOOP, _MAX_GUIDANCE, _MAX_SCORE = 100_000, 2**32 - 1, 10_000, 10_000, 1000
+_FPS = "a positive number of frames per second, 0.01 to 1000"
 
 
+class ClipOptions(TypedDict, total=False):
+    """What a clip shows, and how large and long it is."""
+
+    num_steps: Annotated[
+        int | None,
+        Option("Sampling steps.", flags=("--steps", "--num-sampling-steps"), metavar="N", within=(1, MAX_STEPS), default=30),
+    ]
+    guidance: Annotated[
+        float | None,
+        Option(
+            "Weight of the caption; 1 evaluates without the null caption, at half the cost.",
+            flags=("--guidance", "--cfg-scale"),
+            metavar="G",
+            within=(-_MAX_GUIDANCE, _MAX_GUIDANCE),
+            default=7.0,
+        ),
+    ]
+    seed: Annotated[
+        int | None, Option("Noise of the first clip; the next one has seed + 1.", metavar="N", within=(0, _MAX_SEED), default=0)
+    ]
+    height: Annotated[
+        int | None,
+        Option(
+            "Rows of pixels, together with the columns: multiples of 16, or a size of the table of resolutions.",
+            metavar="PX",
+            within=(1, MAX_SIDE_PX),
+        ),
+    ]
+    width: Annotated[int | None, Option("Columns of pixels.", metavar="PX", within=(1, MAX_SIDE_PX))]
+    resolution: Annotated[
+        str | None,
+        Option("Size by name, in place of rows and columns.", metavar="NAME", choices=sizes.RESOLUTIONS, default="240p"),
+    ]
+    aspect_ratio: Annotated[
+        str | None,
+        Option(
+            "Height to width, not width to height: 9:16 is landscape. Goes with a resolution.",
+            metavar="H:W",
+            choices=sizes.ASPECT_RATIOS,
+            expected=f"height:width, one of {', '.join(sizes.ASPECT_RATIOS)}",
+            default="9:16",
+        ),
+    ]
+    num_frames: Annotated[
+        int | str | None,
+        Option(
+            "Frames of a clip, or its nominal duration; 1 makes an image.",
+            metavar="N|2s",
+            within=(1, MAX_FRAMES),
+            choices=tuple(sizes.DURATIONS),
+            expected=f"a whole number from 1 to {MAX_FRAMES}, or one of {', '.join(sizes.DURATIONS)}",
+            default=51,
+        ),
+    ]
+    fps: Annotated[
+        float | None,
+        Option("Frame rate the model is asked for.", metavar="F", within=(0.01, 1000), expected=_FPS, default=24.0),
+    ]
+    save_fps: Annotated[
+        float | None,
+        Option(
+            "Frame rate of the file (default: the one the model is asked for).", metavar="F", within=(0.01, 1000), expected=_FPS
+        ),
+    ]
+    aes: Annotated[
+        float | str | None,
+        Option(
+            "Aesthetic score added to the caption, usually 4 to 7.",
+            metavar="SCORE|off",
+            within=(0, _MAX_SCORE),
+            off=True,
+            default=6.5,
+        ),
+    ]
+    flow: Annotated[
+        float | str | None,
+        Option("Motion score added to the caption, usually 0 to 10.", metavar="SCORE|off", within=(0, _MAX_SCORE), off=True),
+    ]
+    camera_motion: Annotated[
+        str | None, Option("Camera motion added to the caption, such as pan right.", metavar="TEXT|off", off=True)
+    ]
+    loop: Annotated[
+        int | None, Option("Clips in a row, each continuing the one before.", metavar="N", within=(1, _MAX_LOOP), default=1)
+    ]
+    condition_frame_length: Annotated[
+        int | None,
+        Option("Latent frames that a clip takes over from the one before.", metavar="N", within=(1, MAX_FRAMES), default=5),
+    ]
+    condition_frame_edit: Annotated[
+        float | None,
+        Option(
+            "Edit ratio of those frames.", metavar="R", within=(0, 1), expected="0 (keep) to 1 (generate freely)", default=0.0
+        ),
+    ]
+    align: Annotated[
+        int | str | None,
+        Option(
+            "Latent frames that starts in mask strategies are rounded to.",
+            metavar="N|off",
+            within=(1, MAX_FRAMES),
+            off=True,
+            default=5,
+        ),
+    ]
+    dtype: Annotated[str | None, Option("Compute dtype.", choices=("float32", "bfloat16"), default="float32")]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How the path from noise to clip is walked."""
+
+    preset: Annotated[
+        str | None,
+        Option(
+            "exact samples as Open-Sora does, recommended as the sampler study advises; other options replace its values.",
+            metavar="|".join(PRESETS),
+            choices=PRESETS,
+        ),
+    ]
+    solver: Annotated[
+        str | None,
+        Option(
+            "How a step is taken; heun takes two evaluations a step, the others one.",
+            choices=("euler", "ab2", "dpmpp", "heun"),
+            default="euler",
+        ),
+    ]
+    shift: Annotated[
+        float | None,
+        Option(
+            "Extra time shift, multiplied with the one from the resolution (1: none); above 1, more steps at high noise.",
+            metavar="S",
+            above=0,
+            expected="a positive number, 1 for the published times",
+            default=1.0,
+        ),
+    ]
+    leap: Annotated[
+        Union[int, str, "Leap", None],
+        Option(
+            "Linear proportional leap: the step that leaps to the end, or the rule that decides.",
+            metavar="off|N|dynamic|released",
+            within=(0, MAX_STEPS),
+            choices=("dynamic", "released"),
+            off=True,
+            expected="off, dynamic, released, or the number of the step that leaps",
+            default=OFF,
+        ),
+    ]
+    plan: Annotated[
+        Union["Plan", str, "os.PathLike[str]", None],
+        Option(
+            "Which steps evaluate the transformer and which reuse what it computed; a plan brings its number of steps.",
+            metavar="JSON",
+            expected="a file of sora-jax calibrate, or a sora_jax.Plan",
+        ),
+    ]
+    merge_steps: Annotated[
+        int | None,
+        Option(
+            "First steps with merged temporal tokens; as many as there are steps: all.",
+            metavar="K",
+            within=(0, MAX_STEPS),
+            default=0,
+        ),
+    ]
+    merge: Annotated[
+        Merge | None,
+        Option("What those steps merge.", expected="a sora_jax.Merge", default=Merge(), on_command_line=False),
+    ]
+
+
+class Options(ClipOptions, SamplingOptions, total=False):
+    """What a caller may say of a clip; what is None or left out is the model's default, else Open-Sora's.
+
+    Source of the defaults: Open-Sora v1.2 configs/opensora-v1-2/inference/sample.py.
+    """
+
+
+OPTIONS: Mapping[str, Declared] = declared(Options)
+_DEFAULTS: Mapping[str, Any] = {name: each.option.default for name, each in OPTIONS.items()}
+_EXACT = {name: _DEFAULTS[name] for name in ("num_steps", *declared(SamplingOptions)) if name != "preset"}
+_SCORES = ("aes", "flow", "camera_motion")
+
+
+@no_type_check  # a wrong value is answered by __post_init__
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One clip's settings.
+    """One clip's settings: every option of `Options` but those that name others (size by name, preset), decided.
 
-    Attributes:
-      num_steps: steps of the schedule.
-      guidance: weight of the caption against no caption; 1 follows the caption alone.
-      seed: noise of the first sample; sample b uses ``seed + b``.
-      solver: how a step is taken (see solvers).
-      shift: of the times on top of the resolution's own; above 1 more steps are spent at high noise.
-      leap: ``off``, or how sampling leaps to its end (see sampler).
-      plan: which steps evaluate the transformer and which reuse; None: all evaluate.
-      merge_steps: how many first steps merge temporal tokens.
-      merge: what those steps merge.
-      height: pixel rows, as the model is conditioned on; frames have ``height // 8 * 8`` of them.
-      width: pixel columns, likewise.
-      num_frames: pixel frames of one clip; 1 is an image.
-      fps: frame rate the model is conditioned on.
-      save_fps: frame rate of the file.
-      aes: aesthetic score named in the caption, or None.
-      flow: motion score named in the caption, or None.
-      camera_motion: camera motion named in the caption, or None.
-      loop: clips in a row, each continuing the one before.
-      condition_frame_length: latent frames a clip takes over from the one before.
-      condition_frame_edit: edit ratio of those frames (0 keeps them).
-      align: latent frames that starts in mask strategies are rounded to, or None.
-      dtype: compute dtype of the networks.
+    What is off is None.  ``height`` and ``width`` are the pixels that the model is conditioned on; frames have
+    ``height // 8 * 8`` rows and ``width // 8 * 8`` columns.  Sample b of a batch uses ``seed + b``.
     """
 
     num_steps: int
@@ -89,8 +229,8 @@ class Settings:
     seed: int
     solver: str
     shift: float
-    leap: int | str | Leap
-    plan: Plan | None
+    leap: Union[int, str, "Leap"]
+    plan: Union["Plan", None]
     merge_steps: int
     merge: Merge
     height: int
@@ -108,35 +248,66 @@ class Settings:
     dtype: str
 
     def __post_init__(self) -> None:
-        for name, (least, most) in _RANGES.items():
-            if name != "align" or self.align is not None:
-                _whole(name, getattr(self, name), least, most)
-        for name in ("fps", "save_fps"):
-            if not _MIN_FPS <= _finite(name, getattr(self, name)) <= _MAX_FPS:
-                value = getattr(self, name)
-                raise ValueError(
-                    f"{name} is {value:g}; expected a positive number of frames per second, {_MIN_FPS:g} to {_MAX_FPS:g}."
-                )
-        _finite("guidance", self.guidance)
-        check_solver(self.solver)
-        if _finite("shift", self.shift) <= 0:
-            raise ValueError(f"shift is {self.shift:g}; expected a positive number, 1 for the published times.")
-        for name, value, kind in (("plan", self.plan, Plan | None), ("merge", self.merge, Merge)):
-            if not isinstance(value, kind):
-                raise ValueError(f"{name} is {value!r}; expected a sora_jax {name.capitalize()}.")
-        for name in ("aes", "flow"):
-            if getattr(self, name) is not None:
-                _finite(name, getattr(self, name))
-        if not 0 <= _finite("condition_frame_edit", self.condition_frame_edit) <= 1:
-            raise ValueError(f"condition_frame_edit is {self.condition_frame_edit}; expected 0 (keep) to 1 (generate freely).")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype is {self.dtype!r}; expected float32 or bfloat16.")
+        for name in self.field_names():
+            value, option = getattr(self, name), OPTIONS[name]
+            if value is not None or not (option.option.off or name == "plan"):
+                option.check(value)
+        self._check_steps()
         self._check_loop()
 
     @property
     def guided(self) -> bool:
         """Whether the null caption is evaluated besides the caption."""
         return self.guidance != 1
+
+    @property
+    def is_published_loop(self) -> bool:
+        """Whether steps are Euler's and all evaluate the transformer, merged as published: the loop of exported models."""
+        return self.solver == _DEFAULTS["solver"] and self.plan is None and self.merge == _DEFAULTS["merge"]
+
+    def with_seed(self, seed: int) -> "Settings":
+        """Returns the same settings with another seed, taken modulo 2^32."""
+        return dataclasses.replace(self, seed=seed % (_MAX_SEED + 1))
+
+    def check_room(self, num_clips: int) -> None:
+        """Refuses clips whose decoded frames this machine cannot hold; of larger ones XLA would end the process.
+
+        Raises:
+          ValueError: says how much there is, and how much the frames take.
+        """
+        num_values = 3 * num_clips * self.loop * self.num_frames * self.height * self.width
+        num_bytes, available = np.dtype(np.float32).itemsize * num_values, available_bytes()
+        if num_bytes > available:
+            raise ValueError(
+                f"the decoded frames alone take {num_bytes / 1e9:.3g} GB, but {available / 1e9:.3g} GB of memory are free; "
+                "make fewer or smaller frames, or fewer clips at a time."
+            )
+
+    def check_calibration(self, evaluations: int, half_from: int | None) -> None:
+        """Refuses a reuse plan that no calibration with these settings can find.
+
+        Raises:
+          ValueError: says how many steps there are.
+        """
+        least = 2 if 0 < self.merge_steps < self.num_steps else 1  # the first step, and the first one after merging
+        if not isinstance(evaluations, int) or not least <= evaluations <= self.num_steps:
+            expected = f"expected {least} to {self.num_steps}"
+            raise ValueError(f"a plan of {self.num_steps} steps cannot have {evaluations!r} evaluations; {expected}.")
+        if half_from is not None and (not isinstance(half_from, int) or half_from not in range(self.num_steps)):
+            raise ValueError(f"half_from is {half_from!r}; expected one of the steps, 0 to {self.num_steps - 1}.")
+        if half_from is not None and not self.guided:
+            raise ValueError("half steps reuse the guidance difference, but guidance is 1; leave half_from out.")
+
+    def _check_steps(self) -> None:
+        if isinstance(self.leap, int) and self.leap >= self.num_steps:
+            raise ValueError(
+                f"leap index {self.leap} is beyond the last of {self.num_steps} steps; expected 0 to {self.num_steps - 1} "
+                f"({self.num_steps - 1} leaps nowhere)."
+            )
+        if self.merge_steps > self.num_steps:
+            raise ValueError(
+                f"merge_steps is {self.merge_steps} of {self.num_steps} steps; expected 0 to {self.num_steps} (all)."
+            )
 
     def _check_loop(self) -> None:
         if self.loop == 1:
@@ -145,46 +316,37 @@ class Settings:
             raise ValueError(f"loop {self.loop} cannot extend a single image; set num_frames, or loop 1.")
         taken = sizes.frames_of_latents(self.condition_frame_length)
         if taken >= self.num_frames:
+            shorter = f" or condition_frame_length {sizes.LATENTS_PER_CHUNK}" if taken > sizes.FRAMES_PER_CHUNK else ""
             raise ValueError(
-                f"condition_frame_length {self.condition_frame_length} takes over {taken} frames, and a clip has only "
-                f"{self.num_frames}; choose a longer clip or a smaller multiple of {sizes.LATENTS_PER_CHUNK}."
+                f"loop {self.loop} takes over {taken} frames from clip to clip (condition_frame_length "
+                f"{self.condition_frame_length}), but a clip has {self.num_frames}; expected num_frames above {taken}{shorter}."
             )
 
     @classmethod
-    def resolve(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Self:
-        """Returns complete settings: what is given, else the model's defaults, else Open-Sora's.
+    def resolve(cls, defaults: Mapping[str, Any], options: Mapping[str, Any]) -> "Settings":
+        """Returns complete settings: what the caller says, else the preset, the model's defaults, Open-Sora's.
 
-        ``given`` may hold every field and ``resolution``, ``aspect_ratio``, ``preset``; None means not given.  A preset goes
-        before the model's defaults; a plan brings its number of steps.  A score is switched off by ``"off"``.
+        Args:
+          defaults: the model's, under any name of `Options`.
+          options: any of `Options`, ``plan`` as a `Plan`; None says nothing.
 
         Raises:
-          ValueError: a value is out of its range, or the size is given incompletely or twice.
+          ValueError: a value is out of its range or has no effect, or the size is given incompletely or twice.
         """
-        model = {key: value for key, value in defaults.items() if value is not None}
-        if "height" not in model:
-            model = {key: OPEN_SORA_DEFAULTS[key] for key in ("resolution", "aspect_ratio")} | model
-        chosen = {key: value for key, value in given.items() if value is not None and key != "preset"}
-        if isinstance(chosen.get("plan"), Plan):
-            chosen.setdefault("num_steps", len(chosen["plan"].codes))
+        asked, model = said(options, OPTIONS), said(defaults, OPTIONS)
+        height, width = frame_size(asked, model, _DEFAULTS)
+        num_frames = sizes.num_frames(asked.get("num_frames", model.get("num_frames", _DEFAULTS["num_frames"])))
+        preset = preset_values(asked.get("preset"), _EXACT, height=height, width=width, num_frames=num_frames)
+        of_plan = {"num_steps": len(_codes(asked["plan"]))} if "plan" in asked else {}
         # A model that lists its defaults without a score was trained without it.
-        base = {key: value for key, value in OPEN_SORA_DEFAULTS.items() if key not in _SIZE_KEYS}
-        if defaults:
-            base = {key: value for key, value in base.items() if key not in _SCORES}
-        values = base | {key: model[key] for key in model if key not in _SIZE_KEYS}
-        height, width = _size(chosen, model)
-        num_frames = sizes.num_frames(chosen.get("num_frames", values["num_frames"]))
-        values |= preset_values(given.get("preset"), height=height, width=width, num_frames=num_frames)
-        values |= {key: value for key, value in chosen.items() if key not in _SIZE_KEYS}
-        fields: dict[str, Any] = {**_REST, **values}
-        unknown = sorted(fields.keys() - set(cls.field_names()))
-        if unknown:
-            raise ValueError(f"unknown settings {unknown}; expected {', '.join(cls.field_names())}.")
-        for score in _SCORES:
-            fields[score] = None if fields.get(score) == OFF else fields.get(score)
-        fields["align"] = None if fields["align"] == OFF else fields["align"]
-        fields |= {name: _as_float(fields[name]) for name in _FLOATS if name in fields}
+        open_sora = {**_DEFAULTS, **(dict.fromkeys(_SCORES) if model else {})}
+        sources = ChainMap(asked, of_plan, dict(preset), model, open_sora)  # the first that has a name decides
+        fields = {name: _decided(name, sources[name]) for name in cls.field_names()}
         fields |= {"height": height, "width": width, "num_frames": num_frames}
-        return cls(**({"save_fps": fields["fps"]} | fields))
+        settings = cls(**{**fields, "save_fps": fields["fps"] if fields["save_fps"] is None else fields["save_fps"]})
+        if "merge" in asked and not settings.merge_steps:
+            raise ValueError("merge says what merged steps merge, but merge_steps is 0; set it as well, or leave merge out.")
+        return settings
 
     @classmethod
     def field_names(cls) -> list[str]:
@@ -196,84 +358,51 @@ class Settings:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Settings":
         """Returns the settings that `to_dict` wrote, whatever else the fields hold.
 
         Raises:
           KeyError: a setting is missing.
+          ValueError: a setting has a value that it cannot have.
         """
         values = {name: fields[name] for name in cls.field_names()}
-        if isinstance(values["plan"], Mapping):
-            values["plan"] = Plan(**{**values["plan"], "codes": tuple(values["plan"]["codes"])})
-        for name, kind in (("leap", Leap), ("merge", Merge)):
-            if isinstance(values[name], Mapping):
-                values[name] = kind(**values[name])
-        return cls(**values)
+        return cls(**{name: _decided(name, _from_json(name, value)) for name, value in values.items()})
 
 
-def check_multiple(config: VAEConfig, patch: int, height: int, width: int) -> None:
-    """Refuses a height or width, given as numbers, that latents and patches do not divide.
-
-    Sizes of the resolution table are exempt: latents round down and patches are padded, as in Open-Sora.
-
-    Raises:
-      ValueError: names the nearest sizes that are valid.
-    """
-    step = config.spatial.downsampling * patch
-    for name, value in (("height", height), ("width", width)):
-        _whole(name, value, 1, _MAX_SIDE_PX)
-        if value % step:
-            below = value // step * step
-            nearest = ", ".join(str(size) for size in (below, below + step) if size)
-            reason = f"VAE {config.spatial.downsampling} x patch {patch}"
-            raise ValueError(f"{name} {value} is not a multiple of {step} ({reason}); nearest valid: {nearest}.")
+def _decided(name: str, value: Any) -> Any:
+    """Returns the value that a setting has: whole numbers as floats where it is one, off as None."""
+    option = OPTIONS[name]
+    if name == "num_frames":
+        return sizes.num_frames(value)
+    if isinstance(value, str) and value == OFF and option.option.off and option.option.default != OFF:
+        return None
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if is_whole and "float" in option.kinds and abs(value) < 2**53 else value
 
 
-def check_room(settings: Settings, num_clips: int) -> None:
-    """Refuses clips whose decoded frames this machine cannot hold; of larger ones XLA would end the process.
+def _codes(plan: Any) -> tuple[int, ...]:
+    """Returns what the steps of a plan do.
 
     Raises:
-      ValueError: says how much there is, and how much the frames take.
+      ValueError: it is no plan.
     """
-    num_values = 3 * num_clips * settings.loop * settings.num_frames * settings.height * settings.width
-    num_bytes, available = np.dtype(np.float32).itemsize * num_values, available_bytes()
-    if num_bytes > available:
-        raise ValueError(
-            f"the decoded frames alone take {num_bytes / 1e9:.3g} GB, but {available / 1e9:.3g} GB of memory are free; "
-            "make fewer or smaller frames, or fewer clips at a time."
-        )
+    from sora_jax.sampling.reuse import Plan
+
+    if not isinstance(plan, Plan):
+        raise ValueError(f"plan is {plan!r}; expected a sora_jax.Plan, or a file of sora-jax calibrate.")
+    return plan.codes
 
 
-def _size(chosen: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[int, int]:
-    """Returns (height, width) from numbers or from the resolution table."""
-    numbers = [key for key in ("height", "width") if key in chosen]
-    names = [key for key in ("resolution", "aspect_ratio") if key in chosen]
-    if numbers and names:
-        raise ValueError(f"got both {' and '.join(numbers)} and {' and '.join(names)}; give height and width, or the names.")
-    if len(numbers) == 1:
-        raise ValueError(f"got {numbers[0]} alone; give both height and width.")
-    if numbers:
-        return chosen["height"], chosen["width"]
-    if not names and "height" in model:
-        return model["height"], model["width"]
-    table = {key: value for key, value in model.items() if key in ("resolution", "aspect_ratio")} | dict(chosen)
-    if "resolution" not in table or "aspect_ratio" not in table:
-        raise ValueError(f"got {names[0]} alone; give both resolution and aspect_ratio, for example 240p and 9:16.")
-    return sizes.image_size(table["resolution"], table["aspect_ratio"])
+def _from_json(name: str, value: Any) -> Any:
+    """Returns the object that a setting's JSON stands for."""
+    if not isinstance(value, Mapping):
+        return value
+    if name == "merge":
+        return Merge(**value)
+    if name == "leap":
+        from sora_jax.sampling.leap import Leap
 
+        return Leap(**value)
+    from sora_jax.sampling.reuse import Plan
 
-def _whole(name: str, value: Any, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}.")
-    if value > most:
-        raise ValueError(f"{name} is {value}; expected at most {most}.")
-
-
-def _as_float(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _finite(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; expected a number.")
-    return float(value)
+    return Plan(**{**value, "codes": tuple(value["codes"])})

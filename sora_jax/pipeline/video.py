@@ -93,8 +93,7 @@ def check_target(path: Path, num_frames: int, *, overwrite: bool) -> str:
     """
     if not path.name:
         raise IsADirectoryError(f"{path} is a folder; name a file in it.")
-    if not files.is_utf8(str(path)):
-        raise ValueError(f"{str(path)!r} is no name in UTF-8; choose another one.")
+    files.check_name(path)
     kind = clip_format(path, num_frames)
     if not overwrite:
         files.refuse_existing(path)

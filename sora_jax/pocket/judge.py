@@ -3,27 +3,64 @@
 Clips are rendered (``--real``: how good the judge itself is), coded and decoded (``--codec``), made from captions
 (``--captions``), from captions and a first frame (``--given-frame``) or 17 frames (``--given-clip``), continued
 (``--extension``), made of no caption (``--empty``) or again with another seed (``--variety``); each kind has its tables,
-all go to one JSON file.  This module reads the command line and prints; the tables are made in ``kinds``.
+all go to one JSON file.  This module reads the command line and prints; the tables are made in ``judging.tables``.
 """
 
-import argparse
+import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from sora_jax import files
-from sora_jax.pocket.judging import tables as kinds
-from sora_jax.pocket.judging.cases import Sampling
-from sora_jax.pocket.judging.scores import Rate, confusions_text, rates_text
+from sora_jax import files, shell
+from sora_jax.pipeline import command_line
+from sora_jax.pipeline.model_file import model_path
+from sora_jax.pipeline.option import Option, declared
+from sora_jax.pipeline.settings import Options
 from sora_jax.pocket.world.words import ATTRIBUTES, NUM_FRAMES
-from sora_jax.shell import BAD_INPUT, INTERRUPTED, Parser, describe, whole_number_or_word
 
 LENGTHS = (1, 17, NUM_FRAMES, 51)  # frames of a clip: an image, and whole chunks of the codec
 KINDS = ("captions", "given_frame", "given_clip", "extension", "variety", "empty", "codec", "real")
 OF_ANY_LENGTH = ("captions", "codec", "real")
+SAMPLING = command_line.of_clip("num_steps", "guidance", "leap", "merge_steps", "condition_frame_edit", "dtype")
+_MANY = (0, 10**6)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class What:
+    """What is judged."""
+
+    model: Annotated[
+        str | None,
+        Option("Model directory, or pocket: the embedded model, which is the default.", metavar="MODEL_DIR", positional=True),
+    ] = None
+    captions: Annotated[int, Option("Clips made from captions.", metavar="N", within=_MANY)] = 0
+    pairs: Annotated[
+        int | None, Option("With --captions: slow and fast clips as well (default: a quarter).", metavar="N", within=_MANY)
+    ] = None
+    cosines: Annotated[bool, Option("With --captions: cosines of consecutive velocities by step.")] = False
+    given_frame: Annotated[int, Option("Clips made from a caption and a frame.", metavar="N", within=_MANY)] = 0
+    given_clip: Annotated[int, Option("Clips made from a caption and 17 frames.", metavar="N", within=_MANY)] = 0
+    extension: Annotated[int, Option("Clips continued by a second one.", metavar="N", within=_MANY)] = 0
+    variety: Annotated[int, Option("Captions with two seeds each.", metavar="N", within=_MANY)] = 0
+    empty: Annotated[int, Option("Clips of the empty caption: are they clean?", metavar="N", within=_MANY)] = 0
+    codec: Annotated[int, Option("Rendered clips through the codec.", metavar="N", within=_MANY)] = 0
+    real: Annotated[int, Option("Rendered clips: the judge's own accuracy.", metavar="N", within=_MANY)] = 0
+    num_frames: Annotated[
+        int, Option("Frames of --real, --codec and --captions; 1 is an image, without motion.", metavar="N", within=(1, 51))
+    ] = NUM_FRAMES
+    seed: Annotated[int, Option("Seed of captions, scenes and noise.", metavar="S", within=(0, 2**32 - 1))] = 0
+    shuffle: Annotated[bool, Option("Score every clip against another one's caption: chance level.")] = False
+    json: Annotated[Path | None, Option("Write the tables there as well, replacing the file.", metavar="FILE")] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(What):
+    """What the command line asks for."""
+
+    clip: Options
 
 
 def text(title: str, tables: Mapping[str, Any]) -> str:
@@ -34,6 +71,8 @@ def text(title: str, tables: Mapping[str, Any]) -> str:
         lines += [f"model {tables['model']}; {shown}", f"evaluations: {tables['evaluations']['mean']:.2f} a clip"]
     if "psnr_db" in tables:
         lines.append(f"PSNR {tables['psnr_db']:.2f} dB, worst clip {tables['psnr_worst_clip_db']:.2f} dB")
+    from sora_jax.pocket.judging.scores import Rate, confusions_text, rates_text
+
     rates = {name: Rate(one["count"], one["total"]) for name, one in tables["rates"].items()}
     lines += ["", rates_text(rates), "", confusions_text(tables["confusion"])]
     if "with_room" in tables:
@@ -47,114 +86,90 @@ def text(title: str, tables: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs ``python -m sora_jax.pocket.judge``; exits with 2 and one line where the arguments or the model are bad."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if not any(getattr(options, name) for name in KINDS):
-        given = ", ".join(f"--{name.replace('_', '-')} N" for name in KINDS)
-        parser.error(f"nothing to judge; give one or more of {given}.")
-    others = [name for name in KINDS if name not in OF_ANY_LENGTH and getattr(options, name)]
-    if options.num_frames != NUM_FRAMES and others:
-        parser.error(
-            f"--num-frames {options.num_frames} goes with --real, --codec and --captions; --{others[0].replace('_', '-')} "
-            f"is about clips of {NUM_FRAMES} frames."
-        )
-    if options.json and not options.json.absolute().parent.is_dir():
-        parser.error(f"the folder of {options.json} does not exist; create it first.")
-    command = ["python", "-m", "sora_jax.pocket.judge", *(sys.argv[1:] if arguments is None else arguments)]
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs ``python -m sora_jax.pocket.judge`` and returns its exit code."""
+    return shell.run(command, arguments, interrupted="interrupted; no report was written.")
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Reads the command line, prints the tables of every kind that is asked for, and writes them to a file.
+
+    Raises:
+      ValueError: the arguments or the model are wrong.
+      OSError: the file cannot be written.
+    """
+    what = "what is judged (numbers of clips, of unseen combinations)"
+    parser = command_line.make_parser(
+        "python -m sora_jax.pocket.judge",
+        str(__doc__).splitlines()[0],
+        {what: declared(What), "how clips are made (defaults are the model's)": SAMPLING},
+    )
+    asked = command_line.read(parser, arguments, Arguments, SAMPLING)
+    _check(asked)
     report: dict[str, Any] = {
-        "command": shlex.join(command),
-        "seed": options.seed,
-        "num_frames": options.num_frames,
-        "shuffled": options.shuffle,
+        "command": shlex.join(["python", "-m", "sora_jax.pocket.judge", *arguments]),
+        "seed": asked.seed,
+        "num_frames": asked.num_frames,
+        "shuffled": asked.shuffle,
         "attributes": list(ATTRIBUTES),
     }
-    try:
-        if options.json:
-            files.check_target(options.json, overwrite=True)
-        for name, tables in _parts(options):
-            report[name] = tables
-            sys.stdout.write(text(name.replace("_", " "), tables) + "\n")
-        if options.json:
-            files.write_text(options.json, json.dumps(report, indent=1) + "\n", overwrite=True)
-    except (ValueError, OSError) as error:
-        parser.exit(BAD_INPUT, f"{parser.prog}: error: {describe(error)}\n")
-    except KeyboardInterrupt:
-        parser.exit(INTERRUPTED, f"{parser.prog}: interrupted; no report was written.\n")
+    for name, tables in _parts(asked):
+        report[name] = tables
+        shell.result(text(name.replace("_", " "), tables))
+    if asked.json:
+        files.write_text(asked.json, json.dumps(report, indent=1) + "\n", overwrite=True)
 
 
-def _parts(options: argparse.Namespace) -> Iterable[tuple[str, dict[str, Any]]]:
+def _check(asked: Arguments) -> None:
+    """Refuses arguments that ask for nothing, or for what there is not.
+
+    Raises:
+      ValueError: says what is expected.
+      OSError: the report cannot be written.
+    """
+    if not any(getattr(asked, name) for name in KINDS):
+        expected = ", ".join(f"--{name.replace('_', '-')} N" for name in KINDS)
+        raise ValueError(f"nothing to judge; give one or more of {expected}.")
+    if asked.num_frames not in LENGTHS:
+        raise ValueError(f"--num-frames is {asked.num_frames}; expected one of {', '.join(map(str, LENGTHS))}.")
+    others = [name for name in KINDS if name not in OF_ANY_LENGTH and getattr(asked, name)]
+    if asked.num_frames != NUM_FRAMES and others:
+        raise ValueError(
+            f"--num-frames {asked.num_frames} goes with --real, --codec and --captions; --{others[0].replace('_', '-')} "
+            f"is about clips of {NUM_FRAMES} frames."
+        )
+    if asked.json:
+        if not asked.json.absolute().parent.is_dir():
+            raise ValueError(f"the folder of {asked.json} does not exist; create it first.")
+        files.check_target(asked.json, overwrite=True)
+
+
+def _parts(asked: Arguments) -> Iterable[tuple[str, dict[str, Any]]]:
     """Yields name and tables of every kind that is asked for."""
-    seed, model, dtype, num_frames = options.seed, options.model, options.dtype, options.num_frames
-    sampling = Sampling(
-        num_steps=options.steps,
-        guidance=options.guidance,
-        leap=options.leap,
-        merge_steps=options.merge_steps,
-        condition_frame_edit=options.condition_frame_edit,
-        dtype=dtype,
-    )
-    alike = {"seed": seed, "shuffle": options.shuffle, "num_frames": num_frames}
-    if options.real:
-        yield "real", kinds.judge_real(options.real, **alike)
-    if options.codec:
-        yield "codec", kinds.judge_codec(model, options.codec, dtype=dtype, **alike)
-    if options.captions:
-        how = {"sampling": sampling, "num_pairs": options.pairs, "cosines": options.cosines}
-        yield "captions", kinds.judge_captions(model, options.captions, **how, **alike)
-    if options.given_frame:
-        given = kinds.judge_given_frames(model, options.given_frame, seed=seed, sampling=sampling, shuffle=options.shuffle)
-        yield "given_frame", given
-    for name, judge in (
-        ("given_clip", kinds.judge_given_clips),
-        ("extension", kinds.judge_extensions),
-        ("variety", kinds.judge_variety),
-        ("empty", kinds.judge_empty),
-    ):
-        if num := getattr(options, name):
-            yield name, judge(model, num, seed=seed, sampling=sampling)
+    from sora_jax.pocket.judging import tables
 
-
-def _parser() -> Parser:
-    parser = Parser(prog="python -m sora_jax.pocket.judge", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="MODEL_DIR", type=Path, nargs="?", help="default: the embedded model")
-    what = parser.add_argument_group("what is judged (unseen combinations)")
-    what.add_argument("--captions", type=_count, default=0, metavar="N", help="N clips made from captions")
-    what.add_argument("--pairs", type=_count, metavar="N", help="of --captions: slow and fast clips besides (default: N / 4)")
-    what.add_argument("--cosines", action="store_true", help="of --captions: cosines of consecutive velocities by step")
-    what.add_argument("--given-frame", type=_count, default=0, metavar="N", help="N clips made from a caption and a frame")
-    what.add_argument("--given-clip", type=_count, default=0, metavar="N", help="N clips made from a caption and 17 frames")
-    what.add_argument("--extension", type=_count, default=0, metavar="N", help="N clips continued by a second one")
-    what.add_argument("--variety", type=_count, default=0, metavar="N", help="N captions with two seeds each")
-    what.add_argument("--empty", type=_count, default=0, metavar="N", help="N clips of the empty caption: are they clean?")
-    what.add_argument("--codec", type=_count, default=0, metavar="N", help="N rendered clips through the codec")
-    what.add_argument("--real", type=_count, default=0, metavar="N", help="N rendered clips: the judge's own accuracy")
-    what.add_argument(
-        "--num-frames",
-        type=int,
-        choices=LENGTHS,
-        default=NUM_FRAMES,
-        help=f"length of --real, --codec and --captions (default {NUM_FRAMES}); 1 is an image, which has no motion",
-    )
-    what.add_argument("--seed", type=_count, default=0, metavar="S", help="of captions, scenes and noise (default 0)")
-    what.add_argument("--shuffle", action="store_true", help="score every clip against another one's caption: chance level")
-    what.add_argument("--json", type=Path, metavar="FILE", help="write the tables there as well, replacing the file")
-    how = parser.add_argument_group("how clips are made (defaults are the model's)")
-    how.add_argument("--steps", type=int, metavar="N", help="sampling steps")
-    how.add_argument("--guidance", type=float, metavar="G", help="weight of the caption")
-    how.add_argument("--leap", type=whole_number_or_word, metavar="off|N|dynamic|released", help="linear proportional leap")
-    how.add_argument("--merge-steps", type=int, metavar="K", help="first steps with merged temporal tokens")
-    how.add_argument("--condition-frame-edit", type=float, metavar="SHARE", help="of --extension: edit ratio of shared frames")
-    how.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
-    return parser
-
-
-def _count(given: str) -> int:
-    if not given.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {given!r}; expected a whole number of 0 or more")
-    return int(given)
+    model, seed, clip = model_path(asked.model), asked.seed, asked.clip
+    alike: dict[str, Any] = {"seed": seed, "shuffle": asked.shuffle, "num_frames": asked.num_frames}
+    if asked.real:
+        yield "real", tables.judge_real(asked.real, **alike)
+    if asked.codec:
+        yield "codec", tables.judge_codec(model, asked.codec, dtype=clip.get("dtype"), **alike)
+    if asked.captions:
+        how: dict[str, Any] = {"sampling": clip, "num_pairs": asked.pairs, "cosines": asked.cosines}
+        yield "captions", tables.judge_captions(model, asked.captions, **how, **alike)
+    if asked.given_frame:
+        judged = tables.judge_given_frames(model, asked.given_frame, seed=seed, sampling=clip, shuffle=asked.shuffle)
+        yield "given_frame", judged
+    others: Mapping[str, Callable[..., dict[str, Any]]] = {
+        "given_clip": tables.judge_given_clips,
+        "extension": tables.judge_extensions,
+        "variety": tables.judge_variety,
+        "empty": tables.judge_empty,
+    }
+    for name, judge in others.items():
+        if num := getattr(asked, name):
+            yield name, judge(model, num, seed=seed, sampling=clip)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -288,15 +288,15 @@ class NetworkWriter:
 
 
 def update_model_file(directory: str | os.PathLike[str], **fields: Any) -> None:
-    """Rewrites ``model.json`` with the networks now present; ``tokenizer`` and ``defaults`` may be given, others are kept.
+    """Rewrites ``model.json`` with the networks now present; ``tokenizer``, ``defaults`` and ``trained`` may be given.
 
     Raises:
       ValueError: another field is given.
       ModelDirectoryError: what is there cannot be read.
     """
-    unknown = fields.keys() - {"tokenizer", "defaults"}
+    unknown = fields.keys() - {"tokenizer", "defaults", "trained"}
     if unknown:
-        raise ValueError(f"model.json has no fields {sorted(unknown)}; expected tokenizer or defaults.")
+        raise ValueError(f"model.json has no fields {sorted(unknown)}; expected tokenizer, defaults or trained.")
     with locked(Path(directory) / ".model.lock", f"{MODEL_FILE} in {directory}", wait=True):
         index = read_model_file(directory) | fields | {"format_version": FORMAT_VERSION}
         write_durably(Path(directory) / MODEL_FILE, json.dumps(index, indent=1) + "\n")

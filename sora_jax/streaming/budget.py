@@ -1,7 +1,7 @@
 """Memory budgets as users write them, in bytes.
 
-Invariant: kB, MB, GB and TB are powers of 1,000, KiB, MiB, GiB and TiB powers of 1,024, and a bare number is bytes; there is
-no other reading of a budget in the library.  What a budget is spent on is the memory plan's business.
+Invariant: kB, MB, GB and TB are powers of 1,000, KiB, MiB, GiB and TiB powers of 1,024, and a bare whole number is bytes;
+there is no other reading of a budget in the library.  What a budget is spent on is the memory plan's business.
 """
 
 import math
@@ -37,6 +37,7 @@ def _bytes_of(text: str) -> float | None:
     if found is None:
         return None
     number, prefix, binary = found.groups(default="")
-    if binary and not prefix:
-        return None
+    has_unit = text.strip()[-1:] in "bB"
+    if (binary and not prefix) or not (has_unit or number.isdecimal()):
+        return None  # parts of a byte: a unit was forgotten
     return float(number) * (1024 if binary else 1000) ** _PREFIXES[prefix.lower()]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.quality import pocket_pictures, pocket_report
-from sora_jax.pipeline.pipeline import POCKET
+from sora_jax.pipeline.model_file import POCKET
 from sora_jax.pocket import train
 from sora_jax.pocket.judging import cases
 from sora_jax.pocket.world.words import PALETTE

@@ -12,8 +12,8 @@ import pytest
 from benchmarks._support import study_clips, study_methods, study_report
 from benchmarks._support.study_methods import EVALUATIONS, LONG_REFERENCE, REFERENCE, STEPS, Method
 from benchmarks.quality import sampler_study
+from sora_jax.pipeline.make_sampler import leap_rule
 from sora_jax.pipeline.pipeline import Pipeline
-from sora_jax.pipeline.sampling import leap_rule
 from sora_jax.pocket.judging import cases
 
 WANTED = ("LPL 16", "LPL dynamic", "LPL extrapolated 10", "TDTM 15", "TDTM 30", "reuse shift 6 16")
@@ -53,7 +53,7 @@ def test_plans_are_calibrated_at_the_times_they_are_used_at(work: Path, tiny_mod
     pipe = Pipeline.from_pretrained(tiny_model)
     moved = {"num_steps": 30, "shift": 6.0}
     calibrated_on = pipe.resolve({**moved, "seed": sampler_study.SEED_STRIDE * 1000})
-    plan = pipe.calibrate(PROMPTS.splitlines()[2], evaluations=16, chosen=calibrated_on).plan
+    plan = pipe.calibrate(PROMPTS.splitlines()[2], evaluations=16, settings=calibrated_on).plan
     made = pipe(PROMPTS.splitlines()[:2], **moved, plan=plan)
     with np.load(next((work / "latents").glob("*")) / "reuse-shift-6-16.npz") as record:
         np.testing.assert_allclose(record["z"], made.latents, rtol=1e-5, atol=1e-5)

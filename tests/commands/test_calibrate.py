@@ -11,10 +11,10 @@ import pytest
 from sora_jax.commands import main
 from sora_jax.networks.merging import Merge
 from sora_jax.pipeline import video
+from sora_jax.pipeline.make_sampler import make_schedule
 from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.pipeline.presets import PRESETS
 from sora_jax.pipeline.recipe_file import PlanFile
-from sora_jax.pipeline.sampling import make_schedule
 from sora_jax.pipeline.settings import Settings
 from sora_jax.sampling.calibration import Calibration
 from sora_jax.sampling.leap import Leap
@@ -105,6 +105,7 @@ def test_the_file_keeps_everything(made: PlanFile, tmp_path: Path) -> None:
         ("[]", "is not a plan: format 'list'; expected 'sora_jax plan 1'"),
         ('{"format": "sora_jax plan 2"}', "is not a plan: format 'sora_jax plan 2'"),
         ('{"format": "sora_jax plan 1", "codes": "01"}', "codes are '01'; expected a list"),
+        ("[" * 100_000, "is not a plan: no JSON (nested too deeply)"),
         ('{"format": "sora_jax plan 1", "codes": [0, 1, 0, 1]}', "lacks 'keep'"),
         ('{"format": "sora_jax plan 1", "codes": [1, 0], "keep": "residual"}', "does not begin with a full evaluation"),
         ('{"format": "sora_jax plan 1", "codes": [0, 7], "keep": "residual"}', r"plan has the codes [7]"),
@@ -128,9 +129,21 @@ def test_a_file_that_is_no_plan_of_this_model_gets_one_line(run: Run, tiny_model
         (("-o", "plan.txt", "--evaluations", 2, "--prompt", "a"), "has suffix '.txt'; expected .json"),
         (("-o", "plan.json", "--evaluations", 2), "no prompt; give --prompt TEXT"),
         (("-o", "plan.json", "--evaluations", 5, "--prompt", "a"), "a plan of 4 steps cannot have 5 evaluations"),
-        (("-o", "plan.json", "--evaluations", 0, "--prompt", "a"), "a plan of 4 steps cannot have 0 evaluations"),
+        (("-o", "plan.json", "--evaluations", 0, "--prompt", "a"), "--evaluations is 0; expected a whole number from 1"),
+        (
+            ("-o", "plan.json", "--evaluations", 1, "--prompt", "a", "--merge-steps", 2),
+            "1 evaluations; expected 2 to 4",
+        ),
+        (
+            ("-o", "plan.json", "--evaluations", 2, "--prompt", "a", "--half-from", -1),
+            "--half-from is -1; expected a",
+        ),
+        (
+            ("-o", "plan.json", "--evaluations", 2, "--prompt", "a", "--half-from", 4),
+            "one of the steps, 0 to 3",
+        ),
         (("-o", "taken.json", "--evaluations", 2, "--prompt", "a"), "taken.json exists"),
-        (("-o", "plan.json", "--evaluations", 2, "--prompt", "a", "--shift", 0), "shift is 0; expected a positive number"),
+        (("-o", "plan.json", "--evaluations", 2, "--prompt", "a", "--shift", 0), "--shift is 0; expected a positive number"),
         (
             ("-o", "plan.json", "--evaluations", 2, "--prompt", "a", "--guidance", 1, "--half-from", 2),
             "half steps reuse the guidance difference, but guidance is 1",
@@ -147,13 +160,13 @@ def test_bad_calibrations_get_one_line(run: Run, tiny_model: Path, arguments: tu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--solver", "rk4"), "solver 'rk4' is unknown; expected one of euler, ab2, dpmpp, heun."),
-        (("--shift", "-1"), "shift is -1; expected a positive number, 1 for the published times."),
+        (("--solver", "rk4"), "argument --solver: got 'rk4'; expected euler, ab2, dpmpp or heun"),
+        (("--shift", "-1"), "--shift is -1; expected a positive number, 1 for the published times."),
         (("--leap-extrapolate",), "nothing leaps; give --leap N or --leap dynamic as well."),
         (("--plan", "gone.json"), "plan gone.json does not exist; make one with: sora-jax calibrate MODEL_DIR -o gone.json"),
-        (("--preset", "fast"), "preset 'fast' is unknown; expected one of exact, recommended."),
-        (("--merge-odd", "drop"), "Merge.odd is 'drop'; expected one of 'alone', 'released'."),
-        (("--merge-attentions", "spatial,time"), "--merge-attentions names 'time'; expected of spatial,temporal,cross."),
+        (("--preset", "fast"), "argument --preset: got 'fast'; expected exact or recommended"),
+        (("--merge-odd", "drop"), "argument --merge-odd: got 'drop'; expected alone or released"),
+        (("--merge-attentions", "spatial,time"), "--merge-attentions names 'time'; expected some of spatial,temporal,cross."),
         (("--merge-steps", 2, "--merge-odd", "released"), 'odd="released" does not restore 5 latent frames'),
         (("--leap", 7), "leap index 7 is beyond the last of 4 steps"),
     ],

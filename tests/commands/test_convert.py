@@ -11,6 +11,7 @@ import pytest
 from convert_weights.checkpoint import convert_checkpoint
 from convert_weights.source_file import OpenFile
 from sora_jax.commands.convert import main
+from sora_jax.shell import BAD_INPUT
 from sora_jax.storage.directory import open_network
 from sora_jax.storage.writer import NetworkWriter
 from tests.support import sources
@@ -25,6 +26,7 @@ def _run(*arguments: object) -> int:
 def _one_line(capsys: pytest.CaptureFixture[str]) -> str:
     text = capsys.readouterr().err
     assert text.count("\n") == 1, text
+    assert text.startswith("sora-jax: error: ")
     assert "Traceback" not in text
     return text
 
@@ -32,12 +34,13 @@ def _one_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_the_command_converts_verifies_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = sources.write_source(tmp_path / "source", "t5")
     assert _run("t5", source, tmp_path / "model", "--dtype", "bfloat16") == 0
-    out = capsys.readouterr().out
-    assert "config.json keys without effect here: model_type, architectures, dropout_rate" in out
+    out, notes = capsys.readouterr()
+    assert "sora-jax: config.json keys without effect here: model_type, architectures, dropout_rate\n" in notes
+    assert out.count("\n") == 1
     assert "30 arrays, 0.000 GB as bfloat16" in out
     assert _run("verify", tmp_path / "model", "--source", source) == 0
     assert "bit for bit" in capsys.readouterr().out
-    assert _run("t5", source, tmp_path / "model", "--quiet") == 1
+    assert _run("t5", source, tmp_path / "model", "--quiet") == BAD_INPUT
     assert "exists; pass --overwrite" in _one_line(capsys)
     assert _run("t5", source, tmp_path / "model", "--quiet", "--overwrite") == 0
     assert open_network(tmp_path / "model", "t5").dtype == "float32"
@@ -84,7 +87,7 @@ def test_verify_notices_another_source(tmp_path: Path, capsys: pytest.CaptureFix
     err = capsys.readouterr().err
     assert "final.scale: differs from the source's value" in err
     assert "is not the file that was converted" in err
-    assert _run("verify", tmp_path / "model", "--source", sources.write_source(tmp_path / "stdit3", "stdit3")) == 1
+    assert _run("verify", tmp_path / "model", "--source", sources.write_source(tmp_path / "stdit3", "stdit3")) == BAD_INPUT
     assert "is the source of none of t5" in _one_line(capsys)
 
 
@@ -111,7 +114,7 @@ def test_unusable_sources_are_one_clear_line(
 ) -> None:
     (tmp_path / "source").mkdir()
     prepare(tmp_path / "source")
-    assert _run("t5", tmp_path / "source", tmp_path / "model") == 1
+    assert _run("t5", tmp_path / "source", tmp_path / "model") == BAD_INPUT
     assert report in _one_line(capsys)
     assert not (tmp_path / "model").exists()
 
@@ -122,7 +125,7 @@ def test_shards_must_hold_what_the_index_says(tmp_path: Path, capsys: pytest.Cap
     fields = json.loads(index.read_text())
     del fields["weight_map"]["shared.weight"]
     index.write_text(json.dumps(fields))
-    assert _run("t5", source, tmp_path / "model") == 1
+    assert _run("t5", source, tmp_path / "model") == BAD_INPUT
     assert "unlisted ['shared.weight']" in _one_line(capsys)
 
 
@@ -162,7 +165,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_writing(
 ) -> None:
     source = sources.write_source(tmp_path / "source", "t5")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    assert _run("t5", source, tmp_path / "model", "--quiet") == 1
+    assert _run("t5", source, tmp_path / "model", "--quiet") == BAD_INPUT
     assert "GB are free; make room and run the same command again" in _one_line(capsys)
     assert not (tmp_path / "model" / "t5").exists()
 
@@ -171,5 +174,5 @@ def test_a_second_process_on_the_same_target_is_refused(tmp_path: Path, capsys: 
     source = sources.write_source(tmp_path / "source", "t5")
     config = sources.golden_config("t5")
     with NetworkWriter(tmp_path / "model", "t5", config, dtype="float32", identity={}):
-        assert _run("t5", source, tmp_path / "model", "--quiet") == 1
+        assert _run("t5", source, tmp_path / "model", "--quiet") == BAD_INPUT
     assert "another process is writing t5" in _one_line(capsys)

@@ -56,12 +56,12 @@ def test_what_cannot_be_read_is_one_line(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--gflops", "inf"), "speed is inf GFLOP/s; expected a positive number."),
+        (("--gflops", "inf"), "--gflops is inf; expected a positive number."),
         (("--bandwidth", "0"), "bandwidth is '0'; expected bytes a second, such as 1.6GB."),
         (("--bandwidth", "auto"), "bandwidth is 'auto'; expected bytes a second, such as 1.6GB."),
-        (("--batch-size", "0"), "batch size is 0; expected at least 1."),
+        (("--batch-size", "0"), "--batch-size is 0; expected a whole number from 1 to 1000000."),
         (("--height", "63", "--width", "64"), "height 63 is not a multiple of 16 (VAE 8 x patch 2); nearest valid: 48, 64."),
-        (("--num-frames", str(10**12)), "num_frames is 1000000000000; expected at most 1000000."),
+        (("--solver", "ab2"), "unrecognized arguments: --solver ab2 (see sora-jax inspect --help)"),
     ],
 )
 def test_a_memory_plan_refuses_what_generation_would(

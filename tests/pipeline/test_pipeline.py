@@ -13,6 +13,7 @@ from PIL import Image
 from sora_jax.inputs import references
 from sora_jax.inputs.tokenizer import Tokenizer
 from sora_jax.networks.layers import precision_of
+from sora_jax.networks.merge_rule import Merge
 from sora_jax.networks.stdit3 import STDiT3
 from sora_jax.networks.t5 import T5Encoder
 from sora_jax.networks.vae.codec import VAE
@@ -20,14 +21,13 @@ from sora_jax.pipeline import open_model, video
 from sora_jax.pipeline.clip import Clip
 from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.pipeline.run import Progress
-from sora_jax.pipeline.settings import OPEN_SORA_DEFAULTS, Settings
 from sora_jax.process import Timings
 from sora_jax.sampling import noise
 from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.schedule import Schedule
 from sora_jax.storage.checkpoint import load_network, unflatten
 from sora_jax.storage.directory import ModelDirectoryError
-from tests.support.tiny_model import CONFIG, DEFAULTS
+from tests.support.tiny_model import CONFIG
 
 PROMPT = "a red circle moves right on a blue background"
 LATENT_SHAPE = (5, 4, 6, 4)  # 17 frames of 32 x 48
@@ -234,31 +234,39 @@ def test_several_samples_get_numbered_files(pipe: Pipeline, tmp_path: Path) -> N
         ({"resolution": "240p"}, "got resolution alone; give both"),
         ({"resolution": "241p", "aspect_ratio": "9:16"}, "resolution '241p' is unknown"),
         ({"resolution": "240p", "aspect_ratio": "7:5"}, "aspect ratio '7:5' is unknown"),
-        ({"num_steps": 0}, "num_steps is 0; expected a whole number of at least 1"),
+        ({"num_steps": 0}, "num_steps is 0; expected a whole number from 1 to 100000"),
+        ({"steps": 3}, "option 'steps' is unknown; did you mean num_steps?"),
         ({"num_steps": -3}, "num_steps is -3"),
         ({"num_frames": 0}, "num_frames is 0; expected a positive whole number or one of"),
         ({"num_frames": "3 seconds"}, "num_frames is '3 seconds'"),
         ({"fps": 0}, "fps is 0; expected a positive number"),
         ({"guidance": float("nan")}, "guidance is nan; expected a number"),
         ({"seed": -1}, "seed is -1"),
-        ({"seed": 2**32}, "seed is 4294967296; expected at most"),
+        ({"seed": 2**32}, "seed is 4294967296; expected a whole number from 0 to 4294967295"),
         ({"leap": "sometimes"}, "leap is 'sometimes'; expected off, dynamic, released"),
         ({"latents_path": "latents.txt"}, "latents file latents.txt has suffix '.txt'; expected .npz"),
         ({"leap": 4}, "leap index 4 is beyond the last of 4 steps"),
         ({"merge_steps": -1}, "merge_steps is -1"),
+        ({"merge_steps": 5}, r"merge_steps is 5 of 4 steps; expected 0 to 4 \(all\)"),
+        ({"merge": Merge(odd="released")}, "merge says what merged steps merge, but merge_steps is 0"),
+        ({"shift": 1e9}, r"shift 1e\+09 with 4 steps: times of neighbouring steps are equal in float32"),
         ({"merge_steps": 1, "num_frames": 1}, "merging needs at least 2 latent frames"),
-        ({"loop": 2}, "takes over 17 frames, and a clip has only 17"),
+        ({"loop": 2}, r"takes over 17 frames .* but a clip has 17; expected num_frames above 17\."),
+        ({"loop": 2, "num_frames": 34, "leap": 0, "condition_frame_edit": 0.5}, "leap index 0 is before every frame"),
         ({"loop": 2, "num_frames": 34, "condition_frame_length": 3}, "3 latent frames are not whole chunks"),
         ({"loop": 2, "num_frames": 1}, "cannot extend a single image"),
         ({"condition_frame_edit": 1.5}, "condition_frame_edit is 1.5; expected 0"),
         ({"align": 0}, "align is 0"),
         ({"dtype": "float16"}, "dtype is 'float16'; expected float32 or bfloat16"),
         ({"num_samples": 0}, "num_samples is 0"),
+        ({"num_samples": 1.5}, "num_samples is 1.5; expected a whole number"),
         ({"mask_strategies": "0,x"}, "mask strategy '0,x' is malformed"),
         ({"mask_strategies": "0,0,0,0,1,7"}, "edit ratio 7.0; expected 0"),
         ({"mask_strategies": "0"}, "names reference 0; the prompt has 0"),
         ({"mask_strategies": ["", ""]}, "got 2 mask strategies for 1 prompts"),
         ({"references": "gone.png"}, r"Reference gone.png does not exist"),
+        ({"references": [3]}, "references hold 3; expected a text, or a list of texts"),
+        ({"prompts": 3}, "prompts hold 3; expected a text"),
         ({"prompts": []}, "no prompt given"),
         ({"prompts": "a { b"}, "JSON is malformed"),
     ],
@@ -316,15 +324,3 @@ def test_damage_is_found_when_a_model_is_opened(tiny_model: Path, tmp_path: Path
     shutil.copytree(tiny_model / "stdit3", model / "stdit3")
     with pytest.raises(FileNotFoundError, match="has no tokenizer"):
         Pipeline.from_pretrained(model)
-
-
-def test_settings_come_from_the_call_then_the_model_then_open_sora() -> None:
-    plain = Settings.resolve({}, {})
-    assert (plain.height, plain.width, plain.num_frames, plain.fps, plain.aes) == (240, 426, 51, 24, 6.5)
-    assert (plain.num_steps, plain.guidance, plain.align) == (30, OPEN_SORA_DEFAULTS["guidance"], 5)
-    model = Settings.resolve(DEFAULTS, {"fps": 12, "num_frames": "2s", "align": "off"})
-    assert (model.height, model.width, model.num_frames, model.fps, model.save_fps) == (32, 48, 51, 12, 12)
-    assert (model.num_steps, model.guidance, model.aes, model.align) == (4, 3.0, None, None)
-    assert Settings.resolve({}, {"aes": "off"}).aes is None
-    table = Settings.resolve(DEFAULTS, {"resolution": "144p", "aspect_ratio": "3:8"})
-    assert (table.height, table.width) == (117, 312)

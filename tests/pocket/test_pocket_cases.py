@@ -7,16 +7,17 @@ import re
 import numpy as np
 import pytest
 
+from sora_jax.pipeline.settings import Options
 from sora_jax.pocket import judge
 from sora_jax.pocket.judging import cases
 from sora_jax.pocket.judging import tables as kinds
-from sora_jax.pocket.judging.cases import Made, Sampling
+from sora_jax.pocket.judging.cases import Made
 from sora_jax.pocket.world import captions
 from sora_jax.pocket.world.scenes import all_frames, render_uint8
 from sora_jax.pocket.world.words import ATTRIBUTES, NUM_FRAMES, is_unseen
 from sora_jax.sampling.sampler import Trace
 
-TWO_STEPS = Sampling(num_steps=2, guidance=1.0)
+TWO_STEPS: Options = {"num_steps": 2, "guidance": 1.0}
 
 
 def test_a_short_list_of_captions_begins_a_longer_one():
@@ -73,7 +74,7 @@ def test_batches_hold_seeds_that_follow_each_other():
 
 def test_settings_reach_the_sampler(tiny_model):
     asked = cases.captions(2, seed=0)
-    made = list(cases.clips(tiny_model, asked, Sampling(num_steps=6, guidance=1.0, leap=3, merge_steps=2)))
+    made = list(cases.clips(tiny_model, asked, {"num_steps": 6, "guidance": 1.0, "leap": 3, "merge_steps": 2}))
     assert [one.evaluations for one in made] == [4.0, 4.0]
     assert {name: made[0].parameters[name] for name in ("num_steps", "guidance", "leap", "merge_steps")} == {
         "num_steps": 6, "guidance": 1.0, "leap": 3, "merge_steps": 2,

@@ -20,6 +20,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sora_jax.commands import options_table
 from sora_jax.commands.main import main as sora_jax_main
 from tests.test_walls import ORDER
 
@@ -122,32 +123,6 @@ def help_text(main: Callable[[list[str]], int | None], *command: str) -> str:
     return printed.getvalue()
 
 
-def options_table() -> str:
-    """Returns the options of ``generate`` as tables, group by group, from its help."""
-    lines: list[str] = []
-    for heading, rows in _groups(help_text(sora_jax_main, "generate")):
-        rows = [(names, meaning) for names, meaning in rows if "--help" not in names and names != "--debug"]
-        if rows:
-            lines += [f"## {heading[0].upper()}{heading[1:]}", "", "| option | meaning |", "|---|---|"]
-            lines += [f"| <code>{_cell(names)}</code> | {_cell(meaning)} |" for names, meaning in rows]
-            lines += [""]
-    return "\n".join(lines)
-
-
-def _groups(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Yields heading and options of every group of a help text: (spellings with their value, meaning)."""
-    for part in re.split(r"\n(?=\S.*:\n  \S)", text)[1:]:
-        heading, _, body = part.partition(":\n")
-        rows: list[tuple[str, str]] = []
-        for line in body.splitlines():
-            if re.match(r"  \S", line):
-                names, _, meaning = line.strip().partition("  ")
-                rows.append((names, meaning.strip()))
-            elif line.strip() and rows:  # the meaning of a long name stands on the next line
-                rows[-1] = (rows[-1][0], f"{rows[-1][1]} {line.strip()}".strip())
-        yield heading, rows
-
-
 def _cell(text: str) -> str:
     """Returns a text for a cell of a table; a bar in backquotes would be the end of the cell for one of the two renderers."""
     return html.escape(text, quote=False).replace("|", "&#124;")
@@ -190,7 +165,7 @@ def _first_line(path: Path) -> str:
 
 
 GENERATED = {
-    "options": (ROOT / "docs" / "options.md", options_table),
+    "options": (ROOT / "docs" / "options.md", options_table.table),
     "modules": (ROOT / "docs" / "architecture.md", modules_table),
 }
 

@@ -22,11 +22,12 @@ from sora_jax.config import policy_of
 from sora_jax.inputs.sizes import FRAMES_PER_CHUNK, LATENTS_PER_CHUNK
 from sora_jax.networks.vae.codec import VAE
 from sora_jax.pipeline import video
-from sora_jax.pipeline.pipeline import POCKET, Pipeline
+from sora_jax.pipeline.model_file import model_path
+from sora_jax.pipeline.pipeline import Pipeline
+from sora_jax.pipeline.settings import Options
 from sora_jax.pocket.world.captions import caption
 from sora_jax.pocket.world.scenes import Scenes, all_frames, render_uint8, sample_scenes
 from sora_jax.pocket.world.words import FPS, NUM_FRAMES, SIZE_PX
-from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.sampler import Trace
 from sora_jax.storage.checkpoint import load_network, unflatten
 
@@ -62,20 +63,7 @@ class Asked:
         return _shown(self.scene, self.num_frames)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How clips are sampled, in ``Pipeline``'s words; None is the model's default."""
-
-    num_steps: int | None = None
-    guidance: float | None = None
-    leap: int | str | Leap | None = None
-    merge_steps: int | None = None
-    condition_frame_edit: float | None = None
-    dtype: str | None = None
-    loop: int | None = None
-
-
-MODEL_DEFAULTS = Sampling()
+MODEL_DEFAULTS: Options = {}  # how clips are sampled, in the pipeline's words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,7 +154,7 @@ def reconstructed(model: ModelPath, asked: Sequence[Asked], *, dtype: str | None
     Raises:
       ModelDirectoryError: the codec is missing or damaged.
     """
-    config, flat = load_network(POCKET if model is None else model, "vae")
+    config, flat = load_network(model_path(model), "vae")
     policy = policy_of(dtype or "float32")
     vae = unflatten(jax.eval_shape(lambda: VAE(config, policy=policy, rngs=nnx.Rngs(0))), flat)
     vae = jax.device_put(vae)
@@ -184,7 +172,7 @@ def _code(vae: VAE, video_Bthw3: Float[Array, "B t h w 3"]) -> Float[Array, "B t
 def clips(
     model: ModelPath,
     asked: Sequence[Asked],
-    sampling: Sampling = MODEL_DEFAULTS,
+    sampling: Options = MODEL_DEFAULTS,
     *,
     first_frames: Sequence[Frames] | None = None,
 ) -> Iterator[Made]:
@@ -202,21 +190,13 @@ def clips(
         for batch in _batches(asked, size):
             # An incomplete batch is filled up with its last caption, so that nothing compiles anew.
             chosen = [*batch, *[batch[-1]] * (size - len(batch))]
+            shape: Options = {"height": SIZE_PX, "width": SIZE_PX, "num_frames": asked[0].num_frames}
+            options: Options = {**sampling, **shape, "seed": asked[batch[0]].seed}
             made = pipeline(
                 [asked[i].text for i in chosen],
-                seed=asked[batch[0]].seed,
-                num_steps=sampling.num_steps,
-                guidance=sampling.guidance,
-                leap=sampling.leap,
-                merge_steps=sampling.merge_steps,
-                condition_frame_edit=sampling.condition_frame_edit,
-                dtype=sampling.dtype,
-                loop=sampling.loop,
-                height=SIZE_PX,
-                width=SIZE_PX,
-                num_frames=asked[0].num_frames,
                 references=None if paths is None else [paths[i] for i in chosen],
                 mask_strategies=None if first_frames is None else [_given(len(first_frames[i])) for i in chosen],
+                **options,
             )
             cosine_NB = _comparable_cosines(made.trace)
             for row, i in enumerate(batch):

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from sora_jax.inputs.sizes import FRAMES_PER_CHUNK
 from sora_jax.metrics import decibels
+from sora_jax.pipeline.settings import Options
 from sora_jax.pocket.judging import cases
-from sora_jax.pocket.judging.cases import Made, ModelPath, Sampling
+from sora_jax.pocket.judging.cases import Made, ModelPath
 from sora_jax.pocket.judging.cleanliness import clean, cleanliness, extremes
 from sora_jax.pocket.judging.measure import Measurement, measure
 from sora_jax.pocket.judging.scores import Attributes, Pair, Rate, confusions, continued, has_room, kept, score, varied
@@ -64,7 +65,7 @@ def judge_captions(
     num: int,
     *,
     seed: int,
-    sampling: Sampling = cases.MODEL_DEFAULTS,
+    sampling: Options = cases.MODEL_DEFAULTS,
     num_pairs: int | None = None,
     cosines: bool = False,
     shuffle: bool = False,
@@ -93,7 +94,7 @@ def judge_given_frames(
     num: int,
     *,
     seed: int,
-    sampling: Sampling = cases.MODEL_DEFAULTS,
+    sampling: Options = cases.MODEL_DEFAULTS,
     shuffle: bool = False,
 ) -> dict[str, Any]:
     """Returns the tables of clips made from captions and the first frame of a rendered clip each, JSON-ready."""
@@ -109,7 +110,7 @@ def judge_given_frames(
     return _made_by(made) | _tables(seen, wanted, further=kept(seen, wanted, start_px[order]))
 
 
-def judge_given_clips(model: ModelPath, num: int, *, seed: int, sampling: Sampling = cases.MODEL_DEFAULTS) -> dict[str, Any]:
+def judge_given_clips(model: ModelPath, num: int, *, seed: int, sampling: Options = cases.MODEL_DEFAULTS) -> dict[str, Any]:
     """Returns the tables of the frames by which the model goes on with rendered clips, and what they keep, JSON-ready.
 
     The first 17 frames (a chunk of the codec) are given; the rendered clip has room for what follows.
@@ -122,14 +123,14 @@ def judge_given_clips(model: ModelPath, num: int, *, seed: int, sampling: Sampli
     return _made_by(made) | _tables(after, [one.shown for one in asked], further=continued(before, after))
 
 
-def judge_extensions(model: ModelPath, num: int, *, seed: int, sampling: Sampling = cases.MODEL_DEFAULTS) -> dict[str, Any]:
+def judge_extensions(model: ModelPath, num: int, *, seed: int, sampling: Options = cases.MODEL_DEFAULTS) -> dict[str, Any]:
     """Returns the tables of the model's own clips continued by a second one (``loop`` 2), JSON-ready.
 
     Scored are the new frames and what they keep.  ``with_room`` has the tables of those whose object, going on as it
     moved, stays inside the frame and of a size that the world has.
     """
     asked = cases.captions(num, seed=seed)
-    looped = dataclasses.replace(sampling, loop=2)
+    looped: Options = {**sampling, "loop": 2}
     made = list(_watched(cases.clips(model, asked, looped), num, "extension"))
     before = [measure(one.frames_thw3[:NUM_FRAMES]) for one in made]
     after = [measure(one.frames_thw3[NUM_FRAMES:]) for one in made]
@@ -140,21 +141,21 @@ def judge_extensions(model: ModelPath, num: int, *, seed: int, sampling: Samplin
     return _made_by(made) | _tables(after, wanted, further=continued(before, after)) | {"with_room": with_room}
 
 
-def judge_empty(model: ModelPath, num: int, *, seed: int, sampling: Sampling = cases.MODEL_DEFAULTS) -> dict[str, Any]:
+def judge_empty(model: ModelPath, num: int, *, seed: int, sampling: Options = cases.MODEL_DEFAULTS) -> dict[str, Any]:
     """Returns how many clips of the empty caption are clean, JSON-ready; the measure is as many rendered clips, coded.
 
     A clip without a caption is asked for nothing, so it has no attributes that could be right.
     """
     asked = cases.empty_captions(num, seed=seed)
     made = list(_watched(cases.clips(model, asked, sampling), num, "empty caption"))
-    coded = [clip for _, clip in _watched(cases.reconstructed(model, asked, dtype=sampling.dtype), num, "codec")]
+    coded = [clip for _, clip in _watched(cases.reconstructed(model, asked, dtype=sampling.get("dtype")), num, "codec")]
     seen, real = [cleanliness(one.frames_thw3) for one in made], [cleanliness(clip) for clip in coded]
     rates = {name: rate.to_dict() for name, rate in clean(seen, real).items()}
     levels = {"made": extremes(seen), "rendered and coded": extremes(real)}
     return _made_by(made) | {"clips": num, "rates": rates, "confusion": {}, "cleanliness": levels}
 
 
-def judge_variety(model: ModelPath, num: int, *, seed: int, sampling: Sampling = cases.MODEL_DEFAULTS) -> dict[str, Any]:
+def judge_variety(model: ModelPath, num: int, *, seed: int, sampling: Options = cases.MODEL_DEFAULTS) -> dict[str, Any]:
     """Returns how clips of one caption differ with the seed, and that they do not with the same seed, JSON-ready."""
     asked = cases.captions(num, seed=seed)
     others = [dataclasses.replace(one, seed=one.seed + num) for one in asked]
@@ -170,7 +171,7 @@ def judge_variety(model: ModelPath, num: int, *, seed: int, sampling: Sampling =
     return _made_by(made) | _tables(seen, [one.attributes for one in asked], further=rates)
 
 
-def _paired(model: ModelPath, num: int, seed: int, sampling: Sampling, num_frames: int) -> list[Pair]:
+def _paired(model: ModelPath, num: int, seed: int, sampling: Options, num_frames: int) -> list[Pair]:
     if not num:
         return []
     slow, fast = cases.speed_pairs(num, seed=seed, num_frames=num_frames)

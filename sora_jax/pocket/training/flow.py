@@ -20,6 +20,7 @@ from sora_jax.config import ModelConfig, STDiT3Config
 from sora_jax.pocket.world.captions import caption
 from sora_jax.pocket.training.fit import Params, Stage
 from sora_jax.pocket.training.latents import Clips
+from sora_jax.pocket.training.recipe import LEARNING_RATE
 from sora_jax.pocket.training.text import MAX_LENGTH, abstract_t5
 from sora_jax.pocket.world.words import FPS, SIZE_PX
 from sora_jax.sampling.schedule import resolution_shift
@@ -41,7 +42,6 @@ NOISY_LOGIT = 1.2  # mean logit of the noise share in half of the samples
 # nothing given, loss hardly depends on the direction that a caption names.
 MASKED_SHARE = 0.5
 LESSON_MASKED_SHARE = 0.75
-LEARNING_RATE = 2e-3  # the highest, unless given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

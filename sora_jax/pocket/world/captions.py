@@ -229,9 +229,10 @@ def _value(table: Table, word: str) -> list[str]:
 
 _WORDS = frozenset(words())
 _FREE_WORDS: dict[str, Table] = {"shape": SHAPE_WORDS, "motion": _MOTION_KEYS, "speed": SPEED_WORDS}  # wherever they stand
-_VOCABULARY_HINT = (
-    f"It knows one {' or '.join(SHAPE_WORDS)} in {', '.join(ATTRIBUTES['colour'])} on a plain or gradient "
+KNOWN = (
+    f"one {' or '.join(SHAPE_WORDS)} in {', '.join(ATTRIBUTES['colour'])} on a plain or gradient "
     "background of those colours or black, which moves left, right, up, down or diagonally, stays still, grows or shrinks, "
     "slowly or fast: "
-    '"a large red circle moves right slowly on a blue background".'
+    '"a large red circle moves right slowly on a blue background"'
 )
+_VOCABULARY_HINT = f"It knows {KNOWN}."

@@ -6,7 +6,8 @@ pipeline, in calibration and in the studies.  Nothing here computes.
 
 import numpy as np
 
-from sora_jax.pipeline.settings import OFF, Settings
+from sora_jax.pipeline.option import OFF
+from sora_jax.pipeline.settings import Settings
 from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.options import Sampling
 from sora_jax.sampling.sampler import Sampler
@@ -15,14 +16,24 @@ from sora_jax.sampling.velocity import Velocity
 
 
 def make_schedule(settings: Settings) -> Schedule:
-    """Returns the times that the settings ask for."""
-    return Schedule.open_sora(
-        settings.num_steps,
-        height_px=settings.height,
-        width_px=settings.width,
-        num_frames=settings.num_frames,
-        shift=settings.shift,
-    )
+    """Returns the times that the settings ask for.
+
+    Raises:
+      ValueError: a shift so large, or so many steps, that two times are equal in float32.
+    """
+    try:
+        return Schedule.open_sora(
+            settings.num_steps,
+            height_px=settings.height,
+            width_px=settings.width,
+            num_frames=settings.num_frames,
+            shift=settings.shift,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"shift {settings.shift:g} with {settings.num_steps} steps: times of neighbouring steps are equal in float32; "
+            "expected a shift nearer to 1, or fewer steps."
+        ) from error
 
 
 def guidance_scale(settings: Settings) -> float | None:
