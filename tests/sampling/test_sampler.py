@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.tree_util import Partial
 
 from sora_jax.sampling import noise
 from sora_jax.sampling.joining import smallest_legal_leap
