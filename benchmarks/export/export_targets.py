@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks._support.machine import environment, new_folder, write_report
 from sora_jax import Pipeline
 from sora_jax.export import ExportedModel, check, export
-from sora_jax.export.targets import Precision, TargetName, Weights
+from sora_jax.export.entries import Precision, TargetName, Weights
 from sora_jax.inputs import prompt
 from sora_jax.pipeline import video
 from sora_jax.pipeline.model_file import POCKET
@@ -56,14 +56,16 @@ def measure(
     except check.CheckError as error:
         return {**row, "refused": str(error)}
     row["export_s"] = time.perf_counter() - began
-    parts = [*made["stages"], *([{"name": "sampler", **made["sampler"]}] if made["sampler"] else [])]
-    checks = [
-        {"stage": part["name"], **entry} for part in parts for function in part["functions"] for entry in function["checks"]
+    sampler = made["sampler"]
+    parts = [(stage["name"], stage["peak_rss_bytes"], stage["functions"]) for stage in made["stages"]]
+    parts += [("sampler", sampler["peak_rss_bytes"], sampler["functions"])] if sampler else []
+    checks: list[dict[str, Any]] = [
+        {"stage": name, **entry} for name, _, functions in parts for function in functions for entry in function["checks"]
     ]
     worst = min(checks, key=lambda entry: entry["psnr_db"] - entry["floor_db"])
     row |= {
         "megabytes": made["total_bytes"] / 1e6,
-        "peak_rss_gb": max(part["peak_rss_bytes"] for part in parts) / 1e9,
+        "peak_rss_gb": max(peak for _, peak, _ in parts) / 1e9,
         "comparisons": len(checks),
         "worst": worst,
         "worst_relative_l2": max(entry["relative_l2"] for entry in checks),

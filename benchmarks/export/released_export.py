@@ -24,6 +24,8 @@ from benchmarks._support.machine import environment, new_folder, write_report
 from benchmarks._support.random_network import RandomParameters
 from sora_jax.config import ModelConfig, open_sora_1_2
 from sora_jax.export import export
+from sora_jax.export.entries import ExportManifest, FileEntry, StageEntry
+from sora_jax.export.progress import Progress
 from sora_jax.networks.registry import CLASSES
 from sora_jax.pocket.world.vocabulary import write_tokenizer
 from sora_jax.storage.checkpoint import save_network
@@ -53,9 +55,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     began, times = time.monotonic(), {}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
 
-    def progress(stage: str, done: int, total: int) -> None:
-        times[stage] = time.monotonic() - began
-        print(f"{times[stage]:7.0f} s  {done}/{total} {stage}", flush=True)
+    def progress(at: Progress) -> None:
+        if at.stage not in times:
+            times[at.stage] = time.monotonic() - began
+            print(f"{times[at.stage]:7.0f} s  {at.done}/{at.total} {at.stage}", flush=True)
 
     made = export(
         options.scratch / "model",
@@ -77,7 +80,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def totals(made: dict[str, Any]) -> dict[str, Any]:
+def totals(made: ExportManifest) -> dict[str, Any]:
     """Returns what a manifest says about bytes, memory and errors."""
     stages = [stage_record(stage, made["files"]) for stage in made["stages"]]
     pairs = [stage for stage in stages if stage["stage"].startswith("stdit3_pair")]
@@ -96,7 +99,7 @@ def totals(made: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def stage_record(stage: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
+def stage_record(stage: StageEntry, files: dict[str, FileEntry]) -> dict[str, Any]:
     """Returns one stage: bytes of its own files (a program shared by stages counts with each), memory and worst errors."""
     artefacts = [function["artefact"] for function in stage["functions"]]
     names = {value for artefact in artefacts for key, value in artefact.items() if key in ("file", "weights")}

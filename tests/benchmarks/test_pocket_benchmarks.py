@@ -113,61 +113,93 @@ def test_time_counts_over_all_starts_and_repeated_steps_once():
     ]  # fmt: skip
 
 
-def test_report_has_what_the_files_say(tmp_path, tiny_model):
-    write_lines(tmp_path / "spatial.jsonl", [loss(100, 5.0, 1.0), {"step": 100, "of": 400, "seconds": 6.0, "psnr": 30.5}])
-    flow = [loss(step, step / 10, 1 / step) for step in range(1, 301)]
-    judged = [scores(100, 10.5, 0.25), scores(200, 20.5, 0.75), scores(300, 31.0, 0.5)]
-    write_lines(tmp_path / "flow.jsonl", sorted([*flow, *judged], key=lambda line: line["seconds"]))
-    arguments = {name: value for name, value in vars(train.parse([])).items() if name != "work"}
-    run = {"arguments": arguments | {"batch": 24, "judge_every": 100, "base": "/somewhere/base"}, "device": "TPU"}
-    write_lines(tmp_path / "runs.jsonl", [run | {"arguments": run["arguments"] | {"flow_steps": 300}}, run])
-    (tmp_path / "model").symlink_to(tiny_model)
+SCORED = ([100, 200, 300], [0.25, 0.75, 0.5])  # steps of the transformer's evaluations, and their scores
+FLOW_STEPS, FLOW_S, SPATIAL_S = 300, 31, 6
 
-    out = tmp_path / "results" / "report.json"
-    pocket_report.main(["--work", str(tmp_path), "--out", str(out)])
-    made = json.loads(out.read_text())
-    assert made["arguments_from"] == "runs.jsonl"
-    assert made["starts"] == [
-        {"device": "TPU", "other_arguments": {"flow_steps": 300}},
-        {"device": "TPU", "other_arguments": {}},
+
+@pytest.fixture
+def work(tmp_path, tiny_model):
+    """A folder that training worked in: two stages of it, two starts, and the model."""
+    folder = tmp_path / "training"
+    folder.mkdir()
+    write_lines(folder / "spatial.jsonl", [loss(100, 5.0, 1.0), {"step": 100, "of": 400, "seconds": SPATIAL_S, "psnr": 30.5}])
+    losses = [loss(step, step / 10, 1 / step) for step in range(1, FLOW_STEPS + 1)]
+    judged = [
+        scores(step, seconds, share) for step, seconds, share in zip(SCORED[0], (10.5, 20.5, FLOW_S), SCORED[1], strict=True)
     ]
-    assert made["arguments"]["base"] == "base"
-    assert made["stages"]["flow"]["starts"] == [{"first_report": 1, "steps": 400}]
+    write_lines(folder / "flow.jsonl", sorted([*losses, *judged], key=lambda line: line["seconds"]))
+    arguments = {name: value for name, value in vars(train.parse([])).items() if name != "work"}
+    last = arguments | {"batch": 24, "judge_every": 100, "base": "/somewhere/base"}
+    starts = [{"arguments": last | {"flow_steps": 300}, "device": "TPU"}, {"arguments": last, "device": "TPU"}]
+    write_lines(folder / "runs.jsonl", starts)
+    (folder / "model").symlink_to(tiny_model)
+    return folder
+
+
+def reported(work, *arguments):
+    """Returns what the command writes, the second time into the same file as the first."""
+    out = work.parent / "results" / "report.json"
+    pocket_report.main(["--work", str(work), "--out", str(out), *arguments])
+    return json.loads(out.read_text())
+
+
+def test_a_report_names_the_arguments_of_the_last_start(work):
+    made = reported(work)
+    assert made["arguments_from"] == "runs.jsonl"
+    assert [start["other_arguments"] for start in made["starts"]] == [{"flow_steps": 300}, {}]
+    assert {start["device"] for start in made["starts"]} == {"TPU"}
     assert (made["arguments"]["batch"], made["arguments"]["flow_steps"]) == (24, 400)
-    assert made["seconds"] == 37
-    assert set(made["stages"]) == {"spatial", "flow"}
-    assert made["stages"]["spatial"]["scores"] == {"step": [100], "seconds": [6.0], "psnr": [30.5]}
+    assert made["arguments"]["base"] == "base"  # not the folders of the machine that trained
 
-    (tmp_path / "spatial.jsonl").unlink()  # a later training that kept the codec
-    pocket_report.main(["--work", str(tmp_path), "--out", str(out)])
-    again = json.loads(out.read_text())
-    assert again["stages"]["spatial"] == made["stages"]["spatial"] | {"commit": made["commit"]}
-    assert again["seconds"] == 37
 
-    pocket_report.main(["--work", str(tmp_path), "--out", str(tmp_path / "warm.json"), "--continues", str(out)])
-    warm = json.loads((tmp_path / "warm.json").read_text())
-    assert warm["stages"]["flow"]["continues"] == {"commit": made["commit"]} | made["stages"]["flow"]
-    assert warm["seconds"] == 31 + 31
-    again_warm = ["--out", str(tmp_path / "again.json"), "--continues", str(tmp_path / "warm.json")]
-    pocket_report.main(["--work", str(tmp_path), *again_warm])
-    assert json.loads((tmp_path / "again.json").read_text())["seconds"] == 3 * 31
-
+def test_a_report_has_time_loss_and_scores_of_every_stage(work):
+    made = reported(work)
+    assert list(made["stages"]) == ["spatial", "flow"]
+    assert made["seconds"] == SPATIAL_S + FLOW_S
+    assert made["stages"]["spatial"]["scores"] == {"step": [100], "seconds": [SPATIAL_S], "psnr": [30.5]}
     stage = made["stages"]["flow"]
-    assert (stage["steps"], stage["steps_done"], stage["seconds"]) == (400, 300, 31)
-    assert (stage["settings"]["batch"], stage["settings"]["evaluate_every"]) == (24, 100)
-    rates = stage["settings"]["learning_rate"]
-    assert rates["step"][0] == 0
-    assert rates["step"][-1] == 399
-    assert max(rates["rate"]) > 0
-    assert stage["constants"]["CAPTION_DROP"] == 0.1
+    assert (stage["steps"], stage["steps_done"], stage["seconds"]) == (400, FLOW_STEPS, FLOW_S)
+    assert stage["starts"] == [{"first_report": 1, "steps": 400}]
     assert len(stage["loss"]["step"]) == pocket_report.POINTS
-    assert (stage["loss"]["step"][0], stage["loss"]["step"][-1]) == (1, 300)
-    assert stage["scores"]["all four"] == [0.25, 0.75, 0.5]
+    assert (stage["loss"]["step"][0], stage["loss"]["step"][-1]) == (1, FLOW_STEPS)
+    assert (stage["scores"]["step"], stage["scores"]["all four"]) == SCORED
     assert stage["scores"]["slow < fast"] == [None, None, None]
     assert stage["best"]["step"] == 200
-    assert set(made["model"]) == {"t5", "stdit3", "vae"}
-    sizes = [network["bytes"] / network["parameters"] for network in made["model"].values()]
-    assert sizes == [4.0, 4.0, 4.0]  # float32
+
+
+def test_a_report_has_the_settings_that_the_arguments_make(work):
+    stage = reported(work)["stages"]["flow"]
+    assert (stage["settings"]["batch"], stage["settings"]["evaluate_every"]) == (24, 100)
+    rates = stage["settings"]["learning_rate"]
+    assert (rates["step"][0], rates["step"][-1]) == (0, 399)
+    assert max(rates["rate"]) > 0
+    assert stage["constants"]["CAPTION_DROP"] == 0.1
+
+
+def test_a_report_counts_the_parameters_of_the_model(work):
+    model = reported(work)["model"]
+    assert list(model) == ["t5", "stdit3", "vae"]
+    assert {network["bytes"] / network["parameters"] for network in model.values()} == {4.0}  # float32
+
+
+def test_stages_that_a_later_training_kept_stay_in_the_report(work):
+    made = reported(work)
+    (work / "spatial.jsonl").unlink()
+    again = reported(work)
+    assert again["stages"]["spatial"] == made["stages"]["spatial"] | {"commit": made["commit"]}
+    assert again["seconds"] == made["seconds"]
+
+
+def test_a_warm_start_counts_the_time_of_what_it_continues(work):
+    (work / "spatial.jsonl").unlink()
+    made = reported(work)
+    for continued in (1, 2):
+        earlier = work.parent / f"earlier{continued}.json"
+        earlier.write_text(json.dumps(made))
+        warm = reported(work, "--continues", str(earlier))
+        assert warm["stages"]["flow"]["continues"] == {"commit": made["commit"]} | made["stages"]["flow"]
+        assert warm["seconds"] == (continued + 1) * FLOW_S
+        made = warm
 
 
 def test_a_line_half_written_is_left_out(tmp_path):

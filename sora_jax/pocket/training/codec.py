@@ -15,14 +15,14 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sora_jax.storage.checkpoint import flatten, unflatten
 from sora_jax.config import VAEConfig
+from sora_jax.inputs.sizes import FRAMES_PER_CHUNK
 from sora_jax.metrics import decibels
+from sora_jax.networks.vae import VAE, split_moments
 from sora_jax.pocket.training.fit import Params, Stage
 from sora_jax.pocket.world.scenes import Scenes, all_frames, render, sample_scenes
 from sora_jax.pocket.world.words import NUM_FRAMES
-from sora_jax.inputs.sizes import FRAMES_PER_CHUNK
-from sora_jax.networks.vae import VAE, split_moments
+from sora_jax.storage.checkpoint import flatten, unflatten
 
 SPATIAL_KL, TEMPORAL_KL = 1e-4, 1e-3
 PIXELS_FROM = 200  # step of the temporal stage at which the pixel loss sets in; its full weight comes as many steps later

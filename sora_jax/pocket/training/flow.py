@@ -15,18 +15,18 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from sora_jax.storage.checkpoint import flatten, unflatten
 from sora_jax.config import ModelConfig, STDiT3Config
-from sora_jax.pocket.world.captions import caption
+from sora_jax.inputs.sizes import LATENTS_PER_CHUNK, frames_of_latents
+from sora_jax.inputs.tokenizer import Tokenizer
+from sora_jax.networks.stdit3 import STDiT3
 from sora_jax.pocket.training.fit import Params, Stage
 from sora_jax.pocket.training.latents import Clips
 from sora_jax.pocket.training.recipe import LEARNING_RATE
 from sora_jax.pocket.training.text import MAX_LENGTH, abstract_t5
+from sora_jax.pocket.world.captions import caption
 from sora_jax.pocket.world.words import FPS, SIZE_PX
 from sora_jax.sampling.schedule import resolution_shift
-from sora_jax.inputs.sizes import LATENTS_PER_CHUNK, frames_of_latents
-from sora_jax.networks.stdit3 import STDiT3
-from sora_jax.inputs.tokenizer import Tokenizer
+from sora_jax.storage.checkpoint import flatten, unflatten
 
 IMAGE_FPS = 120  # what Open-Sora tells the model about single images
 CAPTION_DROP = 0.1  # share of the captions that give way to the null caption

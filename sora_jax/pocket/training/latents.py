@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sora_jax.storage.checkpoint import unflatten
 from sora_jax.config import ModelConfig
+from sora_jax.pocket.training.codec import abstract_vae
 from sora_jax.pocket.training.fit import Params
 from sora_jax.pocket.world.scenes import Scenes, all_frames, render, sample_scenes
-from sora_jax.pocket.training.codec import abstract_vae
 from sora_jax.pocket.world.words import NUM_FRAMES, is_unseen
+from sora_jax.storage.checkpoint import unflatten
 
 SHARD = 64  # clips a file of the cache
 _OPPOSITES = (("left", "right"), ("up", "down"), ("grow", "shrink"), ("up-left", "down-right"), ("up-right", "down-left"))

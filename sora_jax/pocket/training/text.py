@@ -16,20 +16,22 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sora_jax.storage.checkpoint import flatten, unflatten
 from sora_jax.config import FLOAT32, T5Config, pocket
+from sora_jax.inputs.tokenizer import Tokenizer
 from sora_jax.networks.layers import Linear
-from sora_jax.pocket.world.captions import caption
+from sora_jax.networks.t5 import T5Encoder
 from sora_jax.pocket.training.fit import Params, Stage
+from sora_jax.pocket.world.captions import caption
 from sora_jax.pocket.world.scenes import sample_scenes
 from sora_jax.pocket.world.vocabulary import write_tokenizer
 from sora_jax.pocket.world.words import ATTRIBUTES, Split
-from sora_jax.networks.t5 import T5Encoder
-from sora_jax.inputs.tokenizer import Tokenizer
+from sora_jax.storage.checkpoint import flatten, unflatten
 
 MAX_LENGTH = pocket.stdit3.model_max_length  # tokens of a caption
 LEARNING_RATE = 3e-3  # the highest, from nothing
 WARM_RATE = 1e-3  # the highest, from an encoder whose features a transformer reads already
+
+Batch = dict[str, Any]  # ids, mask, and the labels of every attribute
 
 
 @functools.cache
@@ -43,56 +45,60 @@ def text_stage(
 ) -> Stage:
     """Returns the stage that trains the encoder, from nothing or from the parameters ``start``, and its heads."""
     rate = LEARNING_RATE if start is None else WARM_RATE
-    abstract_heads = jax.eval_shape(lambda: _heads(config, nnx.Rngs(0)))
-
-    def init() -> Params:
-        rngs = nnx.Rngs(seed)
-        encoder = flatten(T5Encoder(config, rngs=rngs)) if start is None else start
-        return {f"encoder.{k}": v for k, v in encoder.items()} | {
-            f"heads.{k}": v for k, v in flatten(_heads(config, rngs)).items()
-        }
-
-    def logits(params: Params, ids_BL: Array, mask_BL: Array) -> dict[str, Float[Array, "B L K"]]:
-        features_BLE = unflatten(abstract_t5(config), encoder_params(params))(ids_BL, mask_BL)
-        heads = unflatten(abstract_heads, _below("heads", params))
-        return {name: head(features_BLE) for name, head in heads.items()}
-
-    def loss(params: Params, batch: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        mask_BL = batch["mask"]
-        losses = [
-            optax.softmax_cross_entropy_with_integer_labels(
-                out, jnp.broadcast_to(batch["labels"][name][:, None], out.shape[:2])
-            )
-            for name, out in logits(params, batch["ids"], mask_BL).items()
-        ]
-        total = sum(jnp.sum(one * mask_BL) / jnp.sum(mask_BL) for one in losses)
-        return jnp.asarray(total), {}
-
-    @jax.jit
-    def correct(params: Params, batch: dict[str, Any]) -> jax.Array:
-        mask_BL = batch["mask"]
-        right = [
-            (jnp.argmax(out, -1) == batch["labels"][name][:, None]) | ~mask_BL
-            for name, out in logits(params, batch["ids"], mask_BL).items()
-        ]
-        return jnp.stack([jnp.sum(jnp.all(jnp.stack(right), 0) & mask_BL), jnp.sum(mask_BL)])
-
-    def evaluate(params: Params) -> dict[str, float]:
-        batch = caption_batch(np.random.default_rng([seed, 1]), tokenizer, 1024, split="unseen")
-        right, tokens = correct(params, batch)
-        return {"tokens_all_attributes_right": float(right / tokens)}
-
     return Stage(
         name="text",
         num_steps=num_steps,
-        init=init,
+        init=functools.partial(first_params, config, seed, start),
         batch=lambda step: caption_batch(np.random.default_rng([seed, 2, step]), tokenizer, batch_size),
-        loss=loss,
+        loss=functools.partial(text_loss, config),
         learning_rate=optax.warmup_cosine_decay_schedule(0.0, rate, 50, num_steps, rate / 100),
         average=0.99,
-        evaluate=evaluate,
+        evaluate=functools.partial(_share_right, config, tokenizer, seed),
         evaluate_every=500,
     )
+
+
+def first_params(config: T5Config, seed: int, start: Params | None) -> Params:
+    """Returns the parameters at step 0: those of the encoder, new or ``start``, and of new heads."""
+    rngs = nnx.Rngs(seed)
+    parts = {
+        "encoder": flatten(T5Encoder(config, rngs=rngs)) if start is None else start,
+        "heads": flatten(_heads(config, rngs)),
+    }
+    return {f"{part}.{name}": value for part, params in parts.items() for name, value in params.items()}
+
+
+def text_loss(config: T5Config, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the cross entropy of every attribute at every real token, summed over the attributes."""
+    mask_BL = batch["mask"]
+    total = jnp.zeros(())
+    for name, logits_BLK in attribute_logits(config, params, batch).items():
+        labels_BL = jnp.broadcast_to(batch["labels"][name][:, None], logits_BLK.shape[:2])
+        losses_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLK, labels_BL)
+        total += jnp.sum(losses_BL * mask_BL) / jnp.sum(mask_BL)
+    return total, {}
+
+
+def attribute_logits(config: T5Config, params: Params, batch: Batch) -> dict[str, Float[Array, "B L K"]]:
+    """Returns what each token tells of each attribute, by name."""
+    features_BLE = unflatten(abstract_t5(config), encoder_params(params))(batch["ids"], batch["mask"])
+    heads = unflatten(_abstract_heads(config), _below("heads", params))
+    return {name: head(features_BLE) for name, head in heads.items()}
+
+
+def _share_right(config: T5Config, tokenizer: Tokenizer, seed: int, params: Params) -> dict[str, float]:
+    """Returns the scores of an encoder: the share of real tokens that tell all attributes of unseen captions right."""
+    batch = caption_batch(np.random.default_rng([seed, 1]), tokenizer, 1024, split="unseen")
+    right, tokens = _count_right(config, params, batch)
+    return {"tokens_all_attributes_right": float(right / tokens)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _count_right(config: T5Config, params: Params, batch: Batch) -> jax.Array:
+    """Returns how many real tokens tell all attributes right, and how many there are."""
+    mask_BL, logits = batch["mask"], attribute_logits(config, params, batch)
+    right = [jnp.argmax(out_BLK, -1) == batch["labels"][name][:, None] for name, out_BLK in logits.items()]
+    return jnp.stack([jnp.sum(jnp.all(jnp.stack(right), 0) & mask_BL), jnp.sum(mask_BL)])
 
 
 def encoder_params(params: Params) -> Params:
@@ -100,7 +106,7 @@ def encoder_params(params: Params) -> Params:
     return _below("encoder", params)
 
 
-def caption_batch(rng: np.random.Generator, tokenizer: Tokenizer, num: int, *, split: Split = "training") -> dict[str, Any]:
+def caption_batch(rng: np.random.Generator, tokenizer: Tokenizer, num: int, *, split: Split = "training") -> Batch:
     """Returns tokens of captions and the class of each attribute, ``len(values)`` where the caption does not name it."""
     scenes = sample_scenes(rng, num, split=split)
     texts, named = zip(*(caption(scenes.attributes(i), rng) for i in range(num)), strict=True)
@@ -114,6 +120,11 @@ def caption_batch(rng: np.random.Generator, tokenizer: Tokenizer, num: int, *, s
 
 def _heads(config: T5Config, rngs: nnx.Rngs) -> dict[str, Linear]:
     return {name: Linear(config.d_model, len(values) + 1, policy=FLOAT32, rngs=rngs) for name, values in ATTRIBUTES.items()}
+
+
+@functools.cache
+def _abstract_heads(config: T5Config) -> dict[str, Linear]:
+    return jax.eval_shape(lambda: _heads(config, nnx.Rngs(0)))
 
 
 def _below(prefix: str, params: Params) -> Params:
