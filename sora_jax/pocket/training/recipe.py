@@ -22,9 +22,7 @@ class Recipe:
     work: Annotated[Path, Option("Folder of checkpoints, reports and the model.", metavar="DIR")] = Path("training")
     seed: Annotated[int, Option("Seed of everything drawn at random.", metavar="N", within=(0, 2**32 - 1))] = 0
     dtype: Annotated[str, Option("Stored dtype of the model.", choices=("float32", "bfloat16"))] = "bfloat16"
-    base: Annotated[
-        str | None, Option("Model whose codec and text encoder are kept, not trained.", metavar="MODEL_DIR")
-    ] = None
+    base: Annotated[str | None, Option("Model whose codec and text encoder are kept, not trained.", metavar="MODEL_DIR")] = None
     warm: Annotated[bool, Option("Start the transformer from that of --base.")] = False
     warm_text: Annotated[bool, Option("Train the text encoder of --base further, not keep it.")] = False
     spatial_steps: Annotated[int, Option("Updates of the spatial autoencoder.", metavar="N", within=_MANY)] = 2400

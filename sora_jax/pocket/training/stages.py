@@ -43,7 +43,9 @@ TRAINING_SEED = 1_000_000  # of the captions that watch training, apart from tho
 
 def codec_stages(recipe: Recipe) -> Params:
     """Returns the codec after its first two stages: both autoencoders and the statistics of its latents."""
-    stage = train_codec.spatial_stage(pocket.vae, num_steps=recipe.spatial_steps, batch_size=recipe.spatial_batch, seed=recipe.seed)
+    stage = train_codec.spatial_stage(
+        pocket.vae, num_steps=recipe.spatial_steps, batch_size=recipe.spatial_batch, seed=recipe.seed
+    )
     spatial = train_codec.unit_variance(fit(stage, recipe.work, seed=recipe.seed), pocket.vae, seed=recipe.seed)
     stage = train_codec.temporal_stage(
         pocket.vae, spatial, num_steps=recipe.temporal_steps, batch_size=recipe.temporal_batch, seed=recipe.seed
@@ -84,7 +86,9 @@ def transformer(recipe: Recipe, model: Path, codec: Params, text: Params, tokeni
     long_frames = flow.LONG_FRAMES
     batches = flow.Batches(
         clips=cached(recipe.work / "latents", num_clips=recipe.clips, seed=recipe.seed),
-        long_clips=cached(recipe.work / "long_latents", num_clips=recipe.long_clips, seed=recipe.seed + 1, num_frames=long_frames),
+        long_clips=cached(
+            recipe.work / "long_latents", num_clips=recipe.long_clips, seed=recipe.seed + 1, num_frames=long_frames
+        ),
         tokenizer=tokenizer,
         size=recipe.batch,
         seed=recipe.seed,
@@ -106,7 +110,6 @@ def transformer(recipe: Recipe, model: Path, codec: Params, text: Params, tokeni
 def _lesson(text: str) -> flow.Lesson:
     start, stop, motions = text.split(":")
     return flow.Lesson(start=int(start), stop=int(stop), motions=tuple(motions.split(",")))
-
 
 
 def record_run(recipe: Recipe) -> None:
@@ -135,5 +138,3 @@ def train(recipe: Recipe) -> None:
     update_model_file(model, tokenizer="tokenizer.json", defaults=DEFAULTS, trained=TRAINED)
     params = transformer(recipe, model, codec, text, tokenizer)
     save_network(model, "stdit3", pocket.stdit3, params, dtype=recipe.dtype, overwrite=True)
-
-
