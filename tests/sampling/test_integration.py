@@ -13,7 +13,7 @@ import pytest
 
 import sora_jax
 from sora_jax import Leap, Pipeline, Plan, Schedule, integrate, sample
-from sora_jax.pipeline.run import Generation, read_inputs
+from sora_jax.pipeline.run import Generation
 from sora_jax.process import Timings
 from sora_jax.sampling.sampler import Sampler
 from tests.support.sampler_oracle import FULL, HALF, REUSE, Wavy
@@ -63,7 +63,7 @@ def test_the_embedded_model_to_the_bit() -> None:
     pipe = Pipeline.from_pretrained()
     settings = pipe.resolve({"num_steps": 3, "num_frames": 17, "guidance": 3.0})
     generation = Generation(pipe.networks, pipe.tokenizer, settings, Timings(), None)
-    captions, mask, z, _ = generation.prepare(read_inputs(["a red circle moves right"], [""], [""], 1, settings))
+    captions, mask, z, _ = generation.prepare(pipe.read("a red circle moves right", settings))
     schedule = Schedule.open_sora(3, height_px=settings.height, width_px=settings.width, num_frames=settings.num_frames)
     with pipe.networks.use("stdit3", "float32", generation.timings) as stdit3:
         velocity = generation.velocity(stdit3, captions, mask)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sora_jax.commands import main
-from sora_jax.pipeline.pipeline import POCKET
+from sora_jax.pipeline.model_file import POCKET
 from sora_jax.storage.checkpoint import load_network, save_network
 from sora_jax.storage.directory import Manifest, ModelDirectoryError, open_network
 from sora_jax.storage.reader import Reader
