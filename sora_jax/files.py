@@ -190,7 +190,7 @@ def _claimed(path: Path) -> Iterator[None]:
         own.unlink(missing_ok=True)
 
 
-def _begun(partial: Path) -> tuple[float, str]:
+def _begun(partial: Path) -> tuple[int | float, str]:
     """Returns when a temporary name was made, by which two are put in order; one that is gone came last."""
     try:
         return partial.lstat().st_mtime_ns, partial.name

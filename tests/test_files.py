@@ -1,6 +1,8 @@
 """Files that are whole or absent, and what is refused before anything is written."""
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -65,3 +67,40 @@ def test_what_is_missing_is_told_from_a_folder(tmp_path: Path) -> None:
         files.refuse_missing(tmp_path, "plan", remedy="make one")
     with pytest.raises(FileNotFoundError, match=r"plan gone\.json does not exist"):
         files.refuse_missing("gone.json", "plan")
+
+
+def test_of_two_that_claim_a_path_the_later_gives_way(tmp_path: Path) -> None:
+    path, other = tmp_path / "clip.mp4", tmp_path / "clip.mp4.json"
+    with files.claimed(path):
+        with files.claimed(other):
+            pass
+        with pytest.raises(FileExistsError, match=r"another process is writing .*clip\.mp4; wait for it to end"):
+            with files.claimed(other, path):
+                pass
+        assert len(list(tmp_path.iterdir())) == 1  # the first claim; the second took both of its own back
+    assert not list(tmp_path.iterdir())
+    with files.claimed(path):
+        files.write_text(path, "whole")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_a_claim_of_a_dead_process_holds_nothing_back(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    script = """
+import os, sys, pathlib
+from sora_jax import files
+claim = files.claimed(pathlib.Path(sys.argv[1]))
+claim.__enter__()
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True)
+    assert len(list(tmp_path.iterdir())) == 1
+    with files.claimed(path):
+        files.write_text(path, "whole")
+    assert path.read_text() == "whole"
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\udcff"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="choose another one"):
+        files.check_target(tmp_path / name, overwrite=True)

@@ -106,7 +106,7 @@ class Upgrading:
     """What is rewritten in the present format."""
 
     directory: Annotated[str, Option("Model directory, or pocket.", metavar="MODEL_DIR", positional=True)]
-    quiet: Annotated[bool, Option("No progress bar, no notes.")] = False
+    quiet: Annotated[bool, Option("No progress bar and no notes.")] = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

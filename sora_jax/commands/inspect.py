@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from sora_jax import shell
 from sora_jax.commands import options
 from sora_jax.config import NETWORKS
-from sora_jax.pipeline import clip_info, command_line
+from sora_jax.pipeline import command_line
 from sora_jax.pipeline.model_file import ModelFile, model_path
 from sora_jax.pipeline.option import Option, declared
 from sora_jax.pipeline.settings import Options
@@ -97,6 +97,8 @@ def inspect(name: str | os.PathLike[str]) -> dict[str, Any]:
       FileNotFoundError: nothing is there.
       ValueError: it is neither, or damaged.
     """
+    from sora_jax.pipeline import clip_info  # decoders of video are slow to import
+
     path = model_path(name)
     if path.is_dir() and not any(path.glob("*.png")):
         return _inspect_model(path)

@@ -238,10 +238,6 @@ def _frames(path: Path, most: int, limit: str) -> Iterator[av.VideoFrame]:
         raise ValueError(f"Reference {path} is not a readable video: {error}.") from error
 
 
-def _pixels(frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
-    return frame.to_ndarray(format="rgb24")
-
-
 def resize_crop_image(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "1 h w 3"]:
     """Returns the centre of an image after bicubic resizing (with antialiasing) until it fills ``height`` x ``width``.
 

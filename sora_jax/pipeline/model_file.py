@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from sora_jax.config import NETWORKS, STDiT3Config, VAEConfig
+from sora_jax.config import NETWORKS
 from sora_jax.pipeline import frame_size
 from sora_jax.pipeline.option import said
+from sora_jax.pipeline.recipe_file import PlanFile
 from sora_jax.pipeline.settings import OPTIONS, Settings
 from sora_jax.storage import directory as model_directory
 from sora_jax.storage.directory import Manifest, ModelDirectoryError
@@ -103,7 +104,7 @@ class ModelFile:
       defaults: options that its clips have unless the caller says otherwise.
       tokenizer: name of the tokenizer's file, or None where model.json does not say.
       trained: what it was trained for, or None where model.json does not say.
-      manifests: what each network's directory holds.
+      manifests: what each network holds.
     """
 
     directory: Path
@@ -120,12 +121,12 @@ class ModelFile:
           ModelDirectoryError: a network is missing or damaged, or a default is wrong; the message names the file.
         """
         directory = model_path(name)
-        refuse_missing_networks(directory)
+        _refuse_missing_networks(directory)
         manifests = {network: model_directory.open_network(directory, network) for network in NETWORKS}
         index = model_directory.read_model_file(directory)
         defaults = index.get("defaults", {})
         try:
-            _check_defaults(defaults, manifests["vae"].config, manifests["stdit3"].config)
+            _check_defaults(defaults, manifests)
             trained = Trained.from_json(index["trained"]) if "trained" in index else None
         except ValueError as error:
             raise ModelDirectoryError(f"{directory / model_directory.MODEL_FILE}: {error}") from error
@@ -136,16 +137,6 @@ class ModelFile:
             trained=trained,
             manifests=manifests,
         )
-
-    @property
-    def vae(self) -> VAEConfig:
-        """The configuration of the autoencoder."""
-        return self.manifests["vae"].config
-
-    @property
-    def stdit3(self) -> STDiT3Config:
-        """The configuration of the transformer."""
-        return self.manifests["stdit3"].config
 
     @property
     def model_id(self) -> str:
@@ -174,11 +165,9 @@ class ModelFile:
         """
         plan = options.get("plan")
         if isinstance(plan, str | os.PathLike):
-            from sora_jax.pipeline.recipe_file import PlanFile  # the only options that need JAX are reuse plans
-
             options = {**options, "plan": PlanFile.read(plan).for_model(self.model_id, plan)}
         settings = Settings.resolve(self.defaults, options)
-        frame_size.check_multiple(self.vae, self.stdit3.patch_size[1], settings.height, settings.width)
+        _check_size(self.manifests, settings.height, settings.width)
         return settings
 
 
@@ -195,7 +184,7 @@ def tokenizer_path(directory: Path, name: str | None) -> Path:
     raise FileNotFoundError(f"{directory} has no tokenizer; put {' or '.join(candidates)} there.")
 
 
-def refuse_missing_networks(directory: Path) -> None:
+def _refuse_missing_networks(directory: Path) -> None:
     """Raises ModelDirectoryError with the commands that add the networks of which several, but not all, are missing."""
     missing = [network for network in NETWORKS if not (directory / network).exists()]
     if 1 < len(missing) < len(NETWORKS):
@@ -203,7 +192,11 @@ def refuse_missing_networks(directory: Path) -> None:
         raise ModelDirectoryError(f"{directory} has no {' and no '.join(missing)}; add them with: {commands}")
 
 
-def _check_defaults(defaults: Mapping[str, Any], vae: VAEConfig, stdit3: STDiT3Config) -> None:
+def _check_size(manifests: Mapping[str, Manifest], height: int, width: int) -> None:
+    frame_size.check_multiple(manifests["vae"].config, manifests["stdit3"].config.patch_size[1], height, width)
+
+
+def _check_defaults(defaults: Mapping[str, Any], manifests: Mapping[str, Manifest]) -> None:
     """Refuses defaults that a caller could not ask for.
 
     Raises:
@@ -218,7 +211,7 @@ def _check_defaults(defaults: Mapping[str, Any], vae: VAEConfig, stdit3: STDiT3C
     if len(size) == 1:
         raise ValueError("defaults have a height or a width alone; expected both.")
     if size:
-        frame_size.check_multiple(vae, stdit3.patch_size[1], *size)
+        _check_size(manifests, *size)
 
 
 def _listed(words: Sequence[str], last: str) -> str:

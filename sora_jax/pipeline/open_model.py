@@ -8,23 +8,20 @@ measured apart.  With a memory budget the transformer is streamed: `Networks.tra
 
 import dataclasses
 import functools
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, Self
 
 import jax
 
-from sora_jax.config import NETWORKS, ModelConfig, policy_of
+from sora_jax.config import ModelConfig, policy_of
 from sora_jax.devices.attention_choice import check_name, choose_forms
 from sora_jax.networks import registry
 from sora_jax.networks.forms import Forms
 from sora_jax.networks.layers import precision_chosen
 from sora_jax.pipeline.caption_cache import CaptionCache
 from sora_jax.process import Timings
-from sora_jax.storage import directory as model_directory
 from sora_jax.storage.checkpoint import load_parameters, unflatten
 from sora_jax.storage.directory import Manifest, ModelDirectoryError
 from sora_jax.storage.reader import Reader
@@ -58,32 +55,28 @@ class Networks:
     @classmethod
     def open(
         cls,
-        directory: str | os.PathLike[str],
+        manifests: Mapping[str, Manifest],
         *,
         keep: bool | None,
         budget: int | None = None,
         attention: str = "auto",
     ) -> Self:
-        """Returns the networks of a complete model directory, none of them loaded.
+        """Returns the networks of a complete model directory from their manifests, none of them loaded.
 
         ``keep=None`` keeps models of up to 1 GB, and none where a budget in bytes is given.
 
         Raises:
-          ModelDirectoryError: a network is missing or damaged.
+          ModelDirectoryError: a network is damaged.
           ValueError: there is no attention of that name.
         """
         check_name(attention)
-        missing = [network for network in NETWORKS if not (Path(directory) / network).exists()]
-        if 1 < len(missing) < len(NETWORKS):
-            commands = " and ".join(f"sora-jax convert {network} SOURCE {directory}" for network in missing)
-            raise ModelDirectoryError(f"{directory} has no {' and no '.join(missing)}; add them with: {commands}")
-        manifests = {network: model_directory.open_network(directory, network) for network in NETWORKS}
         for manifest in manifests.values():
             check_fits(manifest)
             Reader(manifest).check(manifest.parameters)
         try:
             ModelConfig(**{network: manifest.config for network, manifest in manifests.items()})
         except ValueError as error:
+            directory = manifests["stdit3"].path.parent
             raise ModelDirectoryError(f"{directory} holds networks that do not belong together: {error}") from error
         num_bytes = sum(manifest.nbytes for manifest in manifests.values())
         keep = num_bytes <= KEEP_BYTES and budget is None if keep is None else keep

@@ -79,7 +79,7 @@ class Pipeline:
     ) -> Self:
         """Returns the pipeline of a model whose files of JSON were read; otherwise as `from_pretrained`."""
         budget = None if memory_budget is None else parse_budget(memory_budget)
-        networks = Networks.open(model.directory, keep=keep, budget=budget)
+        networks = Networks.open(model.manifests, keep=keep, budget=budget)
         networks.caption_cache = None if caption_cache is None else CaptionCache(caption_cache)
         tokenizer = Tokenizer.from_file(model.tokenizer_path)
         rows = networks.config.t5.vocab_size

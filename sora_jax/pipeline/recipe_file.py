@@ -9,16 +9,19 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, no_type_check
 
 from sora_jax import files
-from sora_jax.sampling.reuse import Plan
+
+if TYPE_CHECKING:
+    from sora_jax.sampling.reuse import Plan
 
 _FORMAT = "sora_jax plan 1"
 # What a calibration depends on, of the settings.
 CALIBRATED = ("num_steps", "guidance", "seed", "shift", "merge_steps", "merge", "height", "width", "num_frames", "fps", "dtype")
 
 
+@no_type_check  # the plan's type is JAX's business, and a file is refused without it
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanFile:
     """A plan and where it comes from.
@@ -30,7 +33,7 @@ class PlanFile:
       calibrated: settings of the calibration, JSON-ready; for people.
     """
 
-    plan: Plan
+    plan: "Plan"
     model: str
     error: float
     calibrated: Mapping[str, Any]
@@ -55,7 +58,7 @@ class PlanFile:
         files.write_text(path, "{\n" + ",\n".join(lines) + "\n}\n", overwrite=overwrite)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Self:
+    def read(cls, path: str | os.PathLike[str]) -> "PlanFile":
         """Returns what a file holds.
 
         Raises:
@@ -74,6 +77,8 @@ class PlanFile:
         codes = fields.get("codes")
         if not isinstance(codes, list) or not all(type(code) is int for code in codes):
             raise ValueError(f"{path}: codes are {codes!r}; expected a list with one whole number for each step.")
+        from sora_jax.sampling.reuse import Plan
+
         try:
             plan = Plan(codes=tuple(codes), keep=fields["keep"])
             return cls(
@@ -84,7 +89,7 @@ class PlanFile:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def for_model(self, model_id: str, path: str | os.PathLike[str]) -> Plan:
+    def for_model(self, model_id: str, path: str | os.PathLike[str]) -> "Plan":
         """Returns the plan for the model it was calibrated for; the folder of the model may have another name by now.
 
         Raises:

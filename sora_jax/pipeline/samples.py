@@ -161,8 +161,8 @@ def _check_entry(
         raise ValueError(f"{said} has edit ratio {entry.edit_ratio}; expected 0 (keep) to 1 (generate).")
     if not 0 <= entry.loop < num_clips:
         raise ValueError(f"{said} has an entry for clip {entry.loop} of {num_clips}; expected 0 to {num_clips - 1} (see loop).")
-    if entry.length < 1:
-        raise ValueError(f"{said} has an entry of {entry.length} latent frames, which changes nothing; expected 1 or more.")
+    if entry.length == 0:
+        raise ValueError(f"{said} has an entry of 0 latent frames, which changes nothing; expected 1 or more.")
     available = [*references, *[num_latents] * entry.loop]  # later clips may also name the clips before
     if not -len(available) <= entry.reference < len(available):
         raise ValueError(f"{said} names reference {entry.reference}; the prompt has {len(references)}.")

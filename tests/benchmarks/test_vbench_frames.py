@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality import vbench_frames
-from sora_jax.pipeline import video
+from sora_jax.pipeline import clip_info
 
 ENTRIES = [
     {"prompt_en": "a person, still", "dimension": ["temporal_flickering"]},
@@ -41,12 +41,12 @@ def test_videos_lie_where_vbench_looks_for_them(tiny_model: Path, tmp_path: Path
     run(*arguments, "--num-steps", 1)
     made = sorted(name for name in os.listdir(tmp_path / "out") if name.endswith(".mp4"))
     assert made == ["a red bus-0.mp4", "a red bus-1.mp4"]
-    assert [video.inspect(tmp_path / "out" / name).parameters["seed"] for name in made] == [0, 1]
+    assert [clip_info.inspect(tmp_path / "out" / name).parameters["seed"] for name in made] == [0, 1]
     before = (tmp_path / "out" / made[0]).stat().st_mtime_ns
     for name in (made[1], f"{made[1]}.json"):
         (tmp_path / "out" / name).unlink()
     run(*arguments, "--num-steps", 1)
-    assert video.inspect(tmp_path / "out" / made[1]).parameters["seed"] == 1
+    assert clip_info.inspect(tmp_path / "out" / made[1]).parameters["seed"] == 1
     assert (tmp_path / "out" / made[0]).stat().st_mtime_ns == before
 
 

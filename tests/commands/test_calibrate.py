@@ -10,7 +10,7 @@ import pytest
 
 from sora_jax.commands import main
 from sora_jax.networks.merging import Merge
-from sora_jax.pipeline import video
+from sora_jax.pipeline import clip_info
 from sora_jax.pipeline.make_sampler import make_schedule
 from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.pipeline.presets import PRESETS
@@ -61,7 +61,7 @@ def test_a_plan_is_measured_written_and_used(run: Run, tiny_model: Path, pipe: P
     assert (read.calibrated["num_steps"], len(read.calibrated["prompts"])) == (4, 2)
     code, errors, _ = run("generate", PROMPT, "--model", tiny_model, "--plan", "plan.json", "-o", "clip.npz")
     assert (code, errors) == (0, [])
-    parameters = video.inspect(Path("clip.npz")).parameters
+    parameters = clip_info.inspect(Path("clip.npz")).parameters
     assert (parameters["evaluations"], parameters["plan"]["codes"]) == (3.0, list(made.plan.codes))
     again = pipe(PROMPT, plan=made.plan)
     with np.load("clip.npz") as clip:
@@ -188,7 +188,7 @@ def test_options_reach_the_sampler(run: Run, tiny_model: Path, pipe: Pipeline) -
     clip = pipe(PROMPT, **options, merge=merge)
     with np.load("clip.npz") as saved:
         np.testing.assert_array_equal(saved["frames"], clip.frames[0])
-    recorded = Settings.from_dict(video.inspect(Path("clip.npz")).parameters)
+    recorded = Settings.from_dict(clip_info.inspect(Path("clip.npz")).parameters)
     assert recorded == pipe.resolve({**options, "merge": merge})
     for name, plain in {"solver": "euler", "shift": 1.0, "merge": Merge()}.items():
         other = pipe(PROMPT, **{**options, "merge": merge, name: plain})

@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from PIL import Image
 from sora_jax import files
 from sora_jax.commands import generate as generate_command
 from sora_jax.commands import main
-from sora_jax.pipeline import model_file, video
+from sora_jax.pipeline import clip_info, model_file
+from sora_jax.storage.writer import update_model_file
 
 PROMPT = "a red circle moves right on a blue background"
 GREY = ("--reference-path", "grey.png", "--mask-strategy")
@@ -75,6 +77,18 @@ def test_a_prompt_beyond_the_embedded_model_gets_a_hint_and_a_clip(
         assert len([line for line in notes if "does not know ein, hund, läuft" in line]) == num_hints
 
 
+def test_a_request_beyond_the_training_gets_one_line_and_a_clip(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    trained = {"sizes": [[32, 48]], "num_frames": [1, 17], "fps": [8], "guidance": [1, 3]}
+    update_model_file(model, trained=trained)
+    asked = ("generate", PROMPT, "--model", model, "--num-frames", 1, "--steps", 1, "--compile-cache", "off")
+    for number, (more, lines) in enumerate([((), 0), (("--guidance", 7, "--height", 64, "--width", 64), 1)]):
+        code, notes, _ = run(*asked, *more, "-o", tmp_path / f"{number}.png")
+        assert (code, (tmp_path / f"{number}.png").exists()) == (0, True)
+        beyond = [line for line in notes if "64 x 64 pixels and guidance 7 lie outside what this model was made for" in line]
+        assert len(beyond) == lines
+
+
 def test_an_empty_prompt_is_a_prompt_without_a_hint(generate: Run) -> None:
     assert generate("", "-o", "nothing.png", "--num-frames", 1, "--steps", 1) == (0, [], "nothing.png\n")
 
@@ -101,7 +115,7 @@ def test_a_prompt_file_makes_numbered_clips_with_the_seeds_of_their_lines(genera
     assert (code, errors) == (0, [])
     made = ["test_0001-0.npz", "test_0001-1.npz", "test_0002-0.npz", "test_0002-1.npz"]
     assert output.split() == [f"out/{name}" for name in made]
-    assert [video.inspect(tmp_path / "out" / name).parameters["seed"] for name in made] == [12, 13, 14, 15]
+    assert [clip_info.inspect(tmp_path / "out" / name).parameters["seed"] for name in made] == [12, 13, 14, 15]
     assert generate(PROMPT, "--seed", 12, "-o", "alone.npz")[0] == 0
     with np.load("alone.npz") as alone, np.load("out/test_0001-0.npz") as batched:
         # Alone and in a batch of 3: latents agree to 1e-5, pixels to rounding.
@@ -117,7 +131,7 @@ def test_a_batch_named_by_its_prompts_resumes(generate: Run, tmp_path: Path) -> 
     (tmp_path / "out" / "two _ squares.npz.json").unlink()
     code, _, output = generate(*arguments)
     assert (code, output) == (0, "out/two _ squares.npz\n")
-    assert video.inspect(tmp_path / "out" / "two _ squares.npz").parameters["seed"] == 1
+    assert clip_info.inspect(tmp_path / "out" / "two _ squares.npz").parameters["seed"] == 1
     assert names(tmp_path / "out") == sorted(first)
 
 
@@ -174,14 +188,14 @@ def test_frames_as_a_folder_of_pngs(generate: Run, tmp_path: Path) -> None:
 def test_an_image_to_video_clip_from_the_command_line(generate: Run, tmp_path: Path) -> None:
     Image.new("RGB", (50, 40), (200, 30, 30)).save("red.png")
     assert generate(PROMPT, "--reference-path", "red.png", "--mask-strategy", "0", "-o", "clip.npz")[0] == 0
-    parameters = video.inspect(tmp_path / "clip.npz").parameters
+    parameters = clip_info.inspect(tmp_path / "clip.npz").parameters
     assert (parameters["references"], parameters["mask_strategy"]) == ("red.png", "0")
 
 
 def test_overwrite_replaces(generate: Run) -> None:
     for seed in (1, 2):
         assert generate(PROMPT, "-o", "clip.npz", "--seed", seed, "--overwrite")[0] == 0
-    assert video.inspect("clip.npz").parameters["seed"] == 2
+    assert clip_info.inspect("clip.npz").parameters["seed"] == 2
 
 
 def test_progress_names_step_time_and_remaining_time(run: Run, tiny_model: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from sora_jax.commands.user_cache import caption_folder
 from sora_jax.pipeline.caption_cache import CaptionCache
 from sora_jax.pipeline.coders import Coders
+from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.open_model import Networks
 from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.process import Timings
@@ -74,7 +75,7 @@ def test_a_folder_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None
 def test_the_text_encoder_is_not_touched_for_captions_that_are_known(
     tiny_model: Path, tmp_path: Path, budget: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    networks = Networks.open(tiny_model, keep=False, budget=budget)
+    networks = Networks.open(ModelFile.read(tiny_model).manifests, keep=False, budget=budget)
     networks.caption_cache = CaptionCache(tmp_path)
     coders = Coders(networks, "float32", Timings(), None)
     ids, mask = np.tile(np.arange(12, dtype=np.int32), (2, 1)), np.ones((2, 12), bool)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.open_model import Networks
 from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.process import Timings
@@ -96,7 +97,7 @@ def test_threads_share_a_pipeline_and_get_what_one_gets(tiny_model: Path, keep: 
 def test_a_network_is_loaded_once_for_all_who_use_it_and_freed_after_the_last(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    networks, loads, load = Networks.open(tiny_model, keep=False), [], Networks._load
+    networks, loads, load = Networks.open(ModelFile.read(tiny_model).manifests, keep=False), [], Networks._load
     met = threading.Barrier(3)
 
     def counted(self: Networks, network: str, dtype: str) -> Any:
@@ -117,7 +118,7 @@ def test_a_network_is_loaded_once_for_all_who_use_it_and_freed_after_the_last(
 
 
 def test_a_load_that_failed_is_tried_again(model: Path) -> None:
-    networks = Networks.open(model, keep=True)
+    networks = Networks.open(ModelFile.read(model).manifests, keep=True)
     path = open_network(model, "t5").chunk_path("final.scale")
     data = path.read_bytes()
     path.write_bytes(bytes(len(data)))

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -17,10 +18,11 @@ from sora_jax.networks.merge_rule import Merge
 from sora_jax.networks.stdit3 import STDiT3
 from sora_jax.networks.t5 import T5Encoder
 from sora_jax.networks.vae.codec import VAE
-from sora_jax.pipeline import open_model, video
+from sora_jax.pipeline import clip_info, open_model, video
 from sora_jax.pipeline.clip import Clip
 from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.pipeline.run import Progress
+from sora_jax.pipeline.settings import Settings
 from sora_jax.process import Timings
 from sora_jax.sampling import noise
 from sora_jax.sampling.leap import Leap
@@ -185,7 +187,7 @@ def test_latents_are_saved_before_decoding_and_resume(pipe: Pipeline, clip: Clip
     resumed = pipe.resume(path)
     np.testing.assert_array_equal(resumed.frames, clip.frames)
     assert resumed.parameters[0]["prompt"] == PROMPT
-    assert video.inspect(path).parameters["samples"][0]["seed"] == 5
+    assert clip_info.inspect(path).parameters["samples"][0]["seed"] == 5
 
 
 def test_the_callback_counts_steps_and_may_stop(pipe: Pipeline, tmp_path: Path) -> None:
@@ -214,7 +216,36 @@ def test_timings_are_apart_and_saving_adds_its_own(clip: Clip, tmp_path: Path) -
     assert {"load", "compile", "text", "denoise", "decode"} <= clip.timings.keys()
     assert clip.save(tmp_path / "clip.mp4") == [tmp_path / "clip.mp4"]
     assert clip.timings["write"] > 0
-    assert video.inspect(tmp_path / "clip.mp4").parameters == clip.parameters[0]
+    assert clip_info.inspect(tmp_path / "clip.mp4").parameters == clip.parameters[0]
+
+
+def test_clips_and_pipelines_say_what_they_are(pipe: Pipeline, clip: Clip, tiny_model: Path) -> None:
+    assert repr(clip) == f"<Clip 1 x 17 frames, 32 x 48 pixels, 8 fps, seed 5, {PROMPT!r}>"
+    long = dataclasses.replace(clip, parameters=[{"prompt": "a" * 1000, "seed": 1}])
+    assert len(repr(long)) < 150
+    assert repr(pipe) == f"<Pipeline {pipe.model_id} in {tiny_model}>"
+
+
+@pytest.mark.parametrize("name", ["a\0b.mp4", "a.mp4\0", "\0"])
+def test_a_name_with_a_zero_byte_leaves_nothing(clip: Clip, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="has a zero byte, which no name of a file can have"):
+        clip.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_request_is_resolved_and_read_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call does in one go can be done in three, with the same clip: resolve, read, generate."""
+    resolved: list[int] = []
+    resolve = Settings.resolve
+    monkeypatch.setattr(Settings, "resolve", lambda *options: resolved.append(1) or resolve(*options))
+    whole = pipe(PROMPT, num_steps=2, seed=3)
+    assert len(resolved) == 1
+    settings = pipe.resolve({"num_steps": 2})
+    samples = pipe.read([PROMPT, "a green square"], settings)
+    again = pipe.generate(samples[:1], settings.with_seed(3))
+    assert len(resolved) == 2
+    np.testing.assert_array_equal(again.frames, whole.frames)
+    assert again.parameters == whole.parameters
 
 
 def test_several_samples_get_numbered_files(pipe: Pipeline, tmp_path: Path) -> None:

@@ -47,7 +47,6 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("0,1,-11", "starts at latent frame -11 of a reference of 10"),
         ("0,0,0,5", "starts at latent frame 5 of a clip of 5"),
         ("0,0,0,0,0", "an entry of 0 latent frames, which changes nothing"),
-        ("0,0,0,0,-2", "an entry of -2 latent frames"),
         ("0,0,0,0,6", "the clip has 5 and the reference 1; expected at most 5"),
         ("0,1,0,0,11", "the clip has 5 and the reference 10; expected at most 10"),
         ("0,0,0,0,1,1.5", "has edit ratio 1.5; expected 0"),

@@ -8,7 +8,6 @@ import pytest
 from sora_jax.networks.merge_rule import Merge
 from sora_jax.pipeline.option import declared
 from sora_jax.pipeline.settings import OPTIONS, Options, Settings
-from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.reuse import Plan
 from tests.support.tiny_model import DEFAULTS
 
@@ -70,11 +69,6 @@ def test_the_ends_of_a_range_are_in_it_and_nothing_beyond(name: str) -> None:
         ({"merge_steps": 31}, r"merge_steps is 31 of 30 steps; expected 0 to 30 \(all\)"),
         ({"leap": 30}, "leap index 30 is beyond the last of 30 steps"),
         ({"plan": "plan.json"}, "plan is 'plan.json'; expected a sora_jax.Plan, or a file"),
-        ({"plan": Plan(codes=(0, 1)), "num_steps": 3}, "plan has 2 steps but the schedule 3"),
-        ({"plan": Plan(codes=(0, 1)), "solver": "heun"}, "a plan cannot drive solver 'heun'"),
-        ({"plan": Plan(codes=(0, 1)), "leap": "released"}, "leap 'released' compares every pair"),
-        ({"plan": Plan(codes=(0, 1)), "leap": Leap.released()}, "leap 'released' compares every pair"),
-        ({"plan": Plan(codes=(0, 2)), "guidance": 1}, "plan has half steps"),
         ({"loop": 2, "num_frames": 34, "condition_frame_length": 10}, "num_frames above 34 or condition_frame_length 5"),
         ({"colour": 3}, "option 'colour' is unknown; expected some of num_steps, "),
         ({"num_step": 3}, "option 'num_step' is unknown; did you mean num_steps"),

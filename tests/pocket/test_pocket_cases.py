@@ -260,21 +260,21 @@ def test_command_prints_and_writes_every_table(tiny_model, tmp_path, capsys):
             ["--num-frames", "17", "--extension", "1"],
             "--num-frames 17 goes with --real, --codec and --captions; --extension is",
         ),
-        (["--num-frames", "18", "--captions", "1"], "argument --num-frames: invalid choice: 18 (choose from 1, 17, 34, 51)"),
-        (["--captions", "-3"], "got '-3'; expected a whole number of 0 or more"),
-        (["--captions", "ten"], "got 'ten'; expected a whole number of 0 or more"),
+        (["--num-frames", "18", "--captions", "1"], "--num-frames is 18; expected one of 1, 17, 34, 51"),
+        (["--captions", "-3"], "--captions is -3; expected a whole number from 0"),
+        (["--captions", "ten"], "got 'ten'; expected a whole number from 0"),
         (["nowhere", "--captions", "2"], "nowhere"),
         (["nowhere", "--codec", "2"], "nowhere"),
         (["--real", "1", "--json", "nowhere/file.json"], "the folder of nowhere/file.json does not exist; create it first"),
     ],
 )
 def test_bad_arguments_get_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        judge.main(arguments)
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert judge.main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("sora-jax: error: ")
+    assert message in lines[-1]
 
 
 def test_a_bad_setting_gets_one_line(tiny_model, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        judge.main([str(tiny_model), "--captions", "1", "--leap", "sometimes"])
-    assert "leap is 'sometimes'; expected off, dynamic, released" in capsys.readouterr().err.splitlines()[-1]
+    assert judge.main([str(tiny_model), "--captions", "1", "--leap", "sometimes"]) == 2
+    assert "got 'sometimes'; expected off, dynamic, released" in capsys.readouterr().err.splitlines()[-1]

@@ -17,10 +17,12 @@ from sora_jax.inputs.tokenizer import Tokenizer
 from sora_jax.pocket import train
 from sora_jax.pocket.training import codec as train_codec
 from sora_jax.pocket.training import flow, latents
+from sora_jax.pocket.training import stages as stages_together
 from sora_jax.pocket.training import text as train_text
 from sora_jax.pocket.training.fit import Stage, fit
 from sora_jax.pocket.training.flow import Batches, Lesson
 from sora_jax.pocket.training.latents import Clips
+from sora_jax.pocket.training.recipe import DECODER_STEPS
 from sora_jax.pocket.training.text import shipped_tokenizer
 from sora_jax.pocket.world.scenes import sample_scenes
 from sora_jax.pocket.world.words import is_unseen
@@ -151,11 +153,11 @@ def test_a_warm_start_begins_with_the_transformer_of_the_base(clips, tiny_model,
     """Not with new weights; the learning rate climbs to the one that is given, 200 steps on."""
     stages = []
     monkeypatch.setattr(latents, "cache_clips", lambda *_, **__: clips)
-    monkeypatch.setattr(train, "fit", lambda stage, directory, seed: stages.append(stage) or stage.init())
+    monkeypatch.setattr(stages_together, "fit", lambda stage, directory, seed: stages.append(stage) or stage.init())
     tokenizer = shipped_tokenizer(tmp_path / "tokenizer.json")
     for more in ([], ["--warm", "--flow-rate", "5e-4"]):
         args = train.parse(["--work", str(tmp_path), "--base", str(tiny_model), *more])
-        train.transformer(args, tmp_path, {}, {}, tokenizer)
+        stages_together.transformer(args, tmp_path, {}, {}, tokenizer)
     new, warm = stages
     stored = load_network(tiny_model, "stdit3", dtype="float32")[1]
     params = warm.init()
@@ -167,10 +169,9 @@ def test_a_warm_start_begins_with_the_transformer_of_the_base(clips, tiny_model,
 
 
 @pytest.mark.parametrize("option", ["--warm", "--warm-text"])
-def test_a_warm_start_needs_a_base(option, capsys):
-    with pytest.raises(SystemExit):
+def test_a_warm_start_needs_a_base(option):
+    with pytest.raises(ValueError, match="name them with --base MODEL_DIR"):
         train.parse([option])
-    assert "name them with --base MODEL_DIR" in capsys.readouterr().err
 
 
 def test_a_warm_text_encoder_begins_with_that_of_the_base(tmp_path):
@@ -184,7 +185,7 @@ def test_a_warm_text_encoder_begins_with_that_of_the_base(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "steps"), [([], train.DECODER_STEPS), (["--base", "x"], 0), (["--base", "x", "--decoder-steps", "7"], 7)]
+    ("arguments", "steps"), [([], DECODER_STEPS), (["--base", "x"], 0), (["--base", "x", "--decoder-steps", "7"], 7)]
 )
 def test_decoders_are_trained_again_with_the_codec_or_when_told(arguments, steps):
     assert train.parse(arguments).decoder_steps == steps
@@ -202,16 +203,24 @@ def test_decoders_are_trained_behind_frozen_encoders(tiny_model):
     assert all(jnp.abs(slope).max() > 0 for slope in gradient.values())
 
 
-def test_a_lesson_that_is_none_is_one_line(capsys):
-    for text, message in (("10:20", "expected FROM:TO:MOTIONS"), ("1:2:sideways", "names other motions than left")):
-        with pytest.raises(SystemExit):
-            train.parse(["--lesson", text])
-        assert message in capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lesson", "10:20"], "--lesson is '10:20'; expected FROM:TO:MOTIONS"),
+        (["--lesson", "1:2:sideways"], "--lesson 1:2:sideways names other motions than left"),
+        (["--lesson", "a:2:left"], "--lesson is 'a:2:left'; expected FROM:TO:MOTIONS"),
+        (["--flow-rate", "0"], "--flow-rate is 0; expected a number above 0"),
+        (["--clips", "-1"], "--clips is -1; expected a whole number from 0"),
+    ],
+)
+def test_a_recipe_that_is_none_is_one_line(arguments, message, capsys):
+    assert train.main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"sora-jax: error: {message}")
 
 
 def test_a_base_that_is_missing_is_one_line_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        train.main(["--work", str(tmp_path / "work"), "--base", str(tmp_path / "missing")])
-    assert ended.value.code == 2
-    assert re.fullmatch(r"python -m sora_jax.pocket.train: error: .*missing.*\n", capsys.readouterr().err)
+    assert train.main(["--work", str(tmp_path / "work"), "--base", str(tmp_path / "missing")]) == 2
+    assert re.fullmatch(r"sora-jax: error: .*missing.*\n", capsys.readouterr().err)
     assert not (tmp_path / "work").exists()
