@@ -158,6 +158,7 @@ class Generation:
                 batch=num_samples,
                 guided=settings.guided,
                 dtype=settings.dtype,
+                attention=networks.attention,
                 num_steps=settings.num_steps,
                 encodes=encodes or settings.loop > 1,
             )

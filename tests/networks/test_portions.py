@@ -100,8 +100,8 @@ def test_a_portion_holds_the_activations_of_its_own_tokens_only() -> None:
         return after.lower(shell, x_BTSD, conditioning).compile().memory_analysis().temp_size_in_bytes
 
     tokens_bytes = 4 * 2 * 16 * 32 * 64
-    assert temporary_bytes(1024) > 9 * tokens_bytes
-    assert temporary_bytes(64) < 2 * tokens_bytes
+    assert temporary_bytes(1024) > 8 * tokens_bytes  # the hidden units twice
+    assert temporary_bytes(64) < tokens_bytes
 
 
 @given(
