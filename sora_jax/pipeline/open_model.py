@@ -78,13 +78,13 @@ class Networks:
             commands = " and ".join(f"sora-jax convert {network} SOURCE {directory}" for network in missing)
             raise ModelDirectoryError(f"{directory} has no {' and no '.join(missing)}; add them with: {commands}")
         manifests = {network: model_directory.open_network(directory, network) for network in NETWORKS}
-        for manifest in manifests.values():
-            check_fits(manifest)
-            Reader(manifest).check(manifest.parameters)
         try:
             ModelConfig(**{network: manifest.config for network, manifest in manifests.items()})
         except ValueError as error:
             raise ModelDirectoryError(f"{directory} holds networks that do not belong together: {error}") from error
+        for manifest in manifests.values():
+            check_fits(manifest)
+            Reader(manifest).check(manifest.parameters)
         num_bytes = sum(manifest.nbytes for manifest in manifests.values())
         keep = num_bytes <= KEEP_BYTES and budget is None if keep is None else keep
         return cls(manifests, keep=keep, budget=budget, attention=attention)
