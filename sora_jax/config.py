@@ -62,9 +62,13 @@ class _Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            problem = _problem(field, getattr(self, field.name))
-            if problem:
-                raise ValueError(f"{type(self).__name__}: {field.name} is {problem}.")
+            self._check(field, getattr(self, field.name))
+
+    @classmethod
+    def _check(cls, field: Any, value: Any) -> None:
+        problem = _problem(field, value)
+        if problem:
+            raise ValueError(f"{cls.__name__}: {field.name} is {problem}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON-ready values (tuples become lists, nested configurations become objects)."""
@@ -82,7 +86,10 @@ class _Config:
         if unknown or missing:
             some = f"{unknown[:8]}{f' and {len(unknown) - 8} more' if len(unknown) > 8 else ''}"
             raise ValueError(f"{cls.__name__}: unknown fields {some}, missing fields {missing}; expected {list(expected)}.")
-        return cls(**{name: _from_json(expected[name].type, value) for name, value in fields.items()})
+        values = {name: _from_json(expected[name].type, value) for name, value in fields.items()}
+        for name, value in values.items():
+            cls._check(expected[name], value)
+        return cls(**values)
 
 
 def _from_json(kind: Any, value: Any) -> Any:

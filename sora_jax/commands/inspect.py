@@ -137,8 +137,11 @@ def inspect_memory(
     settings = model.resolve(clip)
 
     from sora_jax.streaming import report
+    from sora_jax.streaming.fitting import check_fits
     from sora_jax.streaming.memory_plan import Workload, plan_memory
 
+    for manifest in model.manifests.values():
+        check_fits(manifest)
     workload = Workload(
         num_frames=settings.num_frames,
         height=settings.height,
@@ -149,8 +152,7 @@ def inspect_memory(
         guided=settings.guided,
         encodes=settings.loop > 1,
     )
-    manifests = {network: directory.open_network(model.directory, network) for network in NETWORKS}
-    plan = plan_memory(manifests, workload, budget)
+    plan = plan_memory(model.manifests, workload, budget)
     return {"path": str(model.directory), **report.fields(plan, **speed)}, report.table(plan, **speed)
 
 

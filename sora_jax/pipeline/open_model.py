@@ -70,14 +70,14 @@ class Networks:
           ValueError: there is no attention of that name.
         """
         check_name(attention)
-        for manifest in manifests.values():
-            check_fits(manifest)
-            Reader(manifest).check(manifest.parameters)
         try:
             ModelConfig(**{network: manifest.config for network, manifest in manifests.items()})
         except ValueError as error:
             directory = manifests["stdit3"].path.parent
             raise ModelDirectoryError(f"{directory} holds networks that do not belong together: {error}") from error
+        for manifest in manifests.values():
+            check_fits(manifest)
+            Reader(manifest).check(manifest.parameters)
         num_bytes = sum(manifest.nbytes for manifest in manifests.values())
         keep = num_bytes <= KEEP_BYTES and budget is None if keep is None else keep
         return cls(manifests, keep=keep, budget=budget, attention=attention)

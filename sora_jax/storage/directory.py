@@ -184,7 +184,7 @@ def read_model_file(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise ModelDirectoryError(f"{path} {fault}{'; ' if fault.remedy else '.'}{fault.remedy}") from None
     for name, kind, what in (("tokenizer", str, "the name of a file"), ("defaults", dict, "an object of settings")):
         if not isinstance(fields.get(name, kind()), kind):
-            raise ModelDirectoryError(f"{path}: {name} is {str(fields[name])[:60]!r}; expected {what}.")
+            raise ModelDirectoryError(f"{path}: {name} is {repr(fields[name])[:60]}; expected {what}.")
     tokenizer = fields.get("tokenizer", "")
     if tokenizer and (PurePath(tokenizer).name != tokenizer or "\\" in tokenizer or "\0" in tokenizer):
         raise ModelDirectoryError(f"{path}: tokenizer is {tokenizer[:60]!r}; expected the name of a file beside it.")

@@ -65,7 +65,7 @@ def check_format(fields: Any) -> int:
     return version
 
 
-def checked(fields: Mapping[str, Any], network: str) -> dict[str, Any]:
+def checked(fields: Any, network: str) -> dict[str, Any]:
     """Returns configuration, dtype, parameters and origin of ``network.json``, as `directory.Manifest` takes them.
 
     Raises:

@@ -71,7 +71,7 @@ def test_verify_finds_every_kind_of_damage(tmp_path: Path, capsys: pytest.Captur
         manifest.write_text(json.dumps(fields))
 
     assert "checksum" in damaged(flip)
-    assert "cannot be read" in damaged(Path.unlink)
+    assert "is missing" in damaged(Path.unlink)
     assert "bytes, expected" in damaged(lambda path: path.write_bytes(path.read_bytes() + b"x"))
     assert "does not describe" in damaged(lambda path: (path.parents[2] / "zarr.json").write_text("{}"))
     assert "not part of the network" in damaged(lambda path: (path.parents[2] / "stray").write_text(""))

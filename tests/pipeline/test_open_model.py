@@ -129,3 +129,25 @@ def test_a_load_that_failed_is_tried_again(model: Path) -> None:
     path.write_bytes(data)
     with networks.use("t5", "float32", Timings()) as network:
         assert network is not None
+
+
+def test_a_budget_is_for_one_generation_at_a_time(tiny_model: Path) -> None:
+    """Either the clip that one thread alone gets, or one clear refusal."""
+    pipe = Pipeline.from_pretrained(tiny_model, memory_budget="8GB")
+    expected = pipe(PROMPT).latents
+
+    def generate(_: int) -> np.ndarray | RuntimeError:
+        try:
+            return pipe(PROMPT).latents
+        except RuntimeError as error:
+            return error
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(generate, range(3)))
+    refusals = [result for result in found if isinstance(result, RuntimeError)]
+    assert len(refusals) < 3
+    for refusal in refusals:
+        assert "is in use by another run; open the model directory a second time" in str(refusal)
+    for result in found:
+        if not isinstance(result, RuntimeError):
+            np.testing.assert_array_equal(result, expected)
