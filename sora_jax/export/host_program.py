@@ -27,7 +27,7 @@ from sora_jax.export.phases import stage_function
 
 TINY = 1e-8
 MAX_STEPS = 100_000
-MAX_GUIDANCE = 1000.0
+MAX_GUIDANCE = 10_000.0
 
 Values = dict[str, np.ndarray]
 VelocityFn = Callable[[np.ndarray, np.float32, bool], np.ndarray]

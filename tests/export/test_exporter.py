@@ -9,6 +9,7 @@ import pytest
 from sora_jax.commands import main
 from sora_jax.export import check, exporter
 from sora_jax.export.progress import Progress
+from sora_jax.sampling.leap import Leap
 from tests.support.exports import export_tiny
 
 pytest.importorskip("jsonschema", reason="manifests are validated with jsonschema (extra stablehlo, onnx or coreml)")
@@ -49,7 +50,7 @@ def test_an_interrupted_export_leaves_nothing(tiny_model, tmp_path, monkeypatch,
         (("--stages", "t5,decoder"), "stages decoder cannot be exported; expected some of t5, stdit3"),
         (("--weights", "int4"), "target stablehlo has no weights 'int4'"),
         (("--leap", "released"), "leap 'released' cannot be exported"),
-        (("--guidance", "1e9"), "sampling cannot be exported, see $.guidance: 1000000000.0 is greater than the maximum"),
+        (("--guidance", "1e9"), "--guidance is 1e+09; expected a number from -10000 to 10000"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tiny_model, tmp_path, capsys, arguments, message):
@@ -81,3 +82,15 @@ def test_what_stands_in_the_way_is_named(tiny_model, tmp_path, monkeypatch, caps
     (tmp_path / "out" / "letter.txt").write_text("mine")
     assert "is not an exported folder, which --overwrite replaces" in line(tiny_model, "--overwrite")
     assert (tmp_path / "out" / "letter.txt").read_text() == "mine"
+
+
+def test_what_a_manifest_cannot_hold_is_refused_before_the_work(tiny_model, tmp_path, in_process):
+    """A tolerance that no cosine exceeds, and one for each sample: a host samples one clip."""
+    for tolerance, message in (
+        (3.0, r"sampling cannot be exported, see \$\.leap\.tolerance"),
+        ([1e-4, 1e-3], "expected one number"),
+    ):
+        leap = Leap.dynamic(tolerance=tolerance)
+        with pytest.raises(ValueError, match=message):
+            export_tiny(tiny_model, tmp_path / "out", "stablehlo", stages=("t5",), settings={"leap": leap})
+    assert not list(tmp_path.iterdir())

@@ -135,7 +135,7 @@ def test_frames_that_are_given_stay():
     [
         ({"num_steps": 0}, "num_steps is 0; expected a whole number from 1"),
         ({"merge_steps": -1}, "merge_steps is -1; expected a whole number from 0"),
-        ({"guidance": math.nan}, "guidance is nan; expected a number, at most 1000"),
+        ({"guidance": math.nan}, "guidance is nan; expected a number, at most 10000"),
         ({"guidance": math.inf}, "guidance is inf"),
         ({"leap": {"mode": "released"}}, "leap mode is 'released'; expected off, static or dynamic"),
         ({"leap": {"mode": "static", "index": 4}}, "leap index is 4; expected a step from 0 to 3"),

@@ -6,10 +6,10 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from sora_jax.export import describe, entries, manifest
+from sora_jax.export import describe, entries, host_program, manifest
 from sora_jax.export.contents import ExportFileError
 from sora_jax.export.host_program import ExportedModel
-from sora_jax.pipeline.settings import Settings
+from sora_jax.pipeline.settings import OPTIONS, Settings
 from tests.support.exports import complete_manifest, rewrite, write_folder
 
 pytest.importorskip("jsonschema", reason="manifests are validated with jsonschema (extra stablehlo, onnx or coreml)")
@@ -155,3 +155,12 @@ def test_no_number_that_is_not_finite_is_written(tmp_path):
     with pytest.raises((ValueError, manifest.ManifestError)):
         manifest.write(tmp_path, made)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loop_takes_the_numbers_that_the_pipeline_takes():
+    sampling = json.loads(manifest.SCHEMA_FILE.read_text())["properties"]["sampling"]["properties"]
+    for name in ("num_steps", "guidance", "merge_steps"):
+        assert (sampling[name]["minimum"], sampling[name]["maximum"]) == OPTIONS[name].option.within, name
+    assert tuple(
+        sampling[n]["maximum"] for n in ("num_steps", "guidance")
+    ) == (host_program.MAX_STEPS, host_program.MAX_GUIDANCE)
