@@ -1,6 +1,6 @@
 """Time of loading a transformer into memory, every byte compared, beside plain reads of the same files.
 
-Run:      python -m benchmarks.speed.load_speed WEIGHTS_DIR
+Command:  python -m benchmarks.speed.load_speed WEIGHTS_DIR
           (writes 1 GB of random weights, 12 blocks of the released width in float32, unless they are there)
 Needs:    free cores, 3 GB of memory, files in the page cache (a first round reads them); about a minute.
 Expect:   verified over plain at most 1.25 where hashing on all cores is as fast as one core reads; SHA-256 sets the floor: a
