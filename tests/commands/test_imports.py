@@ -10,7 +10,7 @@ import pytest
 from sora_jax.commands.convert import VERBS
 from sora_jax.commands.main import COMMANDS
 
-HEAVY = ("jax", "tensorstore", "flax", "torch", "transformers", "diffusers", "av")
+HEAVY = ("jax", "tensorstore", "flax", "torch", "transformers", "diffusers")
 # Runs one main after the other in a fresh process, and says after each which of the heavy packages it has imported.
 SCRIPT = f"""
 import contextlib, importlib, io, json, sys
