@@ -49,7 +49,7 @@ def test_an_interrupted_export_leaves_nothing(tiny_model, tmp_path, monkeypatch,
         (("--size", "17x32x40"), "width 40 is not a multiple of 16"),
         (("--stages", "t5,decoder"), "stages decoder cannot be exported; expected some of t5, stdit3"),
         (("--weights", "int4"), "target stablehlo has no weights 'int4'"),
-        (("--leap", "released"), "leap 'released' cannot be exported"),
+        (("--leap", "released"), "--leap: got 'released'; expected off, dynamic, or the number"),
         (("--guidance", "1e9"), "--guidance is 1e+09; expected a number from -10000 to 10000"),
     ],
 )

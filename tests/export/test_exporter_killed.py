@@ -60,7 +60,7 @@ def test_a_killed_export_takes_its_process_along_and_the_next_removes_what_it_le
     worker = worker_of(exporting)
     os.kill(exporting.pid, signal.SIGKILL)
     assert has_ended(worker)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
     exporting.wait()
     files.remove_leftovers.cache_clear()
     files.remove_leftovers(tmp_path)

@@ -161,6 +161,7 @@ def test_a_loop_takes_the_numbers_that_the_pipeline_takes():
     sampling = json.loads(manifest.SCHEMA_FILE.read_text())["properties"]["sampling"]["properties"]
     for name in ("num_steps", "guidance", "merge_steps"):
         assert (sampling[name]["minimum"], sampling[name]["maximum"]) == OPTIONS[name].option.within, name
-    assert tuple(
-        sampling[n]["maximum"] for n in ("num_steps", "guidance")
-    ) == (host_program.MAX_STEPS, host_program.MAX_GUIDANCE)
+    assert tuple(sampling[n]["maximum"] for n in ("num_steps", "guidance")) == (
+        host_program.MAX_STEPS,
+        host_program.MAX_GUIDANCE,
+    )
