@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from convert_weights.errors import SourceError, printable, unreadable
+from convert_weights.errors import SourceError, printable
+from convert_weights.source_file import OpenFile
 
 
 def read_object(path: Path, what: str, *, max_bytes: int) -> dict[str, Any]:
@@ -22,13 +23,10 @@ def read_object(path: Path, what: str, *, max_bytes: int) -> dict[str, Any]:
     Raises:
       SourceError: the file cannot be read, is too long, or holds something else.
     """
-    try:
-        with open(path, "rb") as file:
-            text = file.read(max_bytes + 1)
-    except OSError as error:
-        raise unreadable(error, path) from error
-    if len(text) > max_bytes:
-        raise SourceError(f"{path} has more than {max_bytes} bytes; it is not {what}.")
+    with OpenFile(path) as file:
+        if file.identity.size > max_bytes:
+            raise SourceError(f"{path} has {file.identity.size} bytes; {what} has at most {max_bytes}.")
+        text = file.read_bytes(0, file.identity.size)
     return parse_object(text, path, what)
 
 

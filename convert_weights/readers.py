@@ -256,7 +256,7 @@ class _Reader:
 
     def read_file(self, path: Path) -> set[str]:
         """Reads the header of a weight file, and returns the names of its arrays."""
-        with OpenFile(path) as file:
+        with OpenFile(path, settle=True) as file:
             self.files[path] = file.identity
             if path.suffix == ".safetensors":
                 tensors: Mapping[str, Tensor] = read_safetensors(file)

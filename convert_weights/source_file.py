@@ -41,12 +41,13 @@ class OpenFile:
     Args:
       path: a regular file, or a link to one.
       expected: the identity that the file had when its header was read.
+      settle: wait until a change would show in the file's times, for a file that was written just now.
 
     Raises:
       SourceError: it cannot be opened, is no regular file, or is not the one that was expected.
     """
 
-    def __init__(self, path: Path, expected: Identity | None = None):
+    def __init__(self, path: Path, expected: Identity | None = None, *, settle: bool = False):
         self.path = path
         try:
             # Without O_NONBLOCK, a named pipe in place of a file would wait for its writer.
@@ -57,7 +58,7 @@ class OpenFile:
             found = os.fstat(self._descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise SourceError(f"{path} is not a regular file.")
-            if expected is None and 0 <= time.time_ns() - found.st_mtime_ns < _TICK_NS:
+            if settle and 0 <= time.time_ns() - found.st_mtime_ns < _TICK_NS:
                 time.sleep(_TICK_NS / 1e9)
                 found = os.fstat(self._descriptor)
             self.identity = Identity.of(found)

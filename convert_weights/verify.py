@@ -6,7 +6,6 @@ nothing with it.  Nothing is written or repaired.
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from convert_weights.checkpoint import DEFAULTS, Options, Source, open_source
 from convert_weights.checksums import Checksums
 from convert_weights.companions import differs_from_source, tokenizer_fault
 from convert_weights.errors import SourceError
+from convert_weights.json_text import read_object
 from convert_weights.readers import open_checkpoint
 from convert_weights.rules import common_prefix
 from convert_weights.values import Write, convert_values
@@ -34,6 +34,8 @@ from sora_jax.storage.directory import (
 )
 from sora_jax.storage.reader import Reader
 from sora_jax.streaming import fitting
+
+_MAX_METADATA_BYTES = 1 << 16
 
 
 def verify(
@@ -102,10 +104,10 @@ def _array_faults(reader: Reader, name: str) -> list[str]:
     parameter, faults = reader.manifest.parameters[name], []
     metadata = reader.manifest.array_path(name) / "zarr.json"
     try:
-        if not describes(json.loads(metadata.read_text("utf-8")), parameter):
+        if not describes(read_object(metadata, "the description of an array", max_bytes=_MAX_METADATA_BYTES), parameter):
             faults.append(f"{name}: {metadata} does not describe {list(parameter.shape)} of {parameter.dtype}")
-    except (OSError, ValueError, RecursionError) as error:
-        faults.append(f"{name}: {metadata} cannot be read ({error})")
+    except (SourceError, OSError) as error:
+        faults.append(f"{name}: {error}")
     try:
         reader.verify(name)
     except ModelDirectoryError as error:

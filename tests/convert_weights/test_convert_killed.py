@@ -1,7 +1,8 @@
-"""The converter killed at 50 random moments: the network is absent or complete, and the next attempt finishes.
+"""The converter killed at 50 random moments, and right before and behind each of its publications.
 
-A helper process forks a converter for each trial; the kernel kills it (SIGKILL) at its n-th opening, renaming, making or
-removing of a file, or after a random time.  The bytes are compared with those of an undisturbed conversion.
+The network is absent or complete, never without its tokenizer, and the next attempt finishes and clears up.  A helper process
+forks a converter for each trial; the kernel kills it (SIGKILL) at its n-th opening, renaming, making or removing of a file, or
+after a random time.  The bytes are compared with those of an undisturbed conversion.
 """
 
 import json
@@ -12,16 +13,21 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from convert_weights.checkpoint import convert_checkpoint
+from convert_weights.to_torch import to_torch
+from sora_jax import files
 from sora_jax.config import T5Config
 from sora_jax.storage import writer as network_writer
+from sora_jax.storage.directory import open_network, read_model_file
 
 TRIALS = 50
+Action = Callable[[Path, Path], None]
 
 CONFIG = T5Config(
     vocab_size=16,
@@ -49,15 +55,30 @@ def _write_source(folder: Path) -> Path:
         {name: draw.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}, folder / "model.safetensors"
     )
     (folder / "config.json").write_text(json.dumps({"model_type": "t5", "feed_forward_proj": "gated-gelu", **CONFIG.to_dict()}))
+    (folder / "tokenizer.json").write_text('{"model": "a tokenizer"}')
     return folder
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Returns every file's bytes but the lock's, which may outlive a killed process and holds nothing."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".model.lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def _convert_and_die(source: Path, model: Path, operation: int, delay_s: float) -> int:
-    """Converts and returns the number of audited operations, unless the process is killed at one of them or by the time."""
+EVERYTHING = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
+PUBLICATIONS = ("os.rename", "os.link", "os.remove", "os.rmdir", "shutil.rmtree")
+
+
+def _convert(source: Path, model: Path) -> None:
+    convert_checkpoint("t5", source, model, overwrite=True)
+
+
+def _write_back(model: Path, out: Path) -> None:
+    to_torch(open_network(model, "t5"), out)
+
+
+def _act_and_die(act: Action, source: Path, target: Path, operation: int, delay_s: float, events: Sequence[str]) -> int:
+    """Acts and returns the number of audited operations, unless the process is killed at one of them or by the time."""
     count = 0
 
     def die() -> None:
@@ -65,7 +86,7 @@ def _convert_and_die(source: Path, model: Path, operation: int, delay_s: float) 
 
     def audit(event: str, _: object) -> None:
         nonlocal count
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"):
+        if event in events:
             count += 1
             if count == operation:
                 die()
@@ -74,17 +95,25 @@ def _convert_and_die(source: Path, model: Path, operation: int, delay_s: float) 
     timer.daemon = True
     timer.start()
     sys.addaudithook(audit)
-    convert_checkpoint("t5", source, model, overwrite=True)
+    act(source, target)
     return count
 
 
-def _in_child(source: Path, model: Path, operation: int = 0, delay_s: float = 600.0) -> tuple[bool, int]:
-    """Returns whether a forked converter was killed, and its operations if it was not."""
+def _in_child(
+    act: Action,
+    source: Path,
+    target: Path,
+    *,
+    operation: int = 0,
+    delay_s: float = 600.0,
+    events: Sequence[str] = EVERYTHING,
+) -> tuple[bool, int]:
+    """Returns whether a forked process was killed, and its operations if it was not."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            os.write(writer, str(_convert_and_die(source, model, operation, delay_s)).encode())
+            os.write(writer, str(_act_and_die(act, source, target, operation, delay_s, events)).encode())
         finally:
             os._exit(0)
     os.close(writer)
@@ -102,9 +131,9 @@ def run_trials(folder: Path) -> dict[str, int]:
     source = _write_source(folder / "source")
     convert_checkpoint("t5", source, folder / "new")  # and computes the shapes, so that no child runs JAX
     convert_checkpoint("t5", source, folder / "old", dtype="bfloat16")
-    new, old = _contents(folder / "new" / "t5"), _contents(folder / "old" / "t5")
+    new, old, whole = _contents(folder / "new" / "t5"), _contents(folder / "old" / "t5"), _contents(folder / "new")
     started = time.monotonic()
-    _, operations = _in_child(source, folder / "undisturbed")
+    _, operations = _in_child(_convert, source, folder / "undisturbed")
     duration_s = time.monotonic() - started
     seed = int.from_bytes(os.urandom(4), "little")
     draw = np.random.default_rng(seed)
@@ -117,32 +146,88 @@ def run_trials(folder: Path) -> dict[str, int]:
             {"delay_s": draw.uniform(0, duration_s)} if trial % 5 == 4 else {"operation": int(draw.integers(1, operations + 1))}
         )
         where = f"seed {seed}, trial {trial}, {moment}"
-        seen["killed"] += _in_child(source, model, **moment)[0]
+        seen["killed"] += _in_child(_convert, source, model, **moment)[0]
         found = _contents(model / "t5")
         state = "absent" if not (model / "t5").exists() else "new" if found == new else "old"
         assert state != "old" or (replaces and found == old), where
         seen[state] += 1
         journal = model / ".t5.journal"
         seen["journal"] += journal.exists() and len(journal.read_text().splitlines()) > 1
-        convert_checkpoint("t5", source, model, overwrite=True)
-        assert _contents(model / "t5") == new, where
-        left = {path.name for path in model.iterdir()} - {"t5", "model.json"}
-        assert left <= {".model.lock"}, (where, left)
+        _expect_whole(model, where)
+        files.remove_leftovers.cache_clear()  # as in the next process
+        _convert(source, model)
+        assert _contents(model) == whole, where
         shutil.rmtree(model)
     return seen
 
 
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    program = "import json, pathlib, sys; from tests.convert_weights.test_convert_killed import run_trials"
-    program += "; print(json.dumps(run_trials(pathlib.Path(sys.argv[1]))))"
+def _expect_whole(model: Path, where: object) -> None:
+    """Checks that a network that is visible has its tokenizer, and that the index names it."""
+    if (model / "t5" / "network.json").exists():
+        assert (model / "tokenizer.json").read_text() == '{"model": "a tokenizer"}', where
+        assert read_model_file(model)["tokenizer"] == "tokenizer.json", where
+
+
+def run_publications(folder: Path) -> dict[str, int]:
+    """Kills at each publication of a conversion, of one that replaces, and of the way back; returns how many there were."""
+    source = _write_source(folder / "source")
+    convert_checkpoint("t5", source, folder / "new")
+    convert_checkpoint("t5", source, folder / "old", dtype="bfloat16")
+    _in_child(_write_back, folder / "new", folder / "back")  # tensorstore, once used here, would forbid to fork
+    new, back, counts = _contents(folder / "new"), _contents(folder / "back"), {}
+    for name, act, begin, expected in (
+        ("converted", _convert, None, new),
+        ("replaced", _convert, folder / "old", new),
+        ("written back", _write_back, None, back),
+    ):
+        given = folder / "new" if act is _write_back else source
+        target, operation, killed = folder / "target", 0, True
+        while killed:
+            operation += 1
+            if begin:
+                shutil.copytree(begin, target)
+            killed, _ = _in_child(act, given, target, operation=operation, events=PUBLICATIONS)
+            where = f"{name}, before publication {operation}"
+            if act is _convert:
+                assert _contents(target / "t5") in ({}, _contents(folder / "old" / "t5"), _contents(folder / "new" / "t5")), (
+                    where
+                )
+                _expect_whole(target, where)
+            files.remove_leftovers.cache_clear()
+            if act is _convert:
+                act(given, target)
+            elif not (target / "model.safetensors").exists():
+                _in_child(act, given, target)
+            else:
+                files.remove_leftovers(target)
+            assert _contents(target) == expected, where
+            shutil.rmtree(target)
+        counts[name] = operation - 1
+    return counts
+
+
+def _in_a_process_without_threads(function: str, folder: Path) -> dict[str, int]:
+    program = f"import json, pathlib, sys; from tests.convert_weights.test_convert_killed import {function}"
+    program += f"; print(json.dumps({function}(pathlib.Path(sys.argv[1]))))"
     result = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)],
+        [sys.executable, "-c", program, str(folder)],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    seen = json.loads(result.stdout)
+    return json.loads(result.stdout)
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    seen = _in_a_process_without_threads("run_trials", tmp_path)
     assert seen["killed"] >= TRIALS * 0.8, seen
     assert min(seen["absent"], seen["old"], seen["new"], seen["journal"]) >= 1, seen
+
+
+def test_killed_between_any_two_publications(tmp_path: Path) -> None:
+    counts = _in_a_process_without_threads("run_publications", tmp_path)
+    assert counts["converted"] >= 5, counts  # journal, tokenizer, index, network, index again, and what is cleared up
+    assert counts["replaced"] > counts["converted"], counts
+    assert counts["written back"] >= 3, counts  # configuration, tokenizer, weights
