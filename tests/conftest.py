@@ -1,10 +1,16 @@
 """What every test starts from: the CPU, no silent rank promotion, and shapes checked at every annotated boundary.
 
 Matmul precision is left as the library sets it, so that a tolerance measures the product and not a test setting.
-JAX_PLATFORMS in the environment overrides the CPU, for the tests marked gpu.
+JAX_PLATFORMS in the environment overrides the CPU, for the tests marked gpu.  The workers of one run, and the processes that
+tests start, share a folder of compiled programs, so that none compiles what another has; JAX_COMPILATION_CACHE_DIR in the
+environment keeps them for the next run too.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,6 +25,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 pytest.register_assert_rewrite("tests.support.sources")
 jaxtyping.install_import_hook("sora_jax", "tests.support.typecheck.check")
 
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers of pytest-xdist inherit it, as do other processes
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sora_jax-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+jax.config.update("jax_compilation_cache_dir", COMPILED)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -26,6 +42,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.tiny_model import write_model
 
     return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def _compiled_programs_stay_shared() -> Iterator[None]:
+    """Undoes what a command under test did to JAX's cache: ``--compile-cache`` holds for the process."""
+    yield
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
+    if jax.config.jax_compilation_cache_dir != COMPILED:
+        jax.config.update("jax_compilation_cache_dir", COMPILED)
 
 
 @pytest.fixture
