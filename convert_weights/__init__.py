@@ -32,7 +32,7 @@ def convert(
       ConversionError: unknown, missing, twice-set, mis-shaped or mistyped arrays, NaN or infinite values; all in one report.
     """
     if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype {dtype!r}; expected float32 or bfloat16 (int8 is a way of storing: checkpoint.save_network).")
+        raise ValueError(f"dtype {dtype!r}; expected float32 or bfloat16 (int8 exists only on disk: checkpoint.save_network).")
     headers = {}
     for name, array in state_dict.items():
         dtype_name = str(array.dtype).removeprefix("torch.")

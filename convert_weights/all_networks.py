@@ -1,6 +1,6 @@
 """All three networks at once, from a folder that holds their checkpoints.
 
-Each network stays an atomic unit of its own: what is converted stays when a later one fails.
+Each network stays an atomic unit of its own: networks that were converted stay when a later one fails.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from sora_jax.storage.writer import check_dtype
 
 
 def find_networks(source: str | os.PathLike[str], networks: Sequence[str] = NETWORKS) -> dict[str, Path]:
-    """Returns the folder of each network (and of ``spatial``, if there) below ``source``, by their config.json files.
+    """Returns the folder of each network (and of ``spatial``, if present) below ``source``, recognised by its config.json.
 
     Raises:
       SourceError: one of ``networks`` is missing, or there are two of it.
@@ -36,7 +36,9 @@ def find_networks(source: str | os.PathLike[str], networks: Sequence[str] = NETW
         if len(found.get(network, ())) > 1
     ]
     if problems:
-        raise SourceError(f"{root} holds {'; '.join(problems)} (told by their config.json); convert the networks one by one.")
+        raise SourceError(
+            f"{root} holds {'; '.join(problems)} (recognised by their config.json); convert the networks one by one."
+        )
     return {network: folders[0] for network, folders in found.items() if network in (*networks, "spatial")}
 
 
@@ -52,7 +54,7 @@ def is_pipeline(source: str | os.PathLike[str]) -> bool:
 
 
 def options_of(network: str, folders: Mapping[str, Path], options: Options) -> Options:
-    """Returns how a network of ``find_networks`` is read: a VAE without its spatial part takes the AutoencoderKL beside it."""
+    """Returns how a network of ``find_networks`` is read: a VAE without its spatial part takes the AutoencoderKL next to it."""
     apart = network == "vae" and "spatial" in folders and options.spatial is None
     if apart and not _has_spatial(folders["vae"], options):
         return dataclasses.replace(options, spatial=folders["spatial"])
@@ -70,7 +72,7 @@ def convert_pipeline(
 ) -> dict[str, Manifest]:
     """Converts the three networks below ``source`` one after another and returns their manifests.
 
-    Networks that an interrupted run has finished are left as they are unless ``overwrite`` is given.
+    Networks that an interrupted run has finished are left as they are unless ``overwrite`` is set.
 
     Args:
       source: a folder of three checkpoint folders, and possibly the VAE's AutoencoderKL.
@@ -78,7 +80,7 @@ def convert_pipeline(
       dtypes: stored dtype of each network.
       overwrite: replace existing networks.
       options: how the sources are read.
-      progress: called with the network, its source bytes converted so far, and all.
+      progress: called with the network, its source bytes converted so far, and their total.
     """
     for network in NETWORKS:
         check_dtype(network, dtypes[network])

@@ -36,7 +36,7 @@ class Options:
 
     Attributes:
       section: which state dict of a training checkpoint to take (default: EMA where there is one).
-      config_file: read instead of the config.json beside the weights.
+      config_file: read instead of the config.json in the folder of the weights.
       spatial: for the VAE: the AutoencoderKL, where the source holds only the temporal part.
       ignore_config_keys: unknown config.json keys that are known not to change the network.
       allow_mixed_dtypes: accept arrays that differ in dtype.
@@ -79,7 +79,7 @@ def open_source(network: str, source: str | os.PathLike[str], options: Options =
 
 
 def _open_files(network: str, source: str | os.PathLike[str], options: Options) -> tuple[Checkpoint, Path | None]:
-    """Returns the arrays of a source, and the folder of a spatial part that is given apart."""
+    """Returns the arrays of a source, and the folder of a spatial part that the caller names separately."""
     checkpoint = open_checkpoint(source, section=options.section)
     if options.spatial is None:
         return checkpoint, None
@@ -125,10 +125,10 @@ def convert_checkpoint(
       overwrite: replace an existing network.
       options: how the source is read.
       report: called with the plan, before anything is written.
-      progress: called with the source bytes converted so far, and all.
+      progress: called with the source bytes converted so far, and their total.
 
     Raises:
-      ConversionError: arrays or config.json do not fit; everything that is wrong, at once.
+      ConversionError: arrays or config.json do not fit; one report of all faults.
       SourceError: the source is missing, unsafe, truncated or damaged.
       ModelDirectoryError: the network exists, is being written, or does not fit on the disk.
     """
@@ -142,7 +142,8 @@ def convert_checkpoint(
             return finished
         if (target / network).exists():
             raise ModelDirectoryError(f"{target / network} exists; pass --overwrite (overwrite=True) to replace it.")
-    # Begun before the plan, whose tracing keeps one core busy for a second or two: the other reads and hashes meanwhile.
+    # Begun before the plan, whose tracing keeps one core busy for a second or two: the other reads and hashes in the
+    # background.
     with Checksums(checkpoint) as checksums:
         opened = _match(network, checkpoint, spatial_folder, options)
         report(opened)

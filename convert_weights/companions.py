@@ -1,4 +1,4 @@
-"""The small files that travel with a network: T5's tokenizer, and the defaults of generation beside STDiT3.
+"""The small files that travel with a network: T5's tokenizer, and the defaults of generation next to STDiT3.
 
 Invariant: they are read and judged before any weight is converted, and they are in the model directory before its network is,
 so that no interruption loses them.  What tokenizers and settings mean is not known here.
@@ -29,7 +29,7 @@ class Companions:
     """What travels with one network; empty for the VAE, and where the source has none."""
 
     def __init__(self, network: str, folder: Path):
-        """Reads the files beside the weights.
+        """Reads the files next to the weights.
 
         Raises:
           SourceError: one of them cannot be read, or is something else.
@@ -76,7 +76,7 @@ def tokenizer_fault(manifest: Manifest) -> str | None:
 
 
 def differs_from_source(manifest: Manifest, folder: Path) -> str | None:
-    """Returns that the tokenizer of a model directory is not the one beside a source's weights, or None."""
+    """Returns the fault if a model directory's tokenizer differs from that of the source, else None."""
     theirs = Companions(manifest.network, folder).tokenizer
     if theirs is None:
         return None
@@ -88,7 +88,7 @@ def differs_from_source(manifest: Manifest, folder: Path) -> str | None:
 
 
 def export(manifest: Manifest) -> dict[str, bytes]:
-    """Returns the files that belong beside a network's PyTorch weights, by name.
+    """Returns the files that belong next to a network's PyTorch weights, by name.
 
     Raises:
       SourceError: model.json names a tokenizer that is missing or unreadable.

@@ -35,7 +35,7 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 def some(names: list[str], count: int = 5) -> str:
-    """Returns the first few of many names, and how many there are besides."""
+    """Returns the first few of many names, and the number of the others."""
     shown = ", ".join(printable(name) for name in names[:count])
     return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
 

@@ -107,14 +107,14 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The arrays of a checkpoint by name, in file order, and what was found beside them.
+    """The arrays of a checkpoint by name, in file order, and the files that hold them.
 
     Attributes:
-      path: the source as given.
+      path: the source as the caller named it.
       folder: the folder of the weight files, where config.json and the tokenizer are.
       files: the weight files, with the identity that each had when its header was read.
       arrays: every array.
-      notes: what was chosen or skipped, for the user.
+      notes: what was taken or skipped, for the user.
       extents: the byte ranges with a known CRC-32, by file.
       sections: which state dict was taken, by file; for files that are not one themselves.
     """

@@ -43,7 +43,7 @@ def differences(
     Args:
       checkpoint: the source.
       names: the arrays to compare.
-      note: told which reader read which file, or that there is none for it.
+      note: called with the reader of each file, or that there is none for it.
     """
     faults = []
     for path in checkpoint.files:

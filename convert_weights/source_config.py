@@ -128,7 +128,7 @@ def resolve(
     spatial_folder: Path | None = None,
     ignore: Collection[str] = (),
 ) -> Resolved:
-    """Returns the configuration of a checkpoint from the config.json beside its weights.
+    """Returns the configuration of a checkpoint from the config.json in the folder of its weights.
 
     Args:
       network: ``t5``, ``stdit3`` or ``vae``.
@@ -144,7 +144,7 @@ def resolve(
     path = config_file or folder / "config.json"
     if config_file is None and not path.is_file():
         preset = getattr(open_sora_1_2, network)
-        return Resolved(preset, "no config.json beside the weights; the configuration of Open-Sora 1.2 is used", ())
+        return Resolved(preset, "no config.json with the weights; the configuration of Open-Sora 1.2 is used", ())
     fields = _read(path)
     problems = _Problems(ignore)
     if fields.keys() == _same(CONFIGS[network]).keys() and (network != "vae" or isinstance(fields["spatial"], dict)):

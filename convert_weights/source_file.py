@@ -21,7 +21,7 @@ _TICK_NS = 10_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What tells a file from another one, and from itself after a change."""
+    """What distinguishes a file from another one, and from itself after a change."""
 
     device: int
     inode: int

@@ -42,7 +42,7 @@ class Sink(Protocol):
 
 
 class Discard:
-    """The sink of a checkpoint that has faults already: values are looked at for more, and dropped."""
+    """A sink for a checkpoint that has faults already: values are checked for further faults and dropped."""
 
     def wants(self, name: str) -> bool:
         """Returns True."""
@@ -62,7 +62,7 @@ class _Scratch(threading.local):
 
     def take(self, which: str, nbytes: int) -> np.ndarray:
         if self._buffers[which].size < nbytes:
-            self._buffers[which] = np.empty(0, np.uint8)  # let the old one go first
+            self._buffers[which] = np.empty(0, np.uint8)  # free the old one first
             self._buffers[which] = np.empty(nbytes, np.uint8)
         return self._buffers[which][:nbytes]
 

@@ -181,9 +181,9 @@ class _Compare:
         self._digests[name] = digest.hexdigest()
 
     def faults(self) -> list[str]:
-        """Returns a line for each parameter that the source does not give, bit for bit."""
+        """Returns a line for each parameter that the source does not reproduce bit for bit."""
         parameters = self._manifest.parameters
-        faults = [f"{name}: the source does not give it" for name in parameters if name not in self._digests]
+        faults = [f"{name}: the source does not contain it" for name in parameters if name not in self._digests]
         return faults + [
             f"{name}: differs from the source's value"
             for name, digest in self._digests.items()

@@ -1,7 +1,7 @@
 """Architecture numbers of the three networks, their presets, and the dtype policy.
 
-Every size the code uses is a field here; architecture fields have no defaults, presets show every number beside its
-source.  Configurations are frozen and hashable, so they can be static arguments of ``jax.jit``.  Each field bears the range of
+Every size the code uses is a field here; architecture fields have no defaults, presets show every number with its source.
+Configurations are frozen and hashable, so they can be static arguments of ``jax.jit``.  Each field bears the range of
 what is plausible, so that a damaged file can ask for no more than a machine can answer.  This module imports neither JAX nor
 a network and reads no file.
 """

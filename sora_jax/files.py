@@ -1,6 +1,6 @@
-"""Files that are whole or absent: every output is written under a temporary name beside its target, then published.
+"""Files that are whole or absent: every output is written under a temporary name next to its target, then published.
 
-Invariant: a path handed to the user never names a half-written file, and an existing file is replaced only on request.
+Invariant: a path that the user sees never names a half-written file, and an existing file is replaced only on request.
 Temporary names are random and made anew, so that no link that was put there before is followed; what a dead process left
 under such a name is removed by the next one that writes into the folder.  This module knows nothing about videos or networks.
 """
@@ -26,8 +26,8 @@ _ADVICE = {
     errno.EACCES: "check the permissions of the file and of its folders",
     errno.EPERM: "check the permissions of the file and of its folders",
     errno.EROFS: "choose a folder on a disk that can be written",
-    errno.ENOSPC: "make room and give the same command again",
-    errno.EDQUOT: "make room within your quota and give the same command again",
+    errno.ENOSPC: "make room and run the same command again",
+    errno.EDQUOT: "make room within your quota and run the same command again",
     errno.EIO: "the disk or the network drive failed; check it before trying again",
     errno.EMFILE: "allow more open files (ulimit -n 4096)",
     errno.ELOOP: "symbolic links point at each other",
@@ -41,7 +41,7 @@ _ABANDONED_S = 24 * 3600.0
 def whole_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary path; what was written there (file or folder) becomes ``path`` on success.
 
-    The temporary path has the target's own name, in a new folder beside the target that nobody else may enter.  On any
+    The temporary path has the target's own name, in a new folder next to the target that nobody else may enter.  On any
     exception, Ctrl-C included, it is removed and ``path`` is left as it was.
 
     Raises:
@@ -138,7 +138,7 @@ def check_target(path: Path, *, overwrite: bool) -> None:
     """Proves that a file may be written at ``path``, creating its folder if it is missing.
 
     Raises:
-      ValueError: the name is not UTF-8: it could be neither printed nor handed to other libraries.
+      ValueError: the name is not UTF-8: it could neither be printed nor passed to other libraries.
       FileExistsError: ``path`` exists and ``overwrite`` is False.
       IsADirectoryError: ``path`` is a folder, which is never replaced by a file.
       OSError: the folder cannot be created or written.
@@ -262,7 +262,7 @@ Owner = tuple[str, int, int]
 
 
 def _partial_name(name: str) -> str:
-    """Returns a new temporary name, which tells the process that writes it."""
+    """Returns a new temporary name, which identifies the process that writes it."""
     machine, process, start = _owner()
     stem = os.fsencode(name)[:_MAX_NAME_BYTES].decode("utf-8", "ignore")
     return f".{stem}.{machine}-{process}-{start}-{secrets.token_hex(4)}.partial"
@@ -274,7 +274,7 @@ def _stem(partial: Path) -> str:
 
 
 def _owner() -> Owner:
-    """Returns what tells this process from all others: machine and boot, number, and start time."""
+    """Returns what identifies this process among all others: machine and boot, number, and start time."""
     return _machine(), os.getpid(), _start_time(os.getpid()) or 0
 
 

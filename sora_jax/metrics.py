@@ -61,7 +61,7 @@ def ssim(video_thwc: Video, reference_thwc: Video) -> float:
 def temporal_flickering(video_thwc: Video) -> float:
     """Returns 1 minus the mean absolute difference of consecutive frames over 255: 1 where nothing changes.
 
-    The higher, the steadier; a clip in which nothing moves has 1, so read it beside a measure of motion.
+    The higher, the steadier; a clip in which nothing moves has 1, so read it together with a measure of motion.
 
     Source: VBench vbench/temporal_flickering.py cal_score (arXiv 2311.17982).  Differs from source: no filter of videos that
     are not static, which needs a network.
@@ -134,7 +134,7 @@ def _channels_first(video_thwc: np.ndarray) -> np.ndarray:
 
 
 def _band(size: int, sigma: float, radius: int, *, same: bool) -> np.ndarray:
-    """Returns the matrix [out, size] of a Gaussian window; with ``same`` as many values come out, zeros lying around."""
+    """Returns the matrix [out, size] of a Gaussian window; with ``same`` as many values come out, and outside are zeros."""
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     weights /= weights.sum()
     padding = radius if same else 0

@@ -1,4 +1,4 @@
-"""Clock and memory of this process: the one stopwatch, the one peak meter, and what the system can still give.
+"""Clock and memory of this process: the stopwatch, the peak meter, and the memory that the system can still provide.
 
 Invariant: memory is what Linux reports of this very process (``/proc/self``), never of the process that started it; where a
 system does not say, the answer is None or an error that says so, not a guess.  Nothing here decides how memory is used.
@@ -44,16 +44,16 @@ class Timings(dict[str, float]):
 
 
 class PeakMeter:
-    """The most that this process held between two samples, as far as the system tells (Linux).
+    """Peak memory of this process between two samples, as far as the system reports it (Linux).
 
-    The system keeps a high-water mark: it says what was held in between if it rose, and that it was no more if not.
+    The system keeps a high-water mark: if it rose, it is the peak in between; if not, memory stayed below it.
     """
 
     def __init__(self) -> None:
         self._high_water = 0
 
     def start(self) -> None:
-        """Leaves out what happened before."""
+        """Forgets what happened before."""
         self._high_water = status_bytes("VmHWM") or 0
 
     def sample(self) -> int | None:
@@ -98,7 +98,7 @@ def available_bytes() -> int:
     What the process holds already counts as available, because it is part of its peak.
 
     Raises:
-      ValueError: the system does not say; give the budget in bytes.
+      ValueError: the system does not say; state the budget in bytes.
     """
     held = resident_bytes()
     if held is not None and _MEMINFO.exists():
@@ -108,7 +108,7 @@ def available_bytes() -> int:
         try:
             free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, OSError, ValueError):
-            raise ValueError("this system does not say how much memory is free; give a budget in bytes, not auto.") from None
+            raise ValueError("this system does not say how much memory is free; state a budget in bytes, not auto.") from None
     limits = [_cgroup_limit(_CGROUP / "memory.max"), _cgroup_limit(_CGROUP / "memory" / "memory.limit_in_bytes")]
     return min([free, *(limit for limit in limits if limit is not None)])
 

@@ -1,8 +1,8 @@
-"""What every command of this project does alike: exit codes, one line for every failure, notes apart from the results.
+"""What all commands share: exit codes, one line for every failure, notes on standard error.
 
 Invariant: whatever goes wrong is one line on standard error that begins with ``sora-jax: error:``, wrong usage included;
-standard output holds results only; and no control character reaches a terminal, wherever a text came from.  Which commands
-there are, and what they do, is not known here.
+standard output holds results only; and no control character reaches a terminal, wherever a text came from. This module knows no
+command.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def run(
     Args:
       command: takes the arguments; returns an exit code, None for 0.
       arguments: None for those of the process.  With ``--debug`` among them a failure shows its traceback.
-      interrupted: what is said on Ctrl-C.
+      interrupted: the message of Ctrl-C.
       reports: whether a ValueError of several lines is shown as it is, instead of in one line.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -142,7 +142,7 @@ def describe(error: BaseException) -> str:
 
 
 def is_bad_input(error: BaseException) -> bool:
-    """Returns whether an error is the input's fault, which has an exit code of its own."""
+    """Returns whether bad input caused the error, which has its own exit code."""
     return isinstance(error, ValueError | FileNotFoundError | FileExistsError | IsADirectoryError | NotADirectoryError)
 
 

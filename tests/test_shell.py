@@ -32,7 +32,7 @@ def command_that(error: BaseException):
         (
             OSError(28, "No space left on device"),
             1,
-            "sora-jax: error: No space left on device; make room and give the same command again",
+            "sora-jax: error: No space left on device; make room and run the same command again",
         ),
         (MemoryError(), 1, "sora-jax: error: out of memory; use a smaller size, fewer frames or a smaller batch"),
         (KeyError("lacks seed"), 1, "sora-jax: error: lacks seed"),

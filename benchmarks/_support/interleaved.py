@@ -1,4 +1,4 @@
-"""Seconds of rivals that run in turn, so that what else the machine does meets all of them alike."""
+"""Seconds of rivals whose runs alternate, so that other load on the machine affects all of them alike."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -8,9 +8,10 @@ import jax
 
 
 def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int, *, warm: bool = True) -> dict[str, list[float]]:
-    """Returns the wall seconds of every run, taken in turn.
+    """Returns the wall seconds of every run; the runs alternate.
 
-    A first round compiles and warms caches, and is not counted; ``warm=False`` leaves it out, where runs are compiled and long.
+    The first round compiles and warms caches and is not counted; ``warm=False`` skips it, for long runs that are compiled
+    already.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + warm):

@@ -34,9 +34,9 @@ def environment() -> dict[str, Any]:
 
 
 def write_report(report: Mapping[str, Any], path: Path | None, *, show: bool = False) -> None:
-    """Writes a report as JSON to a file, where one is named, and prints it, where it is to be shown.
+    """Writes a report as JSON to a file, if one is named, and prints it if ``show``.
 
-    A report without an ``environment`` gets this machine's; the file's folders are made.
+    A report without an ``environment`` gets this machine's.  Creates the file's folders.
     """
     text = compact({**report, "environment": report.get("environment") or environment()})
     if show:
@@ -47,10 +47,10 @@ def write_report(report: Mapping[str, Any], path: Path | None, *, show: bool = F
 
 
 def new_folder(given: str) -> Path:
-    """Returns the path of a folder that a benchmark makes and removes.
+    """Returns the path of a folder that a benchmark creates and removes.
 
     Raises:
-      argparse.ArgumentTypeError: something is there already.
+      argparse.ArgumentTypeError: the path exists already.
     """
     if Path(given).exists():
         raise argparse.ArgumentTypeError(f"{given} exists; name a folder that does not, because it is removed afterwards")

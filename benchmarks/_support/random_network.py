@@ -1,4 +1,4 @@
-"""Networks with random weights: on their way to files, or the transformer at its real width in memory, and its arithmetic.
+"""Networks with random weights, for files or (the transformer at its real width) in memory, and a count of its operations.
 
 Invariant: in memory all block pairs share the arrays of one, so that 28 pairs take the memory of one (0.2 GB in float32, not
 4.5); the arithmetic is the same, and a pair is too large for the caches of a processor to make a difference.  In files every
@@ -26,10 +26,10 @@ CAPTION_TOKENS = 120  # real ones, of 300: what masks leave
 
 
 class RandomParameters(Mapping[str, np.ndarray]):
-    """Random float32 parameters of a network by flat name, drawn when they are asked for: all of them are never in memory.
+    """Random float32 parameters of a network by flat name, drawn on request, so that they are never all in memory.
 
     Args:
-      build: the network's class; only its shapes are made.
+      build: the network's class; only its shapes are used.
       config: its architecture.
     """
 
@@ -90,7 +90,7 @@ def with_depth(config: STDiT3Config, depth: int) -> STDiT3Config:
 
 
 def gflop(config: STDiT3Config, *, rows: int, frames: int, side: int, merged: bool = False) -> dict[str, float]:
-    """Returns the arithmetic of one evaluation by part, 2 operations a multiplication.
+    """Returns the operations of one evaluation by part, 2 for each multiply-add.
 
     Merging leaves ``ceil(frames / 2)`` frames to the attentions and their linear maps; MLPs and captions keep theirs.
     """

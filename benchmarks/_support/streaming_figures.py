@@ -1,7 +1,7 @@
 """The paper's equations and figures of loading and computing, and the reader that makes a disk slow.
 
-With b blocks, load l, compute c of a block and k retained blocks, running in turn takes b (l + c), of which concurrency saves,
-without the constant overhead that the paper takes off:
+With b blocks, load l, compute c of a block and k retained blocks, loading and computing one after the other takes b (l + c).
+Concurrency saves, without the constant overhead that the paper subtracts:
 
     equation 10, nothing retained    b min(l, c)
     equation 11, k retained          b min(l, c) + k max(0, l - c)
@@ -23,14 +23,14 @@ COLOURS = {"load": "tab:orange", "copy": "grey", "compute": "tab:blue"}  # of th
 
 
 class LimitedReader:
-    """Makes every read take as long as a disk of that many bytes a second would; None: as long as it takes."""
+    """Makes every read take as long as a disk of that many bytes a second would; None: no limit."""
 
     def __init__(self, bytes_per_s: float | None = None) -> None:
         self.bytes_per_s = bytes_per_s
 
     @contextlib.contextmanager
     def __call__(self, layer: str, num_bytes: int) -> Iterator[None]:
-        """Waits after the read of a layer for what is left of its time."""
+        """Waits after the read of a layer until the time that the slow disk would need is over."""
         start = time.perf_counter()
         yield
         if self.bytes_per_s is not None:
@@ -38,14 +38,14 @@ class LimitedReader:
 
 
 def predictions(num_blocks: int, load_s: float, compute_s: float, retained: int) -> tuple[float, float, float]:
-    """Returns the seconds of all blocks: in turn, concurrently (equation 10), and with some retained (equation 11)."""
+    """Returns the seconds of all blocks: sequentially, concurrently (equation 10), and with some retained (equation 11)."""
     sequential = num_blocks * (load_s + compute_s)
     concurrent = sequential - num_blocks * min(load_s, compute_s)
     return sequential, concurrent, concurrent - retained * max(0.0, load_s - compute_s)
 
 
 def saving(sequential_s: float, seconds: float) -> float:
-    """Returns the share of the time in turn that is saved."""
+    """Returns the saved share of the time that loading and computing one after the other takes."""
     return round(1 - seconds / sequential_s, 4)
 
 
@@ -73,7 +73,7 @@ def listed(profile: Profile) -> list[list[Any]]:
 
 
 def draw(pictures: Mapping[str, Sequence[Sequence[Any]]], path: Path) -> None:
-    """Draws each of `listed` as two rows of bars; those of one setting, which a name gives after a colon, share a scale."""
+    """Draws each entry of `listed` as two rows of bars; entries of one setting (the name after the colon) share a scale."""
     try:
         from matplotlib import pyplot
     except ImportError:

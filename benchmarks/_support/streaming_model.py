@@ -1,6 +1,7 @@
-"""A transformer of real width with random weights in a model directory, a guided sampling of it, and what plans say of it.
+"""A transformer of real width with random weights in a model directory, a guided sampling with it, and its memory plan.
 
-Invariant: shapes, dtypes and file sizes are those of Open-Sora 1.2 but for the number of blocks; the values are random, small
+Invariant: shapes, dtypes and file sizes are those of Open-Sora 1.2 except for the number of blocks; the values are random,
+small
 enough for the velocity to stay finite.
 """
 
@@ -27,7 +28,7 @@ GUIDANCE = 7.0
 
 
 def write(directory: Path, *, num_blocks: int, dtype: str = "float32") -> Path:
-    """Writes a transformer with ``num_blocks`` blocks (56 are all), unless it is there, and returns the directory."""
+    """Writes a transformer with ``num_blocks`` blocks (all: 56), unless it exists, and returns the directory."""
     config = dataclasses.replace(open_sora_1_2.stdit3, depth=num_blocks // 2)
     if not (directory / "stdit3").exists():
         save_network(directory, "stdit3", config, RandomParameters(STDiT3, config), dtype=dtype)
@@ -55,7 +56,7 @@ def make_sampler(network: Any, *, frames: int, rows: int, columns: int, num_step
 
 
 def planned(manifest: Manifest, config: ModelConfig, work: Workload, stage: str) -> StagePlan:
-    """Returns the memory plan's stage; the networks that are not there are taken for stored in float32."""
+    """Returns the memory plan's stage, assuming float32 for the networks that the directory lacks."""
     manifests = {manifest.network: manifest}
     for network, build in CLASSES.items():
         parts = getattr(config, network)

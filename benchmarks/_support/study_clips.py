@@ -1,7 +1,7 @@
-"""What `sampler_study` asks for and what it says of a clip: captions, scores, and the file of lines.
+"""What `sampler_study` asks for and how it scores a clip: captions, scores, and the file of result lines.
 
 Invariant: a line depends on the clip, its two references and its caption only, and a torn last line (the study was stopped
-while writing) is taken away before anything is added.
+while writing) is removed before lines are added.
 """
 
 import dataclasses
@@ -69,22 +69,22 @@ def calibration_prompts(path: Path | None, first: int, num: int, seed: int) -> l
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class References:
-    """The clips that another one of the same prompt and noise is compared with, and how much moves in the first."""
+    """The reference clips of a prompt and noise, and how much moves in the first of them."""
 
     by_steps: Mapping[str, Frames]
     flow: float
 
     @classmethod
     def of(cls, short: Frames, long: Frames) -> Self:
-        """Returns those of 30 and of 200 steps."""
+        """Returns the clips of 30 and of 200 steps."""
         return cls(by_steps={"30": short, "200": long}, flow=metrics.flow_magnitude(short) if len(short) > 1 else 0.0)
 
 
 def scores(frames: Frames, references: References, asked: Mapping[str, str] | None) -> dict[str, Any]:
     """Returns the measures of one clip by name, JSON-ready.
 
-    For a caption with known attributes: for each of ``JUDGED`` that it names whether the clip shows it, and the pace of the
-    object over the pace named (1 as told, 0 stands still); both are left out where the caption says nothing of them.
+    For a caption with known attributes: for each of ``JUDGED`` that it names whether the clip shows it, and the object's pace
+    divided by the captioned pace (1: as captioned, 0: it stands still); what the caption does not name is left out.
     """
     out: dict[str, Any] = {}
     for steps, reference in references.by_steps.items():
@@ -107,7 +107,7 @@ def scores(frames: Frames, references: References, asked: Mapping[str, str] | No
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines so far, none if there is no file; takes a torn last line out of the file."""
+    """Returns the lines so far, none if there is no file; removes a torn last line from the file."""
     if not path.exists():
         return []
     content = path.read_bytes()

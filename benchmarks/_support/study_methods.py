@@ -1,8 +1,9 @@
 """The ways of sampling that `sampler_study` compares: names, settings, and which of them share their first steps.
 
-A method that forks from another one takes over its state after so many steps, which is what it would have computed itself:
-a leap at step N of 30 is the plain sampling until then.  So the leaps of a whole row cost one sampling and one step each.
-Invariant: ``evaluations`` is the number asked for; what a clip really took is what the sampler reports.
+A method may fork from another one: it takes over that one's state after a number of steps, which equals what it would have
+computed itself.  A leap at step N of 30 is the plain sampling until then, so all leaps of a row cost one sampling and one
+further step each.
+Invariant: ``evaluations`` is the requested number; the sampler reports how many a clip really took.
 """
 
 import dataclasses
@@ -31,9 +32,9 @@ class Method:
     Attributes:
       name: unique.
       family: methods that differ in their number of evaluations only.
-      evaluations: asked for; None where the rule decides.
-      changes: of `Settings`, from Open-Sora's.
-      calibrated: evaluations of the calibrated plan that it samples by; None: none.
+      evaluations: the requested number; None where the leap rule decides.
+      changes: settings that differ from Open-Sora's.
+      calibrated: evaluations of its calibrated reuse plan; None: no plan.
       fork: name of the method whose state after so many steps this one takes over, and the number of steps.
     """
 
@@ -51,7 +52,7 @@ def methods() -> list[Method]:
 
 
 def plain(num_steps: int) -> dict[str, Any]:
-    """Returns the settings of a plain sampling; its last step "leaps" to where it goes anyway, which saves a program."""
+    """Returns the settings of a plain sampling; its last step "leaps" to where it goes anyway, which saves a compilation."""
     return {"num_steps": num_steps, "leap": Leap.static(num_steps - 1)}
 
 
@@ -124,9 +125,9 @@ def plans() -> list[Method]:
 
 
 def guidance_plan(evaluations: int) -> Plan:
-    """Returns full steps, then steps that reuse the guidance difference, as many evaluations together.
+    """Returns a plan of full steps followed by steps that reuse the guidance difference, with that many evaluations in all.
 
-    30 steps where two full ones suffice for that, fewer steps below 16 evaluations.
+    It has 30 steps if that leaves at least two full ones, and fewer below 16 evaluations.
     """
     num_steps = min(STEPS, 2 * evaluations - 2)
     return Plan.evaluate_at(range(num_steps), num_steps).with_half_steps(2 * evaluations - num_steps)

@@ -1,4 +1,4 @@
-"""Pictures of `sampler_study`: likeness over evaluations, and the cosine of each step (the paper's figure 5).
+"""Pictures of `sampler_study`: closeness to the reference by evaluations, and the cosine of each step (the paper's figure 5).
 
 Needs matplotlib (extra ``study``); without it nothing is drawn and one line says so.
 """
@@ -27,7 +27,7 @@ DRAWN = {
     "reuse AB2": ("reuse plan, AB2", "tab:olive", "--"),
     "guidance reuse": ("guidance reused", "tab:purple", "-"),
 }
-CEILING_DB = 70.0  # of the picture: what is closer to the reference looks the same
+CEILING_DB = 70.0  # upper end of the picture: clips closer to the reference look the same
 
 
 def draw(report: Mapping[str, Any], folder: Path) -> None:
@@ -66,7 +66,7 @@ def draw_families(axis: Any, rows: Sequence[Row], measure: str) -> None:
 
 
 def draw_cosines(axis: Any, found: Mapping[str, Any]) -> None:
-    """Draws mean and band of one minus the cosine, and where the dynamic rule leapt, marks by its share of clips."""
+    """Draws mean and band of one minus the cosine, and marks where the dynamic rule leapt by the share of clips."""
     distance = {name: [1 - value for value in found[name]] for name in ("mean", "low", "high")}
     axis.fill_between(found["step"], distance["high"], distance["low"], alpha=0.3, label="5 % to 95 % of clips")
     axis.semilogy(found["step"], distance["mean"], label="mean")

@@ -1,6 +1,6 @@
 """Tables of `sampler_study`: from its lines to JSON and markdown.
 
-Invariant: every number comes from the lines; nothing is made or measured here.  Methods of one table are compared on the
+Invariant: every number comes from the lines; nothing is sampled or measured here.  Methods of one table are compared on the
 same clips.  Medians stand with their quartiles, shares with their 95 % interval.
 """
 
@@ -67,7 +67,7 @@ def shared(lines: Sequence[Row]) -> list[Row]:
 
 
 def most_clips(lines: Sequence[Row]) -> list[Row]:
-    """Returns the lines of the methods that made the most clips; none where all made as many."""
+    """Returns the lines of the methods with the most clips; none if all methods have equally many."""
     counts: dict[str, int] = {}
     for line in lines:
         counts[line["method"]] = counts.get(line["method"], 0) + 1
@@ -78,7 +78,7 @@ def most_clips(lines: Sequence[Row]) -> list[Row]:
 def over_euler(lines: Iterable[Row]) -> list[Row]:
     """Returns the lines, each with its PSNR less that of plain Euler's clip at as many evaluations.
 
-    Left out where there is no such clip, or where it is the reference itself.
+    The difference is left out if there is no such clip, or if it is the reference itself.
     """
     lines = list(lines)
     plain = {(x["prompt"], x["noise"], x["evaluations"]): x for x in lines if x["family"] == "Euler"}
@@ -204,7 +204,7 @@ def cell(value: Mapping[str, Any] | None) -> str:
 
 
 def cosine_table(found: Mapping[str, Any]) -> list[str]:
-    """Returns the cosines by step, and how many clips the dynamic rule let leap there."""
+    """Returns the cosines by step, and how many clips leapt there by the dynamic rule."""
     lines = ["| step | mean | 5 % .. 95 % of clips | clips that leapt |", "|---|---|---|---|"]
     for step, mean, low, high in zip(found["step"], found["mean"], found["low"], found["high"], strict=True):
         lines.append(f"| {step} | {mean:.5f} | {low:.5f} .. {high:.5f} | {found['leaps'].get(str(step), 0)} |")

@@ -32,7 +32,7 @@ class CausalConv3d(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two normed convolutions beside a shortcut."""
+    """Two normed convolutions and a shortcut."""
 
     def __init__(self, before: int, after: int, groups: int):
         super().__init__()

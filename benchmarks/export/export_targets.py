@@ -6,7 +6,7 @@ Expect:   float32 rows above 100 dB and videos above 50 dB; int8 a quarter of th
 Rival:    the same model directory: its bytes as stored, and the pipeline that runs it.
 
 Videos of Core ML rows have one step: their programs are interpreted, and slowly; nothing ran on Apple hardware.
-Every row is written when it is measured, and a row that the file already has is kept: a run that was stopped goes on.
+Each row is written as soon as it is measured, and rows already in the file are kept: a stopped run continues.
 """
 
 import argparse

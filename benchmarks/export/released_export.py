@@ -2,14 +2,14 @@
 
 Command:  python -m benchmarks.export.released_export --scratch scratch --target coreml --precision float16 --weights int8
             --stages stdit3 --json benchmarks/results/coreml_export.json
-Needs:    the extra of the target; 10 GB of disk for all 28 pairs (weights in bfloat16 and artefacts), given back at the end.
+Needs:    the extra of the target; 10 GB of disk for all 28 pairs (weights in bfloat16 and artefacts), removed at the end.
 Expect:   Core ML in int8: 28 pairs in 1.3 GB, each with the functions full and merged; at most 6 GB of memory in any process.
 Rival:    On-device Sora's own export, two float32 packages for every pair (2 x 28 x 170 MB = 9.5 GB).  It needs a Mac, so its
           bytes are computed and its time is not.
 
 Weights are random, of the released names and shapes; --pairs and --t5-blocks leave out layers, which are all alike.  Bytes do
 not depend on the size of the video, which is small here because the check interprets every program.
-Every stage passed the export's own check on the activations of the stages before it, else there is no result.
+There is a result only if every stage passed the export's own check on the activations of the stages before it.
 """
 
 import argparse

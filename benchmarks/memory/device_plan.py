@@ -1,8 +1,8 @@
-"""Predicted time and memory of every stage on a phone, beside what On-device Sora's paper measured there.
+"""Predicted time and memory of every stage on a phone, compared with what On-device Sora's paper measured there.
 
 Command:  python -m benchmarks.memory.device_plan --profile iphone-15-pro [--bandwidth 1.2GB] [--stored float32] [--json FILE]
 Needs:    nothing: shapes only, no weights, seconds.
-Expect:   the error of every row, stated.  With the nominal speed the times are lower bounds; `fitted` takes speed and bandwidth
+Expect:   every row states its error.  With the nominal speed the times are lower bounds; `fitted` takes speed and bandwidth
           from the paper's step with and without concurrent inference at 256 x 256, and predicts the rest.
 Rival:    the paper's measurements (arXiv 2502.04363, tables 1 and 5 and section 6).
 
@@ -51,7 +51,7 @@ MERGED_STEPS = 15  # the paper merges in the first half of the steps
 
 
 def main() -> None:
-    """Prints the predictions beside the measurements, and writes them."""
+    """Prints predictions and measurements side by side, and writes them."""
     options = parse()
     profile = PROFILES[options.profile]
     if options.bandwidth:
@@ -80,7 +80,7 @@ def parse() -> argparse.Namespace:
 
 
 def shapes_only(stored: str) -> dict[str, Manifest]:
-    """Returns manifests of the full architecture, of no files; the autoencoder is never stored as int8."""
+    """Returns manifests of the full architecture, without files; the autoencoder is never stored as int8."""
     manifests = {}
     for network in registry.CLASSES:
         config, dtype = getattr(open_sora_1_2, network), "float32" if network == "vae" and stored == "int8" else stored
@@ -162,7 +162,7 @@ def merged_flops(work: Workload) -> float:
 
 
 def fit(manifests: dict[str, Manifest], profile: Profile) -> Profile:
-    """Returns the profile that the paper's two steps show: overlapped it takes the computing, in turn the reading more."""
+    """Returns the profile behind the paper's two steps: overlapped they take the computing, sequentially the reading too."""
     denoise = plan_memory(manifests, Workload(num_frames=FRAMES, height=256, width=256), profile.budget).stage("denoise")
     load_s = PAPER_STEP_S["sequential"] - PAPER_STEP_S["CI"]
     return dataclasses.replace(
@@ -173,7 +173,7 @@ def fit(manifests: dict[str, Manifest], profile: Profile) -> Profile:
 
 
 def compared(predicted: float, measured: float | None) -> dict[str, float | None]:
-    """Returns a prediction beside its measurement and the relative error."""
+    """Returns a prediction, its measurement and the relative error."""
     error = None if measured is None else predicted / measured - 1
     return {"predicted": predicted, "paper": measured, "error": error}
 

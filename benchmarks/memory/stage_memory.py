@@ -9,8 +9,9 @@ Expect:   every peak at most 3.3 GB; the least peak (one segment at a time) of t
           17 frames of 256 x 256 decoded in at most 2.0 GB and in no more than PyTorch's time.
 Rival:    --rival: diffusers' AutoencoderKL and `torch_decoder` in eager mode on as many threads, weights random too.
 
-The peak is VmHWM of a child process (interpreter, compiler, file pages included) and stands beside what the memory plan said.
-Linked blocks share their bytes, so they are read from the page cache: read times then say nothing, memory does.
+The peak is VmHWM of a child process (interpreter, compiler, file pages included) and is listed with the memory plan's
+prediction.
+Linked blocks share their bytes, so they are read from the page cache: read times mean nothing then, memory figures do.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def config_of(options: argparse.Namespace) -> ModelConfig:
 
 
 def write(options: argparse.Namespace, network: str, stored: str) -> Path:
-    """Writes a network of the true shapes with random weights, unless it is there, and returns its model directory."""
+    """Writes a network of the true shapes with random weights, unless it exists, and returns its model directory."""
     directory = options.scratch / f"{network}-{stored}{'-linked' if options.linked else ''}{'-tiny' if options.tiny else ''}"
     config = getattr(config_of(options), network)
     if (directory / network).exists():
@@ -110,7 +111,7 @@ def write(options: argparse.Namespace, network: str, stored: str) -> Path:
 
 
 def _link_blocks(manifest: Manifest, config: Any) -> None:
-    """Gives an encoder of one block ``config.num_layers`` of them, all with the same files."""
+    """Turns an encoder of one block into one of ``config.num_layers`` blocks that share its files."""
     parameters = dict(manifest.parameters)
     for i in range(1, config.num_layers):
         shutil.copytree(manifest.path / "block.0", manifest.path / f"block.{i}", copy_function=os.link)

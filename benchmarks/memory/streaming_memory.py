@@ -7,8 +7,8 @@ Expect:   every peak at most its budget; `minimum` (nothing retained) 1.3 to 1.4
           about 0.6 GB (--frames 2: 0.7 GB in all).
 Rival:    --budgets none, everything in memory.
 
-The peak is VmHWM of the process when it has evaluated, interpreter, compiler and file pages included; RssAnon and RssFile are
-what it held then.  The peak while compiling is given apart, since it does not depend on the weights.
+The peak is VmHWM of the process after the evaluation, interpreter, compiler and file pages included; RssAnon and RssFile are
+what it held then. The peak while compiling is reported separately, since it does not depend on the weights.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=32, help="latent columns")
     parser.add_argument("--evaluations", type=int, default=1)
     parser.add_argument("--verify", action="store_true", help="compare checksums, as a first run does")
-    parser.add_argument("--unplanned", action="store_true", help="without the memory plan: measuring alone keeps the budget")
+    parser.add_argument("--unplanned", action="store_true", help="skip the memory plan: measurement alone keeps the budget")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()

@@ -94,7 +94,7 @@ def save_animation(pictures: Sequence[Image.Image], path: Path) -> int:
 
 
 def _steady(pictures: Sequence[Image.Image], tolerance: int) -> list[Image.Image]:
-    """Returns the pictures with pixels left as they are for as long as they are right to within a number of levels."""
+    """Returns the pictures, in which a pixel keeps its value while that is right to within a number of levels."""
     shown = [np.asarray(pictures[0]).astype(np.int16)]
     for picture in pictures[1:]:
         levels = np.asarray(picture).astype(np.int16)
@@ -111,10 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Writes both pictures and prints their sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="MODEL_DIR", type=Path, nargs="?", help="default: the embedded model")
-    parser.add_argument("--seed", type=int, default=0, help="of captions and noise (default 0)")
-    parser.add_argument("--num", type=int, default=12, help="clips, the first of the seed (default 12)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of captions and noise (default 0)")
+    parser.add_argument("--num", type=int, default=12, help="number of clips, the first of the seed (default 12)")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the pictures (default docs)")
-    parser.add_argument("--real", action="store_true", help="clips that the renderer draws")
+    parser.add_argument("--real", action="store_true", help="let the renderer draw the clips, not the model")
     options = parser.parse_args(arguments)
     asked = cases.captions(options.num, seed=options.seed)
     if options.real:

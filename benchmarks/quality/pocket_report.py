@@ -88,7 +88,7 @@ def report(work: Path, earlier: Mapping[str, Any] | None = None, continues: Mapp
 
 
 def stage_report(lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], module: ModuleType) -> dict[str, Any]:
-    """Returns settings, time, loss and scores of one stage; scores that nothing was asked for are None."""
+    """Returns settings, time, loss and scores of one stage; scores that were not requested are None."""
     rows = timeline(lines)
     losses = [row for row in rows if "loss" in row]
     scores = [row for row in rows if "loss" not in row]
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("training"), help="folder that training worked in")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"file to write (default {RESULTS.name} in results)")
-    parser.add_argument("--continues", type=Path, metavar="REPORT", help="of the training that a warm start went on from")
+    parser.add_argument("--continues", type=Path, metavar="REPORT", help="report of the training that a warm start continued")
     options = parser.parse_args(arguments)
     earlier = json.loads(options.out.read_text()) if options.out.exists() else None
     continues = None if options.continues is None else json.loads(options.continues.read_text())

@@ -1,4 +1,4 @@
-"""How good is each way of sampling at equal numbers of evaluations?  Every method, the same prompts and noise.
+"""How good is each way of sampling at equal numbers of evaluations?  Every method gets the same prompts and noise.
 
 Command:  python -m benchmarks.quality.sampler_study --work study [MODEL_DIR] [--prompts 32 --seeds 1]         the grid
           python -m benchmarks.quality.sampler_study --work study --frontier --prompts 64 --seeds 2            its best methods
@@ -10,7 +10,7 @@ A clip is compared with those of 30 and of 200 Euler steps from the same noise (
 the model is the embedded one (colour, shape, direction, speed), and measured for flicker and motion.  Programs are compiled
 once for each kind of method: number of steps, times, leaps and plans are values.
 
-The study goes on where it stopped: latents and lines that exist are not made again.  Plans are calibrated on captions that
+The study goes on where it stopped: existing latents and lines are reused.  Plans are calibrated on captions that
 the study does not ask for.
 """
 
@@ -51,7 +51,7 @@ SEED_STRIDE = 1_000_003  # between the noises of a prompt
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is asked, of whom, and where it is kept."""
+    """A study: its prompts, its model, and the folder of its results."""
 
     pipeline: Pipeline
     settings: Settings
@@ -63,7 +63,7 @@ class Study:
     calibration_prompts: int
 
     def calibration(self, shift: float) -> Calibration:
-        """What reuse costs in 30 steps at shifted times: measured once and kept, on captions that are not asked for."""
+        """The cost of reuse in 30 steps at shifted times, measured once on captions that the study does not use."""
         path = self.work / ("calibration.npz" if shift == 1 else f"calibration-shift{shift:g}.npz")
         if not path.exists():
             texts = calibration_prompts(self.prompt_file, len(self.prompts), self.calibration_prompts, self.settings.seed)
@@ -123,12 +123,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=1, help="noises for each prompt")
     parser.add_argument("--prompt-file", type=Path, help="one prompt a line (default: captions of the embedded model)")
-    parser.add_argument("--calibration-prompts", type=int, default=8, help="of a file: the lines after those of the study")
+    parser.add_argument(
+        "--calibration-prompts",
+        type=int,
+        default=8,
+        help="number of calibration prompts: the lines of the file after those of the study",
+    )
     parser.add_argument("--methods", metavar="REGEX", help="only methods whose name it finds; references always")
     parser.add_argument("--frontier", action="store_true", help="only the best methods of the lines so far")
-    parser.add_argument("--report", action="store_true", help="make no clips")
-    parser.add_argument("--batch", type=int, default=16, help="clips at once; keep it when going on")
-    parser.add_argument("--seed", type=int, default=0, help="of captions and noise")
+    parser.add_argument("--report", action="store_true", help="write the report alone")
+    parser.add_argument("--batch", type=int, default=16, help="clips in a batch; keep the number when the study goes on")
+    parser.add_argument("--seed", type=int, default=0, help="seed of captions and noise")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     for name, kind in (("guidance", float), ("num-frames", str), ("height", int), ("width", int)):
         parser.add_argument(f"--{name}", type=kind, help="default: the model's")
@@ -137,7 +142,7 @@ def parse() -> argparse.Namespace:
 
 
 def opened(options: argparse.Namespace) -> Study:
-    """Returns the study, having made sure that its folder is of the same one.
+    """Returns the study, after checking that its folder belongs to the same one.
 
     Raises:
       ValueError: the folder holds lines of another study.
@@ -184,7 +189,7 @@ def frontier_names(study: Study) -> list[str]:
 
 
 def run_batch(study: Study, every: Sequence[Method], noise: int, indices: Sequence[int]) -> None:
-    """Makes and measures the clips of some prompts by every method, but for those that are measured already."""
+    """Generates and measures the clips of some prompts by every method, except those measured already."""
     known = {(line["method"], line["prompt"], line["noise"]) for line in read_lines(study.lines)}
     missing = [method for method in every if any((method.name, i, noise) not in known for i in indices)]
     if not missing:
@@ -237,7 +242,7 @@ def denoise(study: Study, generation: Generation, texts: Sequence[str], wanted: 
 def trajectories(
     velocity: Velocity, z: jax.Array, samplings: Sequence[tuple[Method, Settings]]
 ) -> Iterator[tuple[Method, Carry, float]]:
-    """Yields each method's final state and the seconds it took, those before its fork and compiling left out."""
+    """Yields each method's final state and the seconds it took, without compiling and without the steps before its fork."""
     forks: dict[tuple[str, int], Carry] = {}
     stops = {method.fork for method, _ in samplings if method.fork}
     for method, settings in samplings:

@@ -1,12 +1,12 @@
-"""Videos in the folder and by the names that VBench reads, for those who have its networks.
+"""Videos in the folder and with the names that VBench expects, for people who have its networks.
 
 Command:  python -m benchmarks.quality.vbench_frames VBench_full_info.json OUT --model MODEL_DIR [--preset recommended]
           then, with VBench installed:  vbench evaluate --videos_path OUT --dimension DIMENSION
 Needs:    VBench's own list of prompts (vbench/VBench_full_info.json of its repository), a model that follows them.
 Writes:   OUT/<prompt>-<number>.mp4, number 0 to 4 (0 to 24 for temporal flickering); OUT/study.json says how.
 
-VBench finds a video by its prompt and number; each video has another noise.  Videos that exist are not made again, so the
-command goes on where it stopped.  FVD needs only the folder: its networks read any video.
+VBench finds a video by its prompt and number; each video has its own noise.  Existing videos are skipped, so an interrupted
+command continues.  FVD needs only the folder: its networks read any video.
 
 Source: Vchitect/VBench prompts/README.md (arXiv 2311.17982).
 """
@@ -27,7 +27,7 @@ _FORBIDDEN = "/\0"
 
 
 def main() -> None:
-    """Makes what is missing; exits with one line where it cannot."""
+    """Generates the missing videos; exits with one line if it cannot."""
     options = parse()
     try:
         jobs = list(enumerate(videos(read_list(options.prompts), options.dimension, options.samples)))
@@ -53,9 +53,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--model", type=Path, help="default: the embedded model, which knows none of these prompts")
     parser.add_argument("--dimension", action="append", help="only prompts of this dimension; repeatable")
-    parser.add_argument("--samples", type=int, help=f"of each prompt (default {SAMPLES}; {FLICKERING_SAMPLES} for flickering)")
+    parser.add_argument(
+        "--samples", type=int, help=f"videos for each prompt (default {SAMPLES}; {FLICKERING_SAMPLES} for flickering)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only count")
-    parser.add_argument("--seed", type=int, default=0, help="of the first video; video n of the list has seed + n")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first video; video n of the list has seed + n")
     parser.add_argument("--preset", metavar="exact|recommended")
     parser.add_argument("--leap", type=lambda text: int(text) if text.isdigit() else text)
     for name, kind in (("num-steps", int), ("merge-steps", int), ("plan", Path), ("num-frames", str), ("dtype", str)):
@@ -86,7 +88,7 @@ def videos(
     """Yields (prompt, number) of every video, each once.
 
     Raises:
-      ValueError: a dimension is none of the list's, or a prompt cannot be a file name.
+      ValueError: a dimension is not in the list, or a prompt cannot be a file name.
     """
     known = {dimension for entry in entries for dimension in entry["dimension"]}
     strange = sorted(set(dimensions or ()) - known)

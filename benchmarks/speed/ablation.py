@@ -4,7 +4,7 @@ Command:  python -m benchmarks.speed.ablation [--depth 4] [--repeats 3] [--sizes
 Needs:    2.5 GB of memory, 0.7 GB of disk; about 12 minutes on two cores with the defaults.
 Expect:   leap 30 / 16 = 1.88 times; both at least the product of the two, since the steps that a leap leaves out are those
           that would not merge.
-Rival:    the plain sampling of the same run: all run in turn within each repeat; all are compiled before the first.
+Rival:    the plain sampling of the same run: samplings alternate within each repeat, and all are compiled before the first.
 
 STDiT3 of 1,152 channels and 16 heads with random weights and few block pairs (every pair costs the same; the embedding of
 captions and the final layer weigh less in 28 pairs).  30 steps, guidance: 2 rows.  The product counts as reached where the
@@ -12,9 +12,9 @@ gain of both, divided by it, is 0.97 or more.
 
 CI (concurrent inference): the blocks are read from files while the one before computes, at ``--rate`` MB/s and none retained;
 CI and DL (dynamic loading): half of them retained; all: LPL, TDTM, CI and DL.  At 1,200 MB/s a block of 85 MB loads in 0.07 s:
-longer than it computes at the first size, about as long at the second.  The paper's starting point is to load and compute in
-turn: that time is not measured but the plain sampling's plus that of its reads at the rate, and gains of streamed runs are
-given over it too.
+longer than it computes at the first size, about as long at the second.  The paper starts from loading and computing one after
+the other.  That time is not measured: it is the plain sampling's plus that of its reads at the rate.  Gains of streamed runs
+are stated over it too.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def measured(config: STDiT3Config, dtype: str, frames: int, side: int, repeats: 
 
 
 def retaining(stream: STDiT3Stream, number: int, run: Callable[[], Any]) -> Any:
-    """Returns what the run returns, made with that number of blocks retained."""
+    """Returns the result of a run with that number of retained blocks."""
     stream.retention.count = number
     return run()
 

@@ -1,12 +1,12 @@
-"""Time of one pair of STDiT3 blocks at real width, beside the same pair in PyTorch, eager and compiled.
+"""Time of one pair of STDiT3 blocks at real width, against the same pair in PyTorch, eager and compiled.
 
 Command:  python -m benchmarks.speed.block_speed [--repeats 10] [--frames 5 --height 20 --width 20] [--dtypes float32 bfloat16]
-Needs:    torch beside the package; about 1 GB of memory; 5 seconds a repeat on two cores, a minute for compiling.
+Needs:    torch in addition to the package; about 1 GB of memory; 5 seconds a repeat on two cores, a minute for compiling.
 Expect:   float32: PyTorch not faster. bfloat16: at least 1.7 times as fast as PyTorch's float32, and as its bfloat16.
 Rival:    `torch_pair` below, written with torch.nn.functional (fused attention, fused layer norm), eager and by
           torch.compile (which needs a C++ compiler).
 
-The candidates run in turn within each repeat, on the same threads, after their outputs were compared.  Wall time suffers
+The candidates alternate within each repeat, on the same threads, after their outputs were compared.  Wall time suffers
 from whatever else the machine does: read it only where the recorded load is below the number of threads, and CPU seconds
 (which include PyTorch's threads waiting for each other) otherwise.
 """
@@ -121,7 +121,7 @@ def check_agreement(name: str, ours: jax.Array, rival: Callable[[], torch.Tensor
 
 
 def measure(candidates: dict[str, Candidate], options: argparse.Namespace) -> dict[str, Any]:
-    """Returns wall and CPU seconds of every candidate, run in turn, and the arithmetic done in a CPU second."""
+    """Returns wall and CPU seconds of the candidates, whose runs alternate, and the operations done in a CPU second."""
     wall: dict[str, list[float]] = {name: [] for name in candidates}
     cpu: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(options.repeats + 1):
@@ -148,7 +148,7 @@ def measure(candidates: dict[str, Candidate], options: argparse.Namespace) -> di
 
 
 def gflop(options: argparse.Namespace) -> dict[str, float]:
-    """Returns the arithmetic of every candidate, 2 operations a multiplication.
+    """Returns the operations of every candidate, 2 for each multiply-add.
 
     Merging halves the frames of the attentions and their linear maps; MLPs and the captions' keys stay.
     """

@@ -1,4 +1,4 @@
-"""The time and memory of converting a checkpoint of real size, beside copying the same bytes.
+"""The time and memory of converting a checkpoint of real size, against copying the same bytes.
 
 Command:  python -m benchmarks.speed.convert_speed stdit3 --scratch SCRATCH --json benchmarks/results/convert_stdit3.json
 Needs:    two to three times the checkpoint in disk space and a few minutes; nothing is left behind.
@@ -123,7 +123,7 @@ def _write_torch_shards(folder: Path, shapes: dict[str, tuple[int, ...]], dtype:
 
 
 def drop_caches(folder: Path) -> None:
-    """Makes the files of a folder cold, without privileges and without touching other processes' files; then pauses."""
+    """Drops the files of a folder from the page cache, without privileges and without touching other files; then pauses."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -151,7 +151,7 @@ def convert(network: str, source: Path, scratch: Path, dtype: str) -> tuple[floa
 
 
 def verify(scratch: Path) -> tuple[float, float]:
-    """Returns the same of comparing every stored value with its checksum, from cold files."""
+    """Returns the same for comparing every stored value with its checksum, from cold files."""
     drop_caches(scratch / "model")
     return _command(["verify", str(scratch / "model")])
 

@@ -8,7 +8,7 @@ Rival:    the same arithmetic at the speed of the bare matrix product, measured 
 
 Weights are random, and all block pairs share one set (see `random_network`).  The evaluation is the one that the sampler
 makes: conditional and unconditional row together, then the guidance.  The second part runs a single pair at growing token
-counts, merged and unmerged in turn, beside the arithmetic of both.
+counts, merged and unmerged alternately, and compares them with the count of operations.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def whole(config: STDiT3Config, dtype: str, frames: int, side: int, repeats: int) -> dict[str, Any]:
-    """Returns seconds and speed of a guided evaluation, beside the matrix product's."""
+    """Returns seconds and speed of a guided evaluation and of the matrix product."""
     parts = gflop(config, rows=2, frames=frames, side=side)
     candidates, compile_s = prepared(config, dtype, frames, side, merges=(False,))
     a, b = (jnp.ones(shape, dtype) for shape in ((PRODUCT_ROWS, CONFIG.hidden_size), (CONFIG.hidden_size, CONFIG.mlp_size)))

@@ -6,7 +6,7 @@ Expect:   at most 0.2 ms a step for cosine, leap rule, plan and trace at latents
 Rival:    for the bookkeeping a bare loop of Euler steps over the same velocity; for the evaluations the plain sampling.
 
 The velocity of the first part costs next to nothing, so that what is left is the sampler.  Runs alternate; the second part
-counts denoising alone, programs being compiled before.
+counts denoising alone, with programs that are compiled already.
 """
 
 import argparse

@@ -6,16 +6,16 @@ Command:  python -m benchmarks.speed.streaming_speed WEIGHTS_DIR --backend mmap 
 Needs:    two free cores and 2 GB; about 8 minutes each.  matplotlib for the picture (left out without it).
 Expect:   2,048 tokens: streamed / retained at most 1.05; 256 tokens: mmap at most 1.15, host at most 1.35; with a limited
           reader within 1.1 of max(load, compute).
-Rival:    everything retained, the same program in the same process.  A round runs it, every streamed run beside it, and every
-          second round goes backwards; a pair is a streamed run and the retained one of its round.
+Rival:    everything retained, the same program in the same process.  A round has it once and every streamed variant once, in
+          reverse order in every second round; a pair is a streamed run and the retained run of its round.
 
-Before a run that is timed, another brings the stream into the state that an evaluation leaves to the next.  With more tokens
-than ``MANY`` computing takes longer than loading: there a tiny run and a wait for what is read ahead do that.  With half of the
-blocks retained nothing is saved there (equation 11), so that is timed at fewer tokens, at the lowest rate.
+An untimed run before each timed one brings the stream into the state that one evaluation leaves for the next.  Above ``MANY``
+tokens computing takes longer than loading, and a tiny run followed by a wait for the reader is enough.  Retaining half of the
+blocks saves nothing there (equation 11), so it is timed at fewer tokens and the lowest rate.
 
 The picture has the paper's figures 8 (the measured times of 10, laid out one after the other), 10 and 14 (half of the blocks
 retained) at the lowest rate; figure 15 is `streaming_text`.  Equations 10 and 11 (`streaming_figures`) are evaluated from the
-measured times of a block, and stand beside what was measured.
+measured times of a block, and are listed with the measurements.
 """
 
 import argparse
@@ -74,10 +74,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--backend", default="mmap", choices=["mmap", "host"])
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 256], choices=sorted(SIZES), help="of a row; two rows")
-    parser.add_argument("--pairs", type=int, default=10, help="runs of each kind, in turn")
-    parser.add_argument("--rates", nargs="+", type=int, default=[300, 600, 1200], help="of the limited reader, MB/s")
-    parser.add_argument("--out", type=Path, help="results/streaming_speed_BACKEND.json unless given")
-    parser.add_argument("--picture", type=Path, help="drawn where a file is named")
+    parser.add_argument("--pairs", type=int, default=10, help="runs of each kind, alternating")
+    parser.add_argument("--rates", nargs="+", type=int, default=[300, 600, 1200], help="rates of the limited reader, MB/s")
+    parser.add_argument("--out", type=Path, help="default: results/streaming_speed_BACKEND.json")
+    parser.add_argument("--picture", type=Path, help="file of the picture (default: none)")
     return parser.parse_args()
 
 
@@ -98,7 +98,7 @@ class Bench:
         return streaming_model.make_sampler(network, frames=frames, rows=rows, columns=columns, num_steps=2)
 
     def run(self, rate: int | None, retained: int) -> tuple[float, Profile]:
-        """Returns the seconds and the profile of an evaluation from the same start, the state having settled before."""
+        """Returns the seconds and the profile of an evaluation from the same start, after the stream has settled."""
         self.reader.bytes_per_s = None if rate is None else rate * 1e6
         self.stream.retention.count = retained
         settling, carry = self.settling
@@ -112,7 +112,7 @@ class Bench:
         return seconds, profile
 
     def measured(self, rates: list[int], pairs: int) -> list[dict[str, Any]]:
-        """Returns what was found without a limit and at every rate in MB/s."""
+        """Returns the measurements without a limit and at every rate in MB/s."""
         kinds: list[Kind] = [(None, self.num_blocks), (None, 0), *((rate, 0) for rate in rates)]
         if self.tokens <= MANY:
             kinds.append((min(rates), self.num_blocks // 2))
@@ -123,7 +123,7 @@ class Bench:
         return [self.compared(rate, runs) for rate in (None, *rates)]
 
     def compared(self, rate: int | None, runs: Runs) -> dict[str, Any]:
-        """Returns the times of streamed runs at a rate beside those of retained ones and what the equations say."""
+        """Returns the times of streamed and retained runs at a rate, and what the equations predict."""
         retained, streamed = runs[None, self.num_blocks], runs[rate, 0]
         half = runs.get((rate, self.num_blocks // 2))
         compute, load = of_a_block(retained, ("compute", "copy")), of_a_block(streamed, ("load",))

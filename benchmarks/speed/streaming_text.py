@@ -1,14 +1,15 @@
-"""Time of text encoder blocks read while others compute, beside reading and computing in turn: the paper's figure 15.
+"""Time of text encoder blocks read while others compute, against reading and computing sequentially (figure 15).
 
 Command:  python -m benchmarks.speed.streaming_text WEIGHTS_DIR --picture docs/streaming_text.svg
           (writes 3.1 GB of random weights, 4 blocks of T5-XXL in float32, unless they are there)
 Needs:    two free cores and 1.5 GB; about 3 minutes.  matplotlib for the picture (left out without it).
-Expect:   loading takes longer than computing; at once, the time is within 1.1 of that of loading alone.
-Rival:    the same loop with one buffer, which reads and computes in turn; in the same process, one of each in a pair.
+Expect:   loading takes longer than computing; concurrently, the time is within 1.1 of that of loading alone.
+Rival:    the same loop with one buffer, which reads and computes one after the other, in the same process; a pair is one run of
+          each.
 
 A block of T5-XXL is 0.77 GB in float32 and runs in two halves; 300 tokens; a disk of ``--rate`` MB/s.  An encoder runs once for
-a caption, so nothing is retained and equation 11 is equation 10 (`streaming_figures`), whose load and compute of a block are
-those of the runs in turn.
+a caption, so nothing is retained and equation 11 reduces to equation 10 (`streaming_figures`), evaluated with the load and
+compute times of the sequential runs.
 """
 
 import argparse
@@ -69,15 +70,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("weights", type=Path)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--length", type=int, default=300, help="tokens")
-    parser.add_argument("--rate", type=int, default=600, help="of the limited reader, MB/s")
-    parser.add_argument("--pairs", type=int, default=10, help="runs of each kind, in turn")
+    parser.add_argument("--rate", type=int, default=600, help="rate of the limited reader, MB/s")
+    parser.add_argument("--pairs", type=int, default=10, help="runs of each kind, alternating")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--picture", type=Path, help="drawn where a file is named")
+    parser.add_argument("--picture", type=Path, help="file of the picture (default: none)")
     return parser.parse_args()
 
 
 def write(directory: Path, num_blocks: int) -> Manifest:
-    """Writes an encoder of T5-XXL's width, but for the number of blocks and of words, unless it is there, and returns it."""
+    """Writes an encoder of T5-XXL's width with fewer blocks and words, unless it exists, and returns it."""
     config = dataclasses.replace(open_sora_1_2.t5, num_layers=num_blocks, vocab_size=32)
     if not (directory / "t5").exists():
         save_network(directory, "t5", config, RandomParameters(T5Encoder, config), dtype="float32")
@@ -85,7 +86,7 @@ def write(directory: Path, num_blocks: int) -> Manifest:
 
 
 def encoder(manifest: Manifest, length: int, reader: LimitedReader) -> Callable[[int], Run]:
-    """Returns a function that runs all blocks with so many buffers, and returns the seconds and when what happened."""
+    """Returns a function that runs all blocks with that many buffers and returns the seconds and the profile."""
     config, rng = manifest.config, np.random.default_rng(0)
     x_BLE = rng.standard_normal((1, length, config.d_model)).astype(np.float32)
     table_RN = rng.standard_normal((config.relative_attention_num_buckets, config.num_heads)).astype(np.float32)
@@ -109,7 +110,7 @@ def encoder(manifest: Manifest, length: int, reader: LimitedReader) -> Callable[
 
 
 def compared(pairs: list[tuple[Run, Run]], num_blocks: int) -> dict[str, Any]:
-    """Returns the times in turn and at once, and what equation 10 says of them."""
+    """Returns the sequential and the concurrent time, and what equation 10 predicts."""
     in_turn, at_once = ([run for run, _ in pairs], [run for _, run in pairs])
     load, compute = (statistics.median(p.total_s(lane) / num_blocks for _, p in in_turn) for lane in ("load", "compute"))
     measured_in_turn, found = (statistics.median(seconds for seconds, _ in runs) for runs in (in_turn, at_once))

@@ -1,7 +1,7 @@
 """``sora-jax calibrate``: the reuse plan of a model, measured and written to a file.
 
 Invariant: everything that can be refused is refused before a network is loaded, and what needs no network before JAX is
-imported.  What is measured, and how a plan follows from it, is `calibration`'s business.
+imported.  `calibration` measures, and derives the plan.
 """
 
 import dataclasses

@@ -34,7 +34,7 @@ examples:
   sora-jax convert verify models/open-sora-1.2 --source OpenSora-STDiT-v3
   sora-jax convert to-torch models/open-sora-1.2 checkpoints
   sora-jax convert upgrade models/open-sora-1.2
-An interrupted conversion goes on when the same command is given again.
+An interrupted conversion continues when the same command is run again.
 """
 
 
@@ -46,7 +46,7 @@ class Reading:
         str | None,
         Option("State dict of a training checkpoint to take (default: EMA where there is one).", metavar="NAME"),
     ] = None
-    config: Annotated[Path | None, Option("Read instead of the config.json beside the weights.", metavar="FILE")] = None
+    config: Annotated[Path | None, Option("A config.json to read instead of the one with the weights.", metavar="FILE")] = None
     spatial: Annotated[
         Path | None, Option("vae: the AutoencoderKL, where SOURCE holds only the temporal part.", metavar="SOURCE")
     ] = None
@@ -111,7 +111,7 @@ class Upgrading:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0 done, 1 differs or failed, 2 source or usage is wrong, 130 interrupted."""
-    return shell.run(command, arguments, interrupted="interrupted; give the same command again to go on.", reports=True)
+    return shell.run(command, arguments, interrupted="interrupted; run the same command again to continue.", reports=True)
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -284,7 +284,7 @@ class Bar:
 # What each verb does, what it takes, and the function that does it.
 VERBS: Mapping[str, tuple[str, Any, Callable[[str, Any], int]]] = {
     **{network: (f"convert the network {network}", Conversion, _convert) for network in NETWORKS},
-    "pipeline": ("convert all three networks, from a folder of their folders", Conversion, _convert_all),
+    "pipeline": ("convert all three networks, from a folder that holds their folders", Conversion, _convert_all),
     "verify": ("compare checksum, shape and dtype of every parameter, and the source's values", Verification, _verify),
     "to-torch": ("write PyTorch names and layouts back, as safetensors", Reversal, _to_torch),
     "upgrade": ("rewrite networks of an older format in the present one, in place", Upgrading, _upgrade),

@@ -1,6 +1,7 @@
 """``sora-jax export``: one call of `sora_jax.export.exporter.export`, and a line for each stage.
 
-Invariant: nothing is decided here.  An interrupt is answered within a second: `export` is told by its progress to stop, ends
+Invariant: this module decides nothing. An interrupt is answered within a second: the progress callback asks `export` to stop,
+ends
 the process that it has begun, and removes what was written.
 """
 
@@ -164,7 +165,7 @@ def parse_size(text: str) -> tuple[int, int, int]:
     """Returns frames, height and width of a size written ``51x240x320``.
 
     Raises:
-      ValueError: the text is no such size.
+      ValueError: the text is not a size.
     """
     parts = text.split("x")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):

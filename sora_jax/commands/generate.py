@@ -51,7 +51,7 @@ class What(options.PromptFile):
     num_sample: Annotated[int, Option("Clips for each prompt.", metavar="N", within=(1, 10**9))] = 1
     reference_path: Annotated[
         tuple[str, ...],
-        Option("Images or videos to begin with; once for each prompt.", metavar="FILE[;FILE]", repeats=True),
+        Option("Reference images or videos; repeat it for each prompt.", metavar="FILE[;FILE]", repeats=True),
     ] = ()
     mask_strategy: Annotated[
         tuple[str, ...],
@@ -71,7 +71,7 @@ class What(options.PromptFile):
 class Running(options.MemoryBudget):
     """How the computation runs."""
 
-    batch_size: Annotated[int, Option("Clips made together.", metavar="N", within=(1, 10**6))] = 1
+    batch_size: Annotated[int, Option("Clips in a batch.", metavar="N", within=(1, 10**6))] = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Where(Naming, options.Writing, options.CompileCache):
 
     save_latents: Annotated[Path | None, Option("Write the latents before they are decoded.", metavar="NPZ")] = None
     profile_streaming: Annotated[
-        Path | None, Option("Write when layers were read and computed, as a Chrome trace.", metavar="FILE")
+        Path | None, Option("Write a Chrome trace of reading and computing the layers.", metavar="FILE")
     ] = None
     caption_cache: Annotated[
         str | None,

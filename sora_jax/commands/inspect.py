@@ -30,7 +30,7 @@ _GFLOPS_PER_CORE = 100.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Planning(options.MemoryBudget):
-    """What a memory plan depends on besides the clip."""
+    """What a memory plan depends on in addition to the clip."""
 
     batch_size: Annotated[int | None, Option("Clips made together.", metavar="N", within=(1, 10**6))] = None
     bandwidth: Annotated[
@@ -121,8 +121,8 @@ def inspect_memory(
       name: the model directory, or ``pocket``.
       clip: options as the pipeline takes them (`PLANNED`); what is missing or None is the model's default.
       memory_budget: such as ``"3.3GB"`` or ``"auto"``; None: no budget.
-      batch_size: clips made together.
-      bandwidth: of storage, a second; for the times.
+      batch_size: clips in a batch.
+      bandwidth: bytes a second that storage delivers, for the times.
       gflops: speed in GFLOP/s; for the times.
 
     Raises:

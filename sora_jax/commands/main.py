@@ -1,7 +1,7 @@
 """The ``sora-jax`` command: which commands there are; each is a module of its own.
 
-Invariant: only the module of the command that was asked for is imported, and its ``main`` takes the remaining arguments.  What
-all commands do alike is `sora_jax.shell`'s business.
+Invariant: only the module of the command that was asked for is imported, and its ``main`` takes the remaining arguments.
+`sora_jax.shell` does what all commands share.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """A bar for the stages and steps of a generation.
 
-Invariant: the bar is drawn on standard error and leaves no line behind.  What there is to report is the pipeline's business.
+Invariant: the bar is drawn on standard error and leaves no line behind.  The pipeline decides what to report.
 """
 
 import contextlib

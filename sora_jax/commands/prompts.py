@@ -1,6 +1,6 @@
 """Prompts from the command line or from a file, as texts that can be printed and stored.
 
-Invariant: there is at least one text, and each is UTF-8.  What a prompt means is `sora_jax.inputs.prompt`'s business.
+Invariant: there is at least one text, and each is UTF-8.  `sora_jax.inputs.prompt` knows what a prompt means.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from sora_jax.inputs import prompt
 
 
 def read_prompts(asked: PromptFile, texts: Sequence[str], how: str = "a prompt in quotes") -> list[str]:
-    """Returns the prompts of the command line or of the file; ``how`` tells how the command line takes them.
+    """Returns the prompts of the command line or of the file; ``how`` says how the command line takes them.
 
     Raises:
       ValueError: there is none, or one is no text, or a line of the file is empty.

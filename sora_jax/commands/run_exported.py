@@ -1,7 +1,7 @@
 """``sora-jax run-exported``: a prompt into a clip, from an exported folder and nothing else of the model.
 
 Invariant: text is prepared as the pipeline does and the noise is the pipeline's, so that seed and prompt mean the same clip;
-everything else is `ExportedModel`'s.
+`ExportedModel` does everything else.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ def run(asked: Arguments) -> None:
     """Writes the clip and prints its path.
 
     Raises:
-      ValueError: the folder is no finished export, or lacks what the clip needs.
+      ValueError: the folder is not a finished export, or lacks what the clip needs.
     """
     if str(asked.output) == "-":
         raise ValueError("--output - is no file, and standard output holds paths only; name a file.")
@@ -87,7 +87,7 @@ def _make(asked: Arguments) -> None:
 
 
 def _leap_entry(leap: Any) -> dict[str, Any] | None:
-    """Returns the fields of the manifest's leap that the option replaces; None where nothing is said."""
+    """Returns the fields of the manifest's leap that the option replaces; None if the options name none."""
     if leap is None:
         return None
     return {"mode": "static", "index": leap} if isinstance(leap, int) else {"mode": leap, "index": None}

@@ -74,7 +74,7 @@ def caption_folder(choice: str | None) -> Path | None:
 
 
 def _user_cache(name: str) -> Path | None:
-    """Returns a folder in the user's cache; None where the user has no home."""
+    """Returns a folder in the user's cache; None if the user has no home."""
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(base) if base else Path.home() / ".cache") / "sora_jax" / name

@@ -87,7 +87,7 @@ def choose_forms(attention: str, *, platform: str, dtype: str, streamed: bool = 
     Args:
       attention: ``auto``, or a form by name.  A kernel that is named computes what it can (cuDNN and flash take no position
         bias and heads of up to 128 channels), chunks the rest.
-      platform: of the device: ``cpu``, ``gpu`` or ``tpu``.
+      platform: the device's platform, ``cpu``, ``gpu`` or ``tpu``.
       dtype: compute dtype.
       streamed: whether there is a memory budget.
 

@@ -1,6 +1,6 @@
 """Export of a model directory to StableHLO, ONNX and Core ML, checked numerically before it is finished.
 
-``export`` makes a folder of artefacts with a manifest, ``ExportedModel`` drives one.  A name is loaded when it is first used.
+``export`` writes a folder of artefacts with a manifest, ``ExportedModel`` runs one.  A name is loaded when it is first used.
 """
 
 import importlib

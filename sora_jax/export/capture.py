@@ -1,7 +1,7 @@
 """The captured run: the named arrays that flow through the stages in one real evaluation of the model.
 
 Text to caption, noise to velocity at the schedule's first time, the leap from there to the end, one chunk and one frame of
-the decoder, and that frame back through the encoder.  It is made of the stages' float32 references, one after the other, so
+the decoder, and that frame back through the encoder.  It runs the stages' float32 references one after the other, so
 that a model far larger than memory can be captured while it is exported.
 
 Invariant: values depend on the model, the caption and the size, never on the target or the precision.
@@ -47,7 +47,7 @@ def start(config: ModelConfig, tokenizer: Tokenizer, size: Size, settings: Setti
 
 
 def stage_inputs(function: Function, values: Mapping[str, np.ndarray]) -> Values:
-    """Returns what a function is given: the first chunk or the first frame where it takes fewer than there are."""
+    """Returns a function's inputs: the first chunk or the first frame where it takes fewer than there are."""
     return {
         name: values[name][:, : spec.shape[1]] if len(spec.shape) > 1 else values[name]
         for name, spec in function.inputs.items()

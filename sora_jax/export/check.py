@@ -1,4 +1,4 @@
-"""How far a saved artefact is from JAX, and what is still good enough: the same for every target.
+"""How far a saved artefact is from JAX, and how far it may be: the same for every target.
 
 Invariant: an output that replaces an input of the same name (tokens after a block) is judged by what was added to it, so
 that the part which merely passes through cannot hide an error.  NaN and infinity never pass.
@@ -18,7 +18,7 @@ int4     18 dB 0.35   24 dB 0.16          26 dB 0.25                0.37 to 1.07
 =======  ===========  ==================  ========================  ==============
 
 Floors lie 15, 8, 5 and 6 dB below what is reached, because trained matrices of full size may have longer tails, which cost
-scales and tables precision.  The last column is one matrix of zeros beside int4 ones in the embedded model, 34 x 64 x 64: in a
+scales and tables precision.  The last column is one matrix of zeros among int4 ones in the embedded model, 34 x 64 x 64: in a
 T5 block, the front, a pair (attention to the caption left out, which adds little there and hides: 0.11 to 0.18) or the final
 layer.  benchmarks/results/export_targets.json and released_export_*.json have the measurements.
 """
@@ -36,7 +36,7 @@ TOKENS = ("x_RTSD", "x_BLE")  # streams that are normed: large models grow outli
 OUTLIERS = (400.0, -900.0)
 MAX_DB = 200.0
 
-# What limits are relaxed by for all stages in a row: each adds its own rounding.
+# Limits for all stages in sequence are relaxed by this: each stage adds its own rounding.
 WHOLE_NETWORK_DB = 10.0
 
 
@@ -74,7 +74,7 @@ class Check:
       output: name.
       measured: ``output``, or ``update`` where the output replaces an input.
       psnr_db: peak is the largest magnitude of the reference; at most 200, -200 where NaN came out.
-      relative_l2: of the difference over the reference.
+      relative_l2: L2 norm of the difference over that of the reference.
       floor_db: what psnr_db must reach.
       ceiling_l2: what relative_l2 may be at most.
     """
@@ -151,9 +151,9 @@ def compare(
 
 
 def difference(expected: np.ndarray, got: np.ndarray) -> tuple[float, float]:
-    """Returns PSNR in dB (peak: the largest magnitude expected) and relative L2; of NaN or infinity the worst there is.
+    """Returns PSNR in dB (peak: the largest magnitude expected) and relative L2; NaN and infinity count as the worst.
 
-    Where nothing but zeros is expected, only zeros pass.
+    If the reference is all zeros, only zeros pass.
     """
     error = np.asarray(got, np.float64) - expected
     if not np.isfinite(error).all():

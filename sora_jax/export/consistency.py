@@ -1,4 +1,4 @@
-"""What must be true of a manifest besides its schema: numbers that follow from others, and shapes that fit together.
+"""What must be true of a manifest in addition to its schema: numbers that follow from others, and shapes that fit together.
 
 A host takes memory and time on a manifest's word before any program is opened, so it is checked that stages are complete and
 in order, that every size has one function for whatever runs, and that arrays fit together (`wiring`).

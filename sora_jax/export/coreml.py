@@ -1,8 +1,8 @@
 """Core ML: one package for every stage, for iOS 18, its weights baked in and shared by the functions of the package.
 
 A pair of STDiT3 blocks is one package with the functions ``full`` and ``merged``, and two more for every further size; they
-differ in their programs and read the same weights.  Inputs have the names of the stage's inputs; an output is named like
-the stage's with ``_out`` behind it, because Core ML takes no input and output of one name.  Inputs and outputs are float32
+differ in their programs and read the same weights.  Inputs have the names of the stage's inputs; an output has the stage's name
+with the suffix ``_out``, because in Core ML no input and output may share a name.  Inputs and outputs are float32
 (token ids int32) whatever the precision inside.
 
 Invariant: weights are compressed before functions are merged (coremltools refuses the other order).  Nothing here was compiled
@@ -47,7 +47,7 @@ _FUSION = "common::fuse_attention_to_sdpa"
 
 
 def check_options(options: Options) -> None:
-    """Refuses to start without coremltools; every precision and every kind of weights is there."""
+    """Refuses to start without coremltools; Core ML has every precision and every kind of weights."""
     require("coreml", "coremltools", "stablehlo_coreml")
 
 
@@ -110,7 +110,7 @@ def converted(
 
 
 def _program(function: Function, params: Mapping[str, np.ndarray]) -> Any:
-    """Returns the MIL program; what JAX holds of the weights, several times their size, is let go before it is converted."""
+    """Returns the MIL program; JAX's copies of the weights, several times their size, are released before the conversion."""
     import coremltools
     import stablehlo_coreml
 
@@ -146,7 +146,7 @@ def _name_outputs(program: Any, names: list[str]) -> None:
 
 
 def _depending_on(given: Any, constant: Any) -> Any:
-    """Returns the constant plus a zero that only a run can know; an identity would be optimised away."""
+    """Returns the constant plus a zero that is computed at run time; the converter would remove an identity."""
     from coremltools.converters.mil import Builder
 
     least = Builder.reduce_min(x=given, keep_dims=True)

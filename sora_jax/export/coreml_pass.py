@@ -1,7 +1,7 @@
 """The pass that makes a Core ML program float16, in a form that takes little memory for large matrices.
 
-Invariant: what becomes float16 is what coremltools' own pass would make float16.  Its search of a constant for values beyond
-float16 makes three int64 arrays of the constant's size: 4 GB for the embedding of T5-XXL.
+Invariant: what becomes float16 is what coremltools' own pass would make float16.  That pass searches a constant for values
+beyond float16 with three int64 arrays of the constant's size: 4 GB for the embedding of T5-XXL.
 
 Importing this module registers the pass, which coremltools allows once in a process.
 """

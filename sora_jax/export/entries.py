@@ -152,7 +152,7 @@ class FunctionEntry(TypedDict):
 
 
 class StageEntry(TypedDict):
-    """What is loaded and let go as one."""
+    """What is loaded and unloaded as one."""
 
     name: str
     program: str

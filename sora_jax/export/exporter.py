@@ -53,7 +53,7 @@ _WAIT_S = 0.5  # between two looks at a process that says nothing: how soon a ra
 
 
 class ExportError(RuntimeError):
-    """An export ended without a result, for no fault of its input."""
+    """An export failed although its input was valid."""
 
 
 def export(
@@ -78,23 +78,24 @@ def export(
 
     Args:
       directory: a complete model directory.
-      out: folder to make.
+      out: folder to create.
       target: ``stablehlo``, ``onnx`` or ``coreml``.
-      num_frames: of the video, a number or a duration such as ``2s``; None: the model's default, as height and width.
+      num_frames: length of the video, a number or a duration such as ``2s``; None: the model's default, as for height and
+        width.
       height: pixels, a multiple of 16.
       width: pixels, a multiple of 16.
-      further_sizes: more sizes, as functions beside those of the first.
-      precision: of the arithmetic.
+      further_sizes: more sizes, as further functions.
+      precision: ``float32`` or ``float16`` arithmetic.
       weights: ``float``, ``int8``, and for Core ML ``lut6`` and ``int4``.
       stages: some of ``t5``, ``stdit3``, ``vae_decoder``, ``vae_encoder``.
       settings: numbers of the loop in place of the model's defaults: num_steps, guidance, merge_steps, leap, fps, ...
-      licence: of the weights, for the manifest and Core ML packages; None: not stated.
+      licence: the weights' licence, for the manifest and Core ML packages; None: not stated.
       fuse_attention: Core ML only: use the converter's fused attention.
       overwrite: replace an existing folder, once the new one is complete.
       progress: called about twice a second; what it raises ends the export.
 
     Raises:
-      ValueError: something asked for cannot be made, or the model directory is incomplete or damaged.
+      ValueError: the request cannot be fulfilled, or the model directory is incomplete or damaged.
       FileExistsError: ``out`` exists and overwrite is False, or it is no exported folder.
       CheckError: an artefact is not as exact as its floor demands; nothing was kept.
       ExportError: a process of the export ended without a result.
@@ -197,7 +198,7 @@ def _checked_stages(job: Job, config: ModelConfig, chosen: Settings) -> list[Sta
 
 
 def _check_disk(job: Job, listed: Sequence[Stage], out: Path) -> None:
-    """Refuses to begin where the disk has no room for the artefacts and for one stage beside them."""
+    """Refuses to begin if the disk lacks room for the artefacts and one stage more."""
     share = _BYTES_PER_VALUE[job.options.precision] / 4
     written = [parameter_bytes(stage) for stage in listed if job.writes(stage)]
     needed = int(sum(written) * share + 2 * max(written) + _SPARE_BYTES)

@@ -1,7 +1,7 @@
 """What each stage computes: a network's own forward, between named plain arrays.
 
-Invariant: no arithmetic of a network is written here; a function takes modules apart from the arrays they are called on and
-names what they return.  Functions take ``modules`` (by prefix of their parameters) and named inputs.
+Invariant: no arithmetic of a network is written here; a function receives modules and their inputs separately, and names what
+the modules return. Functions take ``modules`` (by prefix of their parameters) and named inputs.
 """
 
 from collections.abc import Callable, Mapping

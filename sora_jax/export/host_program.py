@@ -1,7 +1,7 @@
 """The reference host program of an exported model: token ids in, frames out, from the manifest and the artefacts alone.
 
-Port this file to Swift (or to C++): what is here is all that a phone's program has to do besides cleaning and splitting the
-prompt.  It keeps one dictionary of named arrays, loads stages in the manifest's order, runs them, lets them go, and does the
+Port this file to Swift (or to C++): it is all that a phone's program has to do, apart from cleaning and splitting the prompt.
+It keeps one dictionary of named arrays, loads stages in the manifest's order, runs them, unloads them, and does the
 loop's arithmetic itself: schedule, guidance, leap and merge switch, in NumPy.  These rules stand in the sampler too; they are
 written a second time on purpose, as its independent check, and a test holds the two against each other.
 
@@ -35,7 +35,7 @@ VelocityFn = Callable[[np.ndarray, np.float32, bool], np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run made: frames in [-1, 1] (not clipped), latents, and the number of velocity evaluations."""
+    """The result of a run: frames in [-1, 1] (not clipped), latents, and the number of velocity evaluations."""
 
     frames_Bthw3: Float[np.ndarray, "B t h w 3"]
     latents_BTHWC: Float[np.ndarray, "B T H W C"]
@@ -45,7 +45,7 @@ class Result:
 class ExportedModel:
     """An exported folder, opened.
 
-    ``keep`` keeps stages loaded between steps; without it every stage is let go where the manifest says it may be.
+    ``keep`` keeps stages loaded between steps; without it every stage is unloaded as soon as the manifest allows it.
 
     Raises:
       ExportFileError: the folder is no finished export, a file is missing, or the manifest was changed or is wrong.
@@ -79,17 +79,18 @@ class ExportedModel:
         Args:
           ids_BL: token ids, padded to the manifest's length.
           mask_BL: 1 where a token is real.
-          noise_BTHWC: of the size's latent shape.
+          noise_BTHWC: noise in the latent shape of the size.
           size: key of one of the manifest's sizes; None: the first.
-          num_steps: in place of the manifest's, as are the others.
-          guidance: scale.
+          num_steps: replaces the manifest's number, as do the following arguments.
+          guidance: guidance scale.
           merge_steps: first steps that use merged functions.
           leap: the manifest's entry with some fields replaced, for example ``{"mode": "static", "index": 20}``.
           frame_mask_BT: 1 where a latent frame is sampled, 0 where it stays as ``noise_BTHWC`` has it (see `encode`).
           loop: ``sampler`` runs the whole loop as one program, where the manifest has one.
 
         Raises:
-          ValueError: the manifest has no such size, phase or sampler, frames cannot be given, or a value is out of range.
+          ValueError: the manifest has no such size, phase or sampler, the export takes no reference frames, or a value is out
+          of range.
           ExportFileError: a file is damaged, or not what the manifest says.
         """
         if loop not in ("stages", "sampler"):
@@ -263,7 +264,7 @@ class ExportedModel:
             self.loaded = {key: runner for key, runner in self.loaded.items() if key[0] not in stages}
 
     def _frame_mask(self, mask_BT: np.ndarray | None, shape: tuple[int, ...], loop: str) -> np.ndarray:
-        """Returns the frame mask as an input: all ones unless frames are given."""
+        """Returns the frame mask as an input: all ones unless the caller passes frames."""
         if mask_BT is None:
             return np.ones(shape, np.float32)
         if loop == "sampler":

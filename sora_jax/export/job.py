@@ -1,4 +1,4 @@
-"""What one export is to make, as data that the processes of the export share.
+"""The order of one export, as data that its processes share.
 
 Invariant: a job together with the model directory decides every stage, so each process builds the same stages by itself.
 """
@@ -30,8 +30,8 @@ class Job:
       target: what artefacts are made.
       options: how stages are written.
       parts: what is written; stages before the last of them run too, because their outputs are its inputs.
-      sizes: of the videos; the first is the one whose functions have plain names.
-      guidance: of the captured step.
+      sizes: sizes of the videos; the functions of the first have plain names.
+      guidance: guidance scale of the captured step.
       sampler: whether the target's sampler program is written.
     """
 

@@ -80,7 +80,7 @@ class Program:
         return {name: value.astype(dtype) for (name, (dtype, _)), value in zip(outputs, results, strict=True)}
 
     def _run_block(self, block: Any, known: Values) -> list[Any]:
-        """Returns the outputs of a block; a value is let go after the last operation that reads it."""
+        """Returns the outputs of a block; a value is freed after the last operation that reads it."""
         last_use = {name: i for i, operation in enumerate(block.operations) for name in _reads(operation)}
         kept = {*known, *block.outputs}
         for i, operation in enumerate(block.operations):

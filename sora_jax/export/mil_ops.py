@@ -2,7 +2,7 @@
 
 Invariant: a function is named by `OPERATIONS` as its operation and takes the operation's parameters by their MIL names and
 with their MIL defaults, so an unexpected parameter is an error.  Floats arrive as float32 whatever is declared, sums are
-float32; rounding the result to the declared dtype is the interpreter's business.
+float32; the interpreter rounds the result to the declared dtype.
 
 Source: coremltools' documentation of the MIL operations, opset iOS 18.
 """

@@ -1,6 +1,6 @@
 """What a saved Core ML package holds: its functions, their types, and constants read back from the weight files.
 
-Invariant: values come from the files alone, in the dtype that is declared beside them; integers below a byte are unpacked
+Invariant: values come from the files alone, in the dtype that is declared with them; integers below a byte are unpacked
 into bytes.  Nothing is computed here.
 """
 

@@ -4,7 +4,7 @@ The conversion sees weights as inputs, so that it neither copies nor folds them;
 data lie in the safetensors file (ONNX needs no more than an offset and a length).  int8 is weight-only: matrices are stored
 int8 with a scale for each output and multiplied out by DequantizeLinear, activations stay float.
 
-Invariant: a graph's weights are the bytes of the file beside it; a model of any size is converted without being in memory.
+Invariant: a graph's weights are the bytes of the file next to it; a model of any size is converted without being in memory.
 """
 
 import dataclasses

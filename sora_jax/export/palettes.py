@@ -15,7 +15,7 @@ def nearest_table(values: np.ndarray, entries: int) -> tuple[np.ndarray, np.ndar
     """Returns a table in ascending order, in the dtype of ``values``, and for every value the index of the nearest entry.
 
     Indices are uint8 in one dimension.  Sorted once, a round costs nothing: an entry becomes the mean of the values nearest
-    to it, which are a stretch of the sorted ones.  Of very many values an even selection decides.
+    to it, which are neighbours in sorted order.  For very large matrices an even sample of the values decides.
     """
     flat = values.ravel()
     step = -(-len(flat) // _SAMPLE) | 1  # odd: no divisor of a width like 4096, so that all its columns are seen

@@ -19,7 +19,7 @@ _PHASES: tuple[tuple[str, str, str, Unload], ...] = (
 
 
 def phases(stages: Sequence[str]) -> list[PhaseEntry]:
-    """Returns the order of stages: what is repeated together, and when each may be let go."""
+    """Returns the order of stages: what is repeated together, and when each may be unloaded."""
     entries: list[PhaseEntry] = []
     for name, repeat, prefix, unload in _PHASES:
         mine = [stage for stage in stages if stage.startswith(prefix)]

@@ -52,7 +52,7 @@ class Meter:
         self.wait()
 
     def wait(self) -> None:
-        """Reports again while nothing new is known; the remaining time goes down meanwhile."""
+        """Reports again while nothing new is known, with the remaining time counting down."""
         if self.report is None:
             return
         left_s = self.left_s - (time.monotonic() - self.told)

@@ -1,4 +1,4 @@
-"""StableHLO: jax.export artefacts for cpu, cuda and tpu, their weights as arguments in safetensors files beside them.
+"""StableHLO: jax.export artefacts for cpu, cuda and tpu, with their weights as arguments, in safetensors files next to them.
 
 Stages of one program share an artefact, and lengths that its arithmetic does not depend on are symbolic: one file serves all
 pairs of blocks, every batch, caption length and (for the same number of frames) resolution.  An artefact needs jax and numpy::

@@ -47,7 +47,7 @@ def sampler_functions(
 ) -> list[Function]:
     """Returns the sampler of every leap mode and size, as a function of ``<stage>/<local name>`` parameters.
 
-    ``stages`` are those of the transformer, of the same policy; frames cannot be given.
+    ``stages`` are those of the transformer, of the same policy; the sampler takes no reference frames.
     """
     shell = jax.eval_shape(lambda: STDiT3(config.stdit3, policy=policy, rngs=nnx.Rngs(0)))
     flat_names = {f"{stage.name}/{local}": flat for stage in stages for local, flat in stage.parameters.items()}

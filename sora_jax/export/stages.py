@@ -1,6 +1,6 @@
 """The stages a model is exported in: functions of a flat dictionary of weights and named arrays, in fixed shapes.
 
-A stage is what a host program loads and lets go as one; several stages (all pairs of blocks, all T5 blocks) share a program
+A stage is what a host program loads and unloads as one; several stages (all pairs of blocks, all T5 blocks) share a program
 and differ in their weights only.  Names are the wiring: a host keeps one dictionary of named arrays, hands each
 function the inputs it names and puts its outputs back, so an output named like an input replaces it.
 
@@ -111,7 +111,7 @@ def load_parameters(manifest: Manifest, stage: Stage) -> dict[str, np.ndarray]:
     """Returns a stage's parameters by local name, in the dtype it expects, reading its layers only; int8 is multiplied out.
 
     Raises:
-      ModelDirectoryError: a parameter is missing or damaged, which its checksum tells.
+      ModelDirectoryError: a parameter is missing or does not match its checksum.
     """
     reader, flat = Reader(manifest), {}
     for layer in stage.layers:
@@ -130,7 +130,7 @@ def list_stages(
 ) -> list[Stage]:
     """Returns the stages of ``parts`` in execution order: text, transformer, decoder, encoder.
 
-    With ``vae_encoder`` the transformer also takes a frame mask, so that frames can be given.
+    With ``vae_encoder`` the transformer also takes a frame mask, so that a host can pass reference frames.
 
     Raises:
       ValueError: a part is unknown, or a size is not one the model can make.
@@ -157,7 +157,7 @@ def check_parts(parts: Sequence[str]) -> None:
 
 
 class _Builder:
-    """Holds what the stages of one export have in common."""
+    """What the stages of one export have in common."""
 
     def __init__(self, config: ModelConfig, sizes: Sequence[Size], *, policy: DTypePolicy, frame_mask: bool):
         self.config, self.sizes, self.policy = config, sizes, policy

@@ -1,4 +1,4 @@
-"""What an export target is to the rest of the package, and the choice of one by its name.
+"""The interface of an export target, and the choice of one by its name.
 
 A target is a module with the three functions of `Target`, which saves one stage at a time; what was saved is opened by its
 twin (`opening`).  Capturing, checking, the manifest and the loop are the same for all targets.
@@ -24,7 +24,7 @@ class Options:
     """How stages are written.
 
     Attributes:
-      precision: of the arithmetic; stages marked ``keep_float32`` stay float32.
+      precision: ``float32`` or ``float16`` arithmetic; stages marked ``keep_float32`` stay float32.
       weights: how matrices are stored.
       fuse_attention: Core ML only: let the converter use its fused attention operation.
       metadata: texts that an artefact carries where its format has a place for them (model, licence).
@@ -90,6 +90,6 @@ def target_module(name: str) -> Target:
 
 
 def refuse_weights(target: str, options: Options, *known: str) -> None:
-    """Raises ValueError where a target does not have the weights that are asked for."""
+    """Raises ValueError if a target does not have the requested weights."""
     if options.weights not in known:
         raise ValueError(f"target {target} has no weights {options.weights!r}; it has {', '.join(known)}.")

@@ -1,6 +1,6 @@
 """The safetensors file of a stage's weights that StableHLO and ONNX artefacts read, and its int8 form.
 
-int8 matrices have a float32 scale for each output beside them, under the same name with a suffix; the rest is stored as it is.
+int8 matrices have a float32 scale for each output, under the same name with a suffix; the rest is stored as it is.
 
 Invariant: a header is believed only where its numbers agree with each other and with the size of the file.  Whether the bytes
 are those that were exported is `contents`' business.
@@ -117,7 +117,7 @@ def stored_arrays(params: Mapping[str, np.ndarray], *, int8: bool) -> dict[str, 
 
 
 def stored_specs(abstract: Mapping[str, jax.ShapeDtypeStruct], *, int8: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the arguments an artefact takes in place of the parameters: int8 matrices have a scale beside them."""
+    """Returns the arguments an artefact takes in place of the parameters: int8 matrices have a scale with them."""
     specs = {}
     for name, spec in abstract.items():
         if int8 and is_quantised(name, spec.shape):

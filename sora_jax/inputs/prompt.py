@@ -40,7 +40,7 @@ def append_scores(
 
 
 def extract_json(prompt: str, reference: str = "", mask_strategy: str = "") -> tuple[str, str, str]:
-    """Returns prompt, reference paths and mask strategy, the latter two from JSON at the end of the prompt if given there.
+    """Returns prompt, reference paths and mask strategy, the latter two from JSON at the end of the prompt, if it has any.
 
     Example: ``a car {"reference_path": "a.png;b.mp4", "mask_strategy": "0;0,1,0,-1,1"}``.
 

@@ -1,8 +1,8 @@
-"""References and masks: which latent frames are given, and how freely the sampler may change them.
+"""References and masks: which latent frames come from a reference, and how freely the sampler may change them.
 
 A mask value is a frame's edit ratio: 0 keeps the reference exactly, 1 generates freely, between them the frame joins the
 sampling at that time.  Functions return new arrays and lists and never change their arguments.  Everything is NumPy on
-the host; encoding references to latents is the pipeline's business.
+the host; the pipeline encodes references to latents.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ def apply_mask_strategy(
     *,
     align: int | None = None,
 ) -> tuple[Float[np.ndarray, "B T H W C"], Float[np.ndarray, "B T"]]:
-    """Returns the noise with references put in, and the float32 mask; 1 everywhere where no strategy applies.
+    """Returns the noise with references inserted, and the float32 mask; 1 everywhere where no strategy applies.
 
     Args:
       z_BTHWC: initial noise.

@@ -67,7 +67,7 @@ class Tokenizer:
         Source: Open-Sora v1.2 opensora/models/text_encoder/t5.py T5Embedder.get_text_embeddings.
 
         Raises:
-          TypeError: a single text is given in place of a sequence.
+          TypeError: the argument is a single text, not a sequence.
           ValueError: there is no room for the end token.
         """
         if isinstance(texts, str):

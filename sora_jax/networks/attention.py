@@ -44,7 +44,7 @@ class Attention(Protocol):
           q_BNSK: queries.
           k_BNLK: keys.
           v_BNLK: values.
-          scale: of the products of queries and keys.
+          scale: factor of the products of queries and keys.
           bias: added to the float32 logits.
           mask: True where a key may be seen; at least one key of every query must be.
           half_range: computes in a way that stays within float16's range (see `DTypePolicy`).

@@ -26,7 +26,7 @@ class Int8Matrix:
     scale_O: Float[Array, "O"]
 
     def __getitem__(self, key: object) -> "Int8Matrix":
-        """Returns the whole matrix, as the value of a parameter is asked for; there are no parts of it."""
+        """Returns the whole matrix for ``[...]``, which is how the value of a parameter is read; other indices are refused."""
         if key is not Ellipsis:
             raise TypeError(f"an int8 matrix has no part {key!r}; only [...], the whole, is defined.")
         return self

@@ -112,7 +112,7 @@ def _unit_power(x: Array, *, epsilon: float, half_range: bool) -> Array:
 
 
 def magnitude(largest: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """Returns what a norm divides by first where float16's range must do: the largest magnitude, but at least 2**-8.
+    """Returns the divisor that keeps a norm within float16's range: the largest magnitude, but at least 2**-8.
 
     Squares then lie in [0, 1] and a row of zeros stays one; the epsilon, divided too, is at least a float16 number there.
     """

@@ -1,7 +1,7 @@
 """Temporal dimension token merging (TDTM): attention over pairs of frames instead of frames.
 
 Invariant: ``unmerge(merge(x)) == x`` where the two frames of every token are equal; the residual stream, the modulation
-and the MLP always see every frame.  When merging is switched on, and for how many steps, is the sampler's business.
+and the MLP always see every frame.  The sampler decides in which steps merging is on.
 
 Source: arXiv 2502.04363 section 3.3; On-device-Sora opensora/models/stdit/merge.py and stdit3.py.
 """

@@ -1,7 +1,7 @@
-"""Numbers made into vectors: diffusion time and frame rate, the place of a token in the frame, the index of a frame.
+"""Numbers as vectors: diffusion time and frame rate, the place of a token in the frame, the index of a frame.
 
 Invariant: frequencies are NumPy values computed at trace time and angles are float32, whatever the compute dtype.  Nothing
-here has parameters; what is added or multiplied where is the network's business.
+here has parameters; the network decides what is added or multiplied.
 """
 
 import math

@@ -1,6 +1,6 @@
 """STDiT3, the diffusion transformer of Open-Sora 1.2: latents, time and caption in, velocity out.
 
-Layers, in execution order: ``embed``, then spatial and temporal blocks in turn, then ``final``.  A spatial block attends
+Layers, in execution order: ``embed``, then spatial and temporal blocks alternately, then ``final``.  A spatial block attends
 within each frame, a temporal block along time at each place; the two differ in nothing else.
 
 Invariant: conditioning arithmetic (time, sizes, modulation) is float32 whatever the compute dtype.  The blocks are those of

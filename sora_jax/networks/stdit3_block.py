@@ -1,7 +1,7 @@
 """A block of STDiT3, spatial or temporal: self attention, cross attention to the caption, MLP.
 
 Invariant: `STDiT3Block` is the only block forward; resident, streamed, merged, exported and trained paths all call it.
-Modulation and gates are float32 whatever the compute dtype.  What conditions a block is made elsewhere (`stdit3.Embed`).
+Modulation and gates are float32 whatever the compute dtype.  `stdit3.Embed` computes what conditions a block.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ NORM_EPSILON = 1e-6
 @no_type_check  # a pytree also holds shapes and paths in place of arrays
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What every block and the final layer are given besides the tokens.
+    """What every block and the final layer take in addition to the tokens.
 
     ``mod_BF6D`` holds shift, scale, gate of attention, then of the MLP; its axis F is 1, or T where a frame mask chose for
     each frame between time t and time 0.  The final layer needs both times themselves.

@@ -1,7 +1,7 @@
 """The T5 v1.1 encoder: token ids to caption features.
 
-The relative position bias depends on the sequence length only, so it is computed once, by ``embed``, and handed to every
-block.  ``embed``, each ``block[i]`` and ``final`` can be called one at a time, as export does; a block is cut between its
+The relative position bias depends on the sequence length only, so it is computed once, by ``embed``, and passed to every block.
+``embed``, each ``block[i]`` and ``final`` can be called one at a time, as export does; a block is cut between its
 methods ``attend`` and ``feed_forward``, which the host loop runs one at a time (`T5Encoder.segments`).  There is no decoder,
 no dropout and no cache here, and this module reads no file.
 """

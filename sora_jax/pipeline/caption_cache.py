@@ -1,6 +1,6 @@
 """Caption features on disk, so that the text encoder need not be loaded for a prompt that was encoded before.
 
-Invariant: an entry is used only if it was made by the same parameters, in the same compute dtype, from the same token ids,
+Invariant: an entry is used only if it was computed by the same parameters, in the same compute dtype, from the same token ids,
 and is whole; anything else is computed again.  Files are written whole or not at all, and the oldest are removed where the
 folder grows beyond its limit.  Nothing here knows networks or tokenizers.
 """
@@ -23,10 +23,10 @@ _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloa
 
 
 class CaptionCache:
-    """A folder of features, made when the first are kept.
+    """A folder of features, created with its first entry.
 
     Args:
-      folder: where they are.
+      folder: the folder of the cache.
       max_bytes: what the folder may hold.
     """
 
@@ -34,7 +34,7 @@ class CaptionCache:
         self.folder, self.max_bytes = Path(folder), max_bytes
 
     def find(self, model: str, dtype: str, ids_L: Int[np.ndarray, "L"]) -> Float[np.ndarray, "L E"] | None:
-        """Returns the features of a padded caption, or None where they are not there or damaged.
+        """Returns the features of a padded caption, or None if they are missing or damaged.
 
         Args:
           model: digest of the text encoder's parameters.
@@ -55,7 +55,7 @@ class CaptionCache:
         return features if features.ndim == 2 and len(features) == len(ids_L) else None
 
     def keep(self, model: str, dtype: str, ids_L: Int[np.ndarray, "L"], features_LE: Float[np.ndarray, "L E"]) -> None:
-        """Writes the features of a caption; a folder that cannot be written is left alone, because nothing depends on it."""
+        """Writes the features of a caption; a folder that cannot be written is ignored, because nothing depends on it."""
         data = np.ascontiguousarray(features_LE).tobytes()
         fields = {"dtype": features_LE.dtype.name, "shape": features_LE.shape, "sha256": hashlib.sha256(data).hexdigest()}
         with contextlib.suppress(OSError):

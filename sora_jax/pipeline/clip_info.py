@@ -39,7 +39,7 @@ class ClipInfo:
 
 
 def inspect(path: str | os.PathLike[str]) -> ClipInfo:
-    """Returns what a written clip contains; if the file lost its parameters, those of the JSON beside it.
+    """Returns what a written clip contains; if the file lost its parameters, those of the JSON next to it.
 
     Raises:
       FileNotFoundError: no such file.

@@ -1,7 +1,7 @@
 """The networks around the transformer as functions of host arrays: captions to features, videos to latents and back.
 
 Invariant: each call takes and returns host arrays.  Without a memory budget a network is in memory while a call runs; with
-one it runs from its files (``streaming.host_loop``).  Features found in the caption cache need no text encoder at all.
+one it runs from its files (``streaming.host_loop``).  Features from the caption cache need no text encoder at all.
 """
 
 import hashlib
@@ -26,17 +26,17 @@ class Coders:
     """The text encoder and the autoencoder of opened networks.
 
     Args:
-      networks: where they are.
+      networks: the opened networks.
       dtype: compute dtype.
-      timings: what takes the times.
-      plan: of the memory, where there is a budget.
+      timings: receives the time of each stage.
+      plan: the memory plan, if there is a budget.
     """
 
     def __init__(self, networks: Networks, dtype: str, timings: Timings, plan: MemoryPlan | None):
         self._networks, self._dtype, self._timings, self._plan = networks, dtype, timings, plan
 
     def encode_text(self, ids_BL: Int[np.ndarray, "B L"], mask_BL: Bool[np.ndarray, "B L"]) -> Float[np.ndarray, "B L E"]:
-        """Returns the features of padded captions; of each that the cache does not hold, once.
+        """Returns the features of padded captions; each caption that the cache lacks is encoded once.
 
         Raises:
           ModelDirectoryError: a parameter is missing or damaged.

@@ -3,7 +3,7 @@
 Invariant: with ``keep=False`` a network is in memory only while someone uses it, provided that the caller drops its reference
 at the end of the ``with`` block: at most one for one thread at a time, and one copy for all threads.  Everything comes from the
 manifests that were read when the model was opened.  Programs compile once per configuration, dtype and shapes, and that time is
-measured apart.  With a memory budget the transformer is streamed: `Networks.transformer` yields it either way.
+measured separately.  With a memory budget the transformer is streamed: `Networks.transformer` yields it either way.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ KEEP_BYTES = 1_000_000_000  # models up to this size stay loaded between stages 
 class Networks:
     """The open model directory; ``keep`` says whether networks stay in memory after their stage.
 
-    With a ``budget`` in bytes networks are streamed; ``profile`` then takes the times of their layers.  ``manifests`` say
+    With a ``budget`` in bytes networks are streamed; ``profile`` then records the times of their layers.  ``manifests`` say
     what is on disk, ``caption_cache`` where features are kept.  Threads may share it; with a budget one generation at a time.
     ``attention`` names the form of every attention, see `attention_choice.choose_forms`.
     """
@@ -63,7 +63,7 @@ class Networks:
     ) -> Self:
         """Returns the networks of a complete model directory from their manifests, none of them loaded.
 
-        ``keep=None`` keeps models of up to 1 GB, and none where a budget in bytes is given.
+        ``keep=None`` keeps models of up to 1 GB, and none if there is a budget in bytes.
 
         Raises:
           ModelDirectoryError: a network is damaged.
@@ -87,14 +87,14 @@ class Networks:
         """Bytes that the process may hold; a change takes effect at the next block, also during a run.
 
         Raises:
-          ValueError: one is set where none was given before, or it is too small for what runs.
+          ValueError: the model was opened without a budget, or the budget is too small for what runs.
         """
         return self._budget
 
     @budget.setter
     def budget(self, budget: int) -> None:
         if self._budget is None:
-            raise ValueError("memory_budget was not given when the model was opened; open it again with memory_budget=...")
+            raise ValueError("the model was opened without memory_budget; open it again with memory_budget=...")
         for stream in self._streams.values():
             stream.retention.budget = budget
         self._budget = budget
@@ -109,7 +109,7 @@ class Networks:
 
     @contextmanager
     def transformer(self, dtype: str, timings: Timings, *, fixed_bytes: int) -> Iterator[Any]:
-        """Yields the transformer: streamed if there is a budget, of which ``fixed_bytes`` are taken whatever is retained.
+        """Yields the transformer: streamed if there is a budget, of which ``fixed_bytes`` are needed whatever is retained.
 
         Raises:
           ModelDirectoryError: a parameter is missing, damaged, or changed while it was streamed.
@@ -189,6 +189,6 @@ def call(stage: str, timings: Timings, function: Callable[..., Any], static: tup
 def _compiled(
     function: Callable[..., Any], static: tuple[Any, ...], structure: Any, leaves: tuple[Any, ...], _precision: str | None
 ) -> Any:
-    """Returns a program that holds no arrays; `jax.jit` would do the same, without telling how long compiling took."""
+    """Returns a program that holds no arrays; `jax.jit` would do the same, but would hide how long compiling took."""
     args = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaves])
     return jax.jit(functools.partial(function, *static)).lower(*args).compile()

@@ -24,7 +24,7 @@ OFF = "off"  # what a user writes for "none", where leaving an option out means 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What is said of an option besides its name and its type.
+    """What an option declares in addition to its name and its type.
 
     Attributes:
       help: a sentence for the command line and the documentation.
@@ -94,7 +94,7 @@ class Declared:
             raise ValueError(f"{called or self.name} is {_shown(value)}; expected {self.expected}.")
 
     def parse(self, text: str) -> Any:
-        """Returns the value that a text of the command line means; its range is `check`'s business.
+        """Returns the value that a text of the command line means; `check` looks at its range.
 
         Raises:
           ValueError: it is a text where a number is expected.

@@ -1,7 +1,7 @@
 """From prompt to clip: settings, samples and stages put together, and no arithmetic of its own.
 
 Invariant: a clip depends on prompt, settings, weights and seed only: sample b of a batch is the clip that ``seed + b`` gives
-alone.  How the stages run is `run`'s business, what a model says of itself `model_file`'s, how it is opened `open_model`'s.
+alone.  `run` executes the stages, `model_file` reads what a model says of itself, `open_model` opens it.
 """
 
 import os

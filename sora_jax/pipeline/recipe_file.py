@@ -1,7 +1,7 @@
 """A reuse plan as a JSON file, with the model and the settings it was calibrated for.
 
-Invariant: what `write` wrote `read` returns, and a file that is not a plan, or one of another model, is refused with one
-line.  Plans carry over to other prompts, seeds and sizes, with errors nobody measured; never to another network.
+Invariant: `read` returns what `write` wrote; a file that is not a plan, or a plan of another model, is refused with one line. A
+plan can be used for other prompts, seeds and sizes, where its error was not measured, but not for another network.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class PlanFile:
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: the file is something else, or its plan is none.
+          ValueError: the file is something else, or its plan is invalid.
         """
         files.refuse_missing(path, "plan", remedy=f"make one with: sora-jax calibrate MODEL_DIR -o {path}")
         try:

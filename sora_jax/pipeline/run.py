@@ -40,7 +40,7 @@ LOOP_SEED_STRIDE = 2654435769  # 2^32 / golden ratio: seeds of later clips stay 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a generation stands; handed to the callback when a stage begins and after every step.
+    """How far a generation is; passed to the callback when a stage begins and after every step.
 
     ``step`` of ``num_steps`` sampling steps are done in clip ``loop`` of ``num_loops``; ``carry`` is the sampler's state
     after a step, else None.
@@ -148,7 +148,7 @@ class Generation:
         return self._join([self._decode_clip(clip) for clip in np.split(latents_BTHWC, self.settings.loop, axis=1)])
 
     def _begin(self, num_samples: int, encodes: bool) -> None:
-        """Plans the memory where there is a budget, and refuses one that is too small before anything is loaded."""
+        """Plans the memory if there is a budget, and refuses one that is too small before anything is loaded."""
         networks, settings = self.networks, self.settings
         if networks.budget is not None:
             workload = Workload(
@@ -210,7 +210,7 @@ class Generation:
         return continued(references, strategies, latents, self.loop, self.settings)
 
     def _start(self, references: ReferenceLatents, strategies: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Returns noise with the references put in, and frame weights; None where no frame is given."""
+        """Returns noise with the references inserted, and frame weights; None if no frame comes from a reference."""
         z = np.asarray(noise.initial_noise(self._seed, (len(strategies), *self.latent_shape())))
         z, weights = conditioning.apply_mask_strategy(z, references, strategies, self.loop, align=self.settings.align)
         return z, None if (weights == 1).all() else weights
@@ -231,7 +231,7 @@ class Generation:
             return finish(carry)
 
     def _transformer(self) -> AbstractContextManager[STDiT3 | StreamedSTDiT3]:
-        """Returns the context in which the transformer is there, in memory or streamed."""
+        """Returns a context that provides the transformer, in memory or streamed."""
         fixed_bytes = 0 if self._plan is None else self._plan.stage("denoise").fixed
         return self.networks.transformer(self.settings.dtype, self.timings, fixed_bytes=fixed_bytes)
 

@@ -1,4 +1,4 @@
-"""The options of a clip besides prompt, references and weights: declared once, resolved once, stored with every clip.
+"""The options of a clip, next to prompt, references and weights: declared once, resolved once, stored with every clip.
 
 `Options` is what a caller may say; its fields carry help, range and spelling, from which the command line, the checks and the
 table of the documentation are made.  `Settings` is what follows from it for one model.
@@ -87,7 +87,7 @@ class ClipOptions(TypedDict, total=False):
     ]
     fps: Annotated[
         float | None,
-        Option("Frame rate the model is asked for.", metavar="F", within=(0.01, 1000), expected=_FPS, default=24.0),
+        Option("Frame rate that the model is conditioned on.", metavar="F", within=(0.01, 1000), expected=_FPS, default=24.0),
     ]
     save_fps: Annotated[
         float | None,
@@ -190,7 +190,7 @@ class SamplingOptions(TypedDict, total=False):
     merge_steps: Annotated[
         int | None,
         Option(
-            "First steps with merged temporal tokens; as many as there are steps: all.",
+            "Number of first steps that merge temporal tokens; the number of steps merges in all of them.",
             metavar="K",
             within=(0, MAX_STEPS),
             default=0,
@@ -257,7 +257,7 @@ class Settings:
 
     @property
     def guided(self) -> bool:
-        """Whether the null caption is evaluated besides the caption."""
+        """Whether the null caption is evaluated as well as the caption."""
         return self.guidance != 1
 
     @property
@@ -270,10 +270,10 @@ class Settings:
         return dataclasses.replace(self, seed=seed % (_MAX_SEED + 1))
 
     def check_room(self, num_clips: int) -> None:
-        """Refuses clips whose decoded frames this machine cannot hold; of larger ones XLA would end the process.
+        """Refuses clips whose decoded frames this machine cannot hold; XLA would end the process.
 
         Raises:
-          ValueError: says how much there is, and how much the frames take.
+          ValueError: says how much memory is free, and how much the frames take.
         """
         num_values = 3 * num_clips * self.loop * self.num_frames * self.height * self.width
         num_bytes, available = np.dtype(np.float32).itemsize * num_values, available_bytes()

@@ -1,7 +1,7 @@
 """Frames to files: H.264, GIF, PNG and npz, each carrying the parameters that generated it.
 
 Invariant: what is written is exactly ``frames`` at exactly ``fps`` (GIF: to its clock of 1/100 s), with the generation
-parameters as JSON inside the file and beside it (``circle.mp4`` and ``circle.mp4.json``).  The JSON is published first and
+parameters as JSON inside the file and next to it (``circle.mp4`` and ``circle.mp4.json``).  The JSON is published first and
 the clip last: a clip that is there is complete, and a JSON without its clip is what an interrupted run left.  No jax here;
 `clip_info` reads what is written here.
 """
@@ -57,7 +57,7 @@ def save(
 
     The suffix decides the format: ``.mp4`` (H.264, yuv420p, BT.709, faststart), ``.gif``, ``.npz`` (``frames``, ``fps``,
     ``parameters``), ``.png`` for one frame; a path without suffix becomes a folder of PNG frames.  The parameters are
-    stored in the file and, as ``<path>.json``, beside it.
+    stored in the file and, as ``<path>.json``, next to it.
 
     Raises:
       ValueError: unknown suffix, or frames that the format cannot hold.
@@ -84,7 +84,7 @@ def save(
 
 
 def check_target(path: Path, num_frames: int, *, overwrite: bool) -> str:
-    """Returns the format of ``path`` (see `clip_format`), having seen that a clip may be written there.
+    """Returns the format of ``path`` (see `clip_format`), after checking that a clip can be written there.
 
     Raises:
       ValueError: the suffix does not fit, or the name is not UTF-8.
@@ -108,7 +108,7 @@ def check_target(path: Path, num_frames: int, *, overwrite: bool) -> str:
 
 
 def sidecar(path: Path) -> Path:
-    """Returns the path of the JSON beside a clip."""
+    """Returns the path of the JSON that goes with a clip."""
     return path.with_name(path.name + ".json")
 
 

@@ -2,7 +2,7 @@
 
 Clips are rendered (``--real``: how good the judge itself is), coded and decoded (``--codec``), made from captions
 (``--captions``), from captions and a first frame (``--given-frame``) or 17 frames (``--given-clip``), continued
-(``--extension``), made of no caption (``--empty``) or again with another seed (``--variety``); each kind has its tables,
+(``--extension``), made without a caption (``--empty``) or again with another seed (``--variety``); each kind has its tables,
 all go to one JSON file.  This module reads the command line and prints; the tables are made in ``judging.tables``.
 """
 
@@ -102,7 +102,7 @@ def command(arguments: Sequence[str]) -> None:
     parser = command_line.make_parser(
         "python -m sora_jax.pocket.judge",
         str(__doc__).splitlines()[0],
-        {what: declared(What), "how clips are made (defaults are the model's)": SAMPLING},
+        {what: declared(What), "how clips are generated (defaults are the model's)": SAMPLING},
     )
     asked = command_line.read(parser, arguments, Arguments, SAMPLING)
     _check(asked)
@@ -129,7 +129,7 @@ def _check(asked: Arguments) -> None:
     """
     if not any(getattr(asked, name) for name in KINDS):
         expected = ", ".join(f"--{name.replace('_', '-')} N" for name in KINDS)
-        raise ValueError(f"nothing to judge; give one or more of {expected}.")
+        raise ValueError(f"nothing to judge; add one or more of {expected}.")
     if asked.num_frames not in LENGTHS:
         raise ValueError(f"--num-frames is {asked.num_frames}; expected one of {', '.join(map(str, LENGTHS))}.")
     others = [name for name in KINDS if name not in OF_ANY_LENGTH and getattr(asked, name)]
@@ -145,7 +145,7 @@ def _check(asked: Arguments) -> None:
 
 
 def _parts(asked: Arguments) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yields name and tables of every kind that is asked for."""
+    """Yields name and tables of every requested kind."""
     from sora_jax.pocket.judging import tables
 
     model, seed, clip = model_path(asked.model), asked.seed, asked.clip

@@ -1,4 +1,4 @@
-"""Trains the pocket model from nothing: ``python -m sora_jax.pocket.train --work DIR``.
+"""Trains the pocket model from scratch: ``python -m sora_jax.pocket.train --work DIR``.
 
 Stages, in order: the spatial autoencoder, the temporal one, both decoders again, the text encoder, the transformer.  Each
 resumes from its last checkpoint; a stage that is complete is read back and not repeated.  The model directory ``DIR/model``

@@ -1,8 +1,8 @@
 """Calibration: measure on one full sampling what reuse would cost at each step, and choose plans by it.
 
 Invariant: a plan from a calibration evaluates exactly the number of steps asked for, and in full wherever reuse is not
-allowed (the first step, the end of merging, frames that join).  It minimises the measured sum of errors, nothing else: how
-the result looks is for a study to say.
+allowed (the first step, the end of merging, frames that join).  It minimises the measured sum of errors and nothing else: a
+study has to judge how the clips look.
 
 Source: LeMiCa (arXiv 2511.00090), a shortest path over measured errors; here the sum of errors, not the largest.
 """
@@ -87,7 +87,7 @@ class Calibration:
         return segment
 
     def _feasible(self, evaluations: int) -> bool:
-        """Says whether a plan may have so many evaluations: all steps, or enough for every step that must be evaluated."""
+        """Returns whether a plan may have that many evaluations: all steps, or enough for every step that must be evaluated."""
         barred = ~np.isfinite(self.error_NN[np.arange(len(self.error_NN) - 1), np.arange(1, len(self.error_NN))])
         return 1 + int(barred.sum()) <= evaluations <= len(self.error_NN)
 

@@ -1,6 +1,6 @@
 """Python objects taken apart into pytrees, so that a compiled program never outlives the attributes it was traced from.
 
-``jax.jit`` knows a plain Python object by its identity: were it handed to a program as it is, an attribute set afterwards
+``jax.jit`` knows a plain Python object by its identity: if it were passed to a program as it is, an attribute set afterwards
 would change nothing.  `captured` takes an object apart instead::
 
     JAX arrays                                        runtime inputs: new values compile nothing

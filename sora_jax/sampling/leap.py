@@ -3,7 +3,7 @@
 `Leap` is what a user asks for; `LeapRule` holds the same as runtime inputs of the compiled sampler; `LeapState` is what
 each sample remembers.
 
-Invariant: a rule reads cosines and step numbers only.  What a leap does to the latents belongs to the sampler.
+Invariant: a rule reads cosines and step numbers only.  The sampler decides what a leap does to the latents.
 
 Source: arXiv 2502.04363 section 3.1, eq. 5; On-device-Sora schedulers/rf compute_cosine_simularity for ``released``.
 """
@@ -32,7 +32,7 @@ class Leap:
     Index, tolerance, share and patience may each be a sequence with one value for each sample of the batch.
 
     Attributes:
-      mode: static.
+      mode: the rule; static.
       index: step that leaps (mode "static").
       tolerance: by how much a cosine must exceed the best so far to count as better.
       min_share: share of the steps before comparisons begin (mode "dynamic").
@@ -118,7 +118,7 @@ class Leap:
 @no_type_check  # the tree also holds shapes and paths
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeapState:
-    """Per sample: the best cosine so far, and how many more comparisons without a better one it will bear."""
+    """Per sample: the best cosine so far, and how many more comparisons without a better one it tolerates."""
 
     best_B: Float[Array, "B"]
     patience_B: Int[Array, "B"]

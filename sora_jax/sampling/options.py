@@ -24,7 +24,7 @@ Scalar = np.ndarray | jax.Array
 
 
 class Options(TypedDict, total=False):
-    """How to sample, besides the velocity, the latents and the times; every option may be left out, or be None.
+    """How to sample, in addition to the velocity, the latents and the times; every option may be left out, or be None.
 
     Attributes:
       guidance: scale of classifier-free guidance, or one for each sample; None calls the velocity on the batch itself.
@@ -33,7 +33,7 @@ class Options(TypedDict, total=False):
       plan: which steps evaluate; not with "heun" or the released leap.
       merge_steps: steps below this index ask for merged temporal tokens.
       frame_weights: [B, T] in [0, 1] for latents [B, T, ...], see `joining`.
-      seed: of the noise for frames that join late; 0 unless given.
+      seed: noise of the frames that join late (default 0).
       noise_per_step: [steps, B, ...] in place of that noise.
     """
 
@@ -61,7 +61,7 @@ class Sampling:
       guidance: scale of classifier-free guidance, float32 scalar or [B]; None evaluates without it, on the batch itself.
       merge_steps: steps below this index merge temporal tokens, int32; None compiles no merged phase.
       weight_BT: frame weights in [0, 1] of masked sampling (see `joining`).
-      seed: of the noise that joining frames get, uint32.
+      seed: noise that joining frames get, uint32.
       noise_NBX: recorded noise for joining frames, one per step, in place of the seed's.
       leap: when to leap.
       plan: which steps evaluate.

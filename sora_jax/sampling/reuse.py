@@ -1,4 +1,4 @@
-"""Reuse plans: which steps evaluate the velocity, and which make do with what an earlier step kept.
+"""Reuse plans: which steps evaluate the velocity, and which reuse what an earlier step kept.
 
 A plan is one integer for each step and is fixed before the sampling starts, so it is a runtime input of the compiled
 sampler and never a data-dependent branch.

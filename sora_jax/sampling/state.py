@@ -72,7 +72,7 @@ class Carry:
       leap: state of the leap rule; None without a leap.
       kept: what the plan keeps; None without a plan.
       evaluations_B: velocity evaluations that went into each sample.
-      batch_evaluations: velocity evaluations computed so far, for whatever sample.
+      batch_evaluations: velocity evaluations computed so far for the batch.
       trace: record of every step; without rows where nobody reads it (`integration`).
     """
 

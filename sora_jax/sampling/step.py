@@ -145,7 +145,7 @@ def _decide_leap(
 
 
 def _at_own_times(sampling: Sampling, carry: Carry, evaluation: Evaluation) -> Array:
-    """Returns whether this velocity and the one before belong to the times of their steps; one that is held does not."""
+    """Returns whether this velocity and the one before belong to the times of their steps; a held velocity does not."""
     if sampling.plan is None or sampling.plan.keep == "residual":
         return jnp.asarray(True)
     return evaluation.fresh & carry.fresh
@@ -154,7 +154,7 @@ def _at_own_times(sampling: Sampling, carry: Carry, evaluation: Evaluation) -> A
 def _move(
     sampling: Sampling, carry: Carry, now: _Frames, at: Point, v: Array, leaps_B: Array, has_history: Array
 ) -> tuple[Array, Array]:
-    """Returns the latents one step on, or at the end where a sample leaps, and the evaluations of the solver's own."""
+    """Returns the latents after the step (at the end where a sample leaps), and the solver's extra evaluations."""
     times = jnp.asarray(sampling.schedule.times) / sampling.schedule.num_timesteps
     t_before, t, t_next = times[carry.step - 1], times[carry.step], times[carry.step + 1]
     leaps = expand(leaps_B, v)

@@ -30,9 +30,9 @@ class Parameter:
     """One stored array.
 
     Attributes:
-      shape: of the array; every extent is at least 1.
+      shape: the array's shape; every extent is at least 1.
       dtype: a key of `STORED_DTYPES`.
-      sha256: of the array's bytes in C order.
+      sha256: checksum of the array's bytes in C order.
       source: name, shape and dtype of the PyTorch array it was made from, if any.
       rows: rows of axis 0 in a block that has a checksum of its own (1 where there is no axis); None: all.
       blocks: sha256 of every block, in order; empty where the only block is the array.
@@ -100,7 +100,7 @@ def shard_index(num_bytes: int, count: int) -> bytes:
 
 
 def chunk_name(shape: tuple[int, ...]) -> str:
-    """Returns the path of the only file inside an array's directory, beside its metadata."""
+    """Returns the path of the only file inside an array's directory, apart from its metadata."""
     return "/".join(["c", *("0" for _ in shape)])
 
 

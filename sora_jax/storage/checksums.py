@@ -2,7 +2,7 @@
 
 Invariant: a block counts as known only while its file is the one, by every mark of the system, that its bytes were read from
 and compared; what is known is state of the process, shared by all who read, and says nothing about values in memory.  Hashing
-runs on threads beside reading.
+runs on threads while others read.
 """
 
 import functools
@@ -34,7 +34,7 @@ class Comparison:
     Args:
       parameters: what the manifest says, by flat name.
       paths: their files.
-      identities: of the files, before the reading begins.
+      identities: identities of the files before the reading begins.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], paths: Mapping[str, Path], identities: Mapping[str, Identity]):
@@ -69,7 +69,7 @@ class Comparison:
         """Waits for the checksums, and remembers them for files that did not change.
 
         Args:
-          identities: of the files, after the reading.
+          identities: identities of the files after the reading.
           arrays: the whole arrays, if they are in memory: what was known of a file that changed is compared after all.
 
         Raises:

@@ -49,9 +49,9 @@ class Manifest:
       network: ``t5``, ``stdit3`` or ``vae``.
       config: the network's configuration.
       dtype: stored dtype asked for: ``float32``, ``bfloat16`` or ``int8`` (then scales and vectors are float32).
-      parameters: every stored array by flat name; int8 arrays have a ``<name>_scale`` beside them.
+      parameters: every stored array by flat name; int8 arrays come with a ``<name>_scale``.
       origin: source files with sha256, tied and ignored source arrays; empty for a network trained here.
-      format_version: of the files.
+      format_version: format of the files.
       generation: sha256 of ``network.json`` as it was read; empty where it was not.
     """
 
@@ -148,12 +148,12 @@ def open_network(directory: str | os.PathLike[str], network: str) -> Manifest:
 
 
 def generation_of(text: str) -> str:
-    """Returns what tells the text of one ``network.json`` from another."""
+    """Returns what distinguishes the text of one ``network.json`` from another."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _state_of(directory: Path) -> str:
-    """Returns what is there in place of a model directory."""
+    """Describes what a path is instead of a model directory."""
     if not directory.exists():
         return "does not exist"
     return "is not a model directory" if directory.is_dir() else "is a file"
@@ -177,7 +177,7 @@ def read_model_file(directory: str | os.PathLike[str]) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         fields = {"format_version": FORMAT_VERSION}
     except OSError as error:
-        raise ModelDirectoryError(_unreadable(path, error, "remove it, and give the same command again.")) from error
+        raise ModelDirectoryError(_unreadable(path, error, "remove it, and run the same command again.")) from error
     except UnicodeDecodeError:
         raise ModelDirectoryError(f"{path} is damaged: it is not UTF-8.") from None
     except Fault as fault:
@@ -187,7 +187,7 @@ def read_model_file(directory: str | os.PathLike[str]) -> dict[str, Any]:
             raise ModelDirectoryError(f"{path}: {name} is {repr(fields[name])[:60]}; expected {what}.")
     tokenizer = fields.get("tokenizer", "")
     if tokenizer and (PurePath(tokenizer).name != tokenizer or "\\" in tokenizer or "\0" in tokenizer):
-        raise ModelDirectoryError(f"{path}: tokenizer is {tokenizer[:60]!r}; expected the name of a file beside it.")
+        raise ModelDirectoryError(f"{path}: tokenizer is {tokenizer[:60]!r}; expected the name of a file next to it.")
     return {**fields, "networks": present_networks(directory)}
 
 

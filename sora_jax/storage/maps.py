@@ -31,7 +31,7 @@ class MappedLayer:
     """A layer's arrays as maps of their files where large, as copies where small.
 
     Args:
-      reader: of the network.
+      reader: the network's reader.
       layer: the layer's name.
       map_from_bytes: arrays from this size on are mapped.
 
@@ -103,7 +103,7 @@ class MappedLayer:
         self._inodes[name] = (status.st_dev, status.st_ino)
 
     def _follow(self) -> dict[str, Identity]:
-        """Returns what tells the files from others; one that replaced the mapped one must hold the same values."""
+        """Returns what distinguishes the files from others; a file that replaced the mapped one must hold the same values."""
         found = self._reader.check(self._mapped)
         for name, identity in found.items():
             if identity[:2] != self._inodes[name]:
@@ -121,7 +121,7 @@ class MappedLayer:
             for start in range(0, num_bytes, _PIECE_BYTES):
                 self._maps[name].madvise(_POPULATE_READ, start, min(_PIECE_BYTES, num_bytes - start))
         except OSError as error:
-            self._reader.check([name])  # cut short meanwhile
+            self._reader.check([name])  # cut short during the read
             raise damaged(self._reader.manifest, name, error) from error
 
 

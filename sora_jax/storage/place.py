@@ -2,7 +2,7 @@
 
 Invariant: a name leads to a regular file inside the folder or is refused: no symbolic link is followed, no device or pipe is
 opened, and nothing is read without a limit.  A place on a network would answer the same four questions (`text`, `identity`,
-`store`, `locate`); what is done with the answers is the reader's business.
+`store`, `locate`); the reader decides what is done with the answers.
 """
 
 import os

@@ -1,8 +1,9 @@
 """The only way from stored files to arrays: through tensorstore into memory of the caller, compared with the manifest.
 
 Invariant: no value leaves this module that was not compared with its sha256, or its block's, for the file as it is: once a
-process (`checksums`), again whenever the file changed.  Reads are asynchronous and few at a time, nothing is cached, and memory
-besides the caller's is a few blocks.  The exception to tensorstore is a map of a local file (`maps`), compared alike.  Which
+process (`checksums`), again whenever the file changed. Reads are asynchronous and few at a time, nothing is cached, and needs a
+few blocks of memory in addition to the caller's. The exception to tensorstore is a map of a local file (`maps`), compared
+alike. Which
 array is wanted when is decided elsewhere.
 """
 
@@ -25,7 +26,7 @@ from sora_jax.storage.pieces import Piece, Reading, StoredArray, pieces_of, prob
 from sora_jax.storage.place import Folder, Identity
 from sora_jax.storage.quantisation import SCALE_SUFFIX, dequantise
 
-IN_FLIGHT_BYTES = 16 << 20  # being read at a time: so much tensorstore takes besides the caller's memory, at least a piece
+IN_FLIGHT_BYTES = 16 << 20  # being read at a time: what tensorstore needs in addition to the caller's memory, at least a piece
 _MAX_IN_FLIGHT = 64  # pieces, however small
 
 DIFFERS = "does not have the checksum that network.json records"
@@ -49,7 +50,7 @@ class Reader:
     """The stored arrays of a network.
 
     Args:
-      manifest: of the network; the generation that is read.
+      manifest: the network's manifest; the generation that is read.
       around: entered around every `read`, with its label and bytes, on the reading thread: a benchmark limits the rate with
         it, a test injects faults.
     """
@@ -64,7 +65,7 @@ class Reader:
         return {name: self.manifest.parameters[name] for name in names}
 
     def check(self, names: Iterable[str]) -> dict[str, Identity]:
-        """Returns what tells the files of some arrays from others, having compared their sizes.
+        """Returns what distinguishes the files of some arrays from others, after comparing their sizes.
 
         Raises:
           ModelDirectoryError: one is missing, no regular file, or of the wrong size.
@@ -176,7 +177,7 @@ class Reader:
         """Yields the comparison that a reading hands its blocks to; ends it, and names what does not fit.
 
         Args:
-          names: of the arrays that are read.
+          names: names of the arrays that are read.
           arrays: these arrays, if they are whole in memory when the block ends.
 
         Raises:
@@ -259,7 +260,7 @@ class Reader:
         return request
 
     def _fault(self, name: str, error: Exception) -> ModelDirectoryError:
-        self.check([name])  # missing, or cut short meanwhile
+        self.check([name])  # missing, or cut short during the read
         return damaged(self.manifest, name, problem_of(error))
 
     def _open(self, name: str) -> StoredArray:

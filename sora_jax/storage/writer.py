@@ -2,7 +2,7 @@
 
 Invariant: at every moment ``DIR/<network>`` is absent or complete.  Arrays go to ``DIR/.<network>.partial``; each is
 recorded in ``DIR/.<network>.journal`` after it has reached the disk; the finished directory is renamed.  One process at
-a time holds the lock ``DIR/.<network>.lock``, which the kernel lets go of when the process dies.  Conversion and dtypes
+a time holds the lock ``DIR/.<network>.lock``, which the kernel releases when the process dies.  Conversion and dtypes
 are decided elsewhere.
 """
 
@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_dtype(network: str, dtype: str) -> None:
-    """Refuses a network that there is not, or that cannot be stored as ``dtype``."""
+    """Refuses an unknown network, or one that cannot be stored as ``dtype``."""
     if network not in CONFIGS:
         raise ValueError(f"unknown network {network!r}; expected one of {', '.join(CONFIGS)}.")
     if dtype not in STORED_DTYPES or (network == "vae" and dtype == "int8"):
@@ -141,7 +141,7 @@ class NetworkWriter:
         after ``finish``.
 
         Raises:
-          ValueError: too few or too many bytes were handed over.
+          ValueError: the caller wrote too few or too many bytes.
         """
         parameter = Parameter(shape, dtype, "", source, rows_of_a_block(shape, dtype))
         location = self.partial / array_location(name, self.config.layers)
@@ -291,7 +291,7 @@ def update_model_file(directory: str | os.PathLike[str], **fields: Any) -> None:
     """Rewrites ``model.json`` with the networks now present; ``tokenizer``, ``defaults`` and ``trained`` may be given.
 
     Raises:
-      ValueError: another field is given.
+      ValueError: there is another field.
       ModelDirectoryError: what is there cannot be read.
     """
     unknown = fields.keys() - {"tokenizer", "defaults", "trained"}

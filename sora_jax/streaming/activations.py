@@ -1,6 +1,6 @@
 """Bytes and operations of each network's activations, from shapes alone.
 
-Invariant: a bound on what a compiled program holds besides its arguments, checked against XLA's own account of small
+Invariant: a bound on what a compiled program holds in addition to its arguments, checked against XLA's own account of small
 programs in the tests.  The terms are the live arrays at the widest place of each network; attention inside XLA's CPU
 kernels holds logits that the account does not show (measured, peak of the process).  Parameters are not counted here.
 """
@@ -14,7 +14,7 @@ from sora_jax.networks.portions import portions
 
 FLOAT_BYTES = 4
 LOGIT_COPIES = 2.2  # of attention logits inside the fused kernel, for each row it works on
-ROWS_AT_A_TIME = 2  # rows of a batch whose attention is under way together
+ROWS_AT_A_TIME = 2  # rows of a batch whose attention is computed at the same time
 CARRIED = 3.2  # arrays of tokens beside a block: its input and output, and those of the velocity (measured)
 
 
@@ -49,7 +49,7 @@ def block_bytes(config: STDiT3Config, rows: int, frames: int, places: int, forms
 
 
 def denoise_bytes(config: STDiT3Config, rows: int, frames: int, places: int, forms: Forms = WHOLE) -> int:
-    """Returns the bytes of an evaluation besides parameters: a block, what its attention hides, tokens and caption.
+    """Returns the bytes of an evaluation without parameters: a block, what its attention hides, tokens and caption.
 
     A block computes the tokens that ``forms`` lets it, so the tokens into and out of it may be most of this.
     """

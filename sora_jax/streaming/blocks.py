@@ -19,7 +19,7 @@ from sora_jax.storage.quantisation import SCALE_SUFFIX, is_scale, scale_axis
 def run_block(
     shell: Any, stored: Mapping[str, Array], x_BTSD: Float[Array, "B T S D"], conditioning: Conditioning, *, merge: Merge | None
 ) -> Float[Array, "B T S D"]:
-    """Returns the tokens after the block whose shapes ``shell`` has and whose stored arrays are given by name."""
+    """Returns the tokens after the block with the shapes of ``shell`` and these stored arrays (by name)."""
     return unflatten(shell, dequantised(stored))(x_BTSD, conditioning, merge=merge)
 
 

@@ -1,7 +1,7 @@
 """Memory budgets as users write them, in bytes.
 
 Invariant: kB, MB, GB and TB are powers of 1,000, KiB, MiB, GiB and TiB powers of 1,024, and a bare whole number is bytes;
-there is no other reading of a budget in the library.  What a budget is spent on is the memory plan's business.
+there is no other reading of a budget in the library.  The memory plan decides what a budget is spent on.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Calls from a compiled program to the host that deliver arrays.
 
 Invariant: the host function sees numpy arrays only, runs once for every time the program passes it, and not before the arrays
-it is given are complete.  It must fill every output: on the CPU these are the program's own buffers, uninitialised.  A program
-holds no host function: it is handed a number, under which whoever is `answering` is found when it runs, so that one program
+it receives are complete. It must fill every output: on the CPU these are the program's own buffers, uninitialised. A program
+holds no host function: it gets a number, by which it finds whoever is `answering` when it runs, so that one program
 serves all, and none of them outlives its use.
 """
 

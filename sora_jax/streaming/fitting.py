@@ -1,7 +1,7 @@
-"""Whether a stored network has exactly the arrays that its configuration demands, told from its manifest alone.
+"""Whether a stored network has exactly the arrays that its configuration demands, checked from its manifest alone.
 
 Invariant: shapes are those of the network's own modules; no file is read and no parameter made.  It is asked when a model is
-opened, before anything is computed; that the files hold those arrays is the reader's business.
+opened, before anything is computed; the reader checks that the files hold those arrays.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ The gate waits until the pages of block i are in memory, has those of block i + 
 i - 1 unless it is retained.
 
 Invariant: at every gate the files are the ones whose values were compared, of the same size, or they are compared again; an
-error of reading them is raised by the gate.  What remains between two gates is said in `storage.maps`.
+error of reading them is raised by the gate.  `storage.maps` says what remains possible between two gates.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """What a generation will need, by stage, before anything is loaded: from manifests and settings, no weight and no device.
 
 Invariant: stages follow each other and nothing of one stays for the next, so a run's peak is its largest stage's.  A budget
-below what the largest stage needs at least is refused, with that minimum and with sizes that would fit.  The numbers are
-estimates, the transformer's corrected by measurement once it runs; what the terms of activations are is ``activations``'.
+below the minimum of the largest stage is refused, with that minimum and with sizes that would fit.  The numbers are
+estimates, the transformer's corrected by measurement once it runs; ``activations`` has the terms of activations.
 """
 
 import dataclasses

@@ -74,7 +74,7 @@ class STDiT3Stream:
       dtype: compute dtype, ``"float32"`` or ``"bfloat16"``.
       attention: its form by name, see `attention_choice.choose_forms`.
       budget: bytes that the process may hold while the transformer runs; None retains ``retained`` blocks.
-      retained: blocks to retain where no budget is given; None: all.
+      retained: blocks to retain without a budget; None: all.
       fixed_bytes: planned bytes of the process without retained blocks.
       backend: ``"mmap"`` (arguments map the files; CPU) or ``"host"`` (callbacks hand arrays over); None: what suits the
         platform.

@@ -80,7 +80,7 @@ class Prefetcher:
             return slot
 
     def free(self, slot: Slot) -> None:
-        """Gives a taken slot back; reading ahead goes on."""
+        """Returns a taken slot to the reader, which goes on reading ahead."""
         with self._condition:
             self._empty(slot)
             self._wake()
@@ -141,7 +141,7 @@ class Prefetcher:
         return None if index is None or slot is None else (index, slot)
 
     def _abandon(self) -> None:
-        """Leaves a read that does not end to itself: its thread ends when it returns, its slot is no longer ours."""
+        """Abandons a read that does not end: its thread ends when the read returns, and its slot is no longer ours."""
         self._slots = [Slot() if slot.state == LOADING else slot for slot in self._slots]
         self._thread = None
 

@@ -1,6 +1,6 @@
 """A memory plan for people and for JSON.
 
-Invariant: times are shown beside the storage bandwidth and the speed they hold for; nothing is measured here.
+Invariant: times are shown with the storage bandwidth and the speed they hold for; nothing is measured here.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""How many layers stay in memory: state of the host, which a run reads before every block and which may change meanwhile.
+"""How many layers stay in memory: state of the host, which a run reads before every block and which may change during the run.
 
-Invariant: the first ``count`` layers in execution order are retained, the largest number whose bytes fit into the budget
-beside everything else; no compiled program depends on it.  What everything else needs is planned first and measured then.
+Invariant: the first ``count`` layers in execution order are retained, the largest number whose bytes fit into the budget after
+everything else; no compiled program depends on it.  What everything else needs is first planned and then measured.
 """
 
 import itertools
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 
 class Retention:
-    """The number of retained layers, from a budget or given.
+    """The number of retained layers, computed from a budget or fixed.
 
     Args:
       layer_bytes: bytes that each layer takes up when it is retained.
       budget: bytes that the process may hold; None retains every layer, or ``count`` of them.
       fixed_bytes: planned bytes of the process without any retained layer.
-      count: retained layers, where no budget is given.
+      count: retained layers, without a budget.
 
     Raises:
       ValueError: the budget is below what is needed without retained layers.
@@ -71,7 +71,7 @@ class Retention:
                 self._fit(self._budget)
 
     def correct(self, fixed_bytes: int) -> None:
-        """Takes what a whole evaluation was found to need besides retained layers for what was planned."""
+        """Replaces the plan by what a whole evaluation needed besides retained layers."""
         with self._lock:
             if self._budget is not None:
                 self._fixed_bytes = fixed_bytes
@@ -80,7 +80,7 @@ class Retention:
     def guard(self, fixed_bytes: int) -> None:
         """Retains fewer layers from now on, if this many bytes were needed besides retained ones and that is more than known.
 
-        A plan may be too low; the evaluation then goes on with what fits.
+        If the plan underestimates memory, layers are evicted and the evaluation goes on.
         """
         with self._lock:
             if self._budget is not None and fixed_bytes > self._fixed_bytes:

@@ -1,4 +1,4 @@
-"""A network's segments run from its files: each is one compiled program, and the next one's parameters are read meanwhile.
+"""A network's segments run from its files: each is one compiled program; the next one's parameters are read ahead.
 
 Invariant: parameters of at most ``num_slots`` segments are in memory, in their stored dtype, and none when a method returns.
 Segments of one method and shape share a program.  Which segments make up a network is the network's own knowledge.
@@ -40,7 +40,7 @@ class SegmentLoop:
       forms: of its computations.
       timings: waiting for files counts as ``load``, compiling and each stage as themselves.
       num_slots: segments in memory; with 1 nothing is read ahead.
-      profile: takes the intervals of loading and computing.
+      profile: records the intervals of loading and computing.
       around: entered around every read of a segment, with its name and bytes, on the reading thread.
       stall_s: seconds after which the read of a segment that does not end is an error.
     """
@@ -63,7 +63,7 @@ class SegmentLoop:
         self._abstract = registry.abstract(manifest.network, manifest.config, policy=policy, forms=forms)
 
     def run(self, stage: str, segments: Sequence[Segment], x: Any, *context: Any) -> jax.Array:
-        """Returns the activations ``x`` after the segments; those that take it are handed ``context`` too.
+        """Returns the activations ``x`` after the segments; those that take it get ``context`` too.
 
         Raises:
           ModelDirectoryError: a parameter is missing or damaged.

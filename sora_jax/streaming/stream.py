@@ -46,7 +46,7 @@ class BlockProgram(abc.ABC):
     """All that a compiled program depends on; static, and equal for every stream of the same shapes.
 
     Attributes:
-      config: of the transformer.
+      config: the transformer's configuration.
       policy: what it computes in.
       forms: how it computes what could be large.
       layouts: the stored arrays of spatial and of temporal blocks.
@@ -91,11 +91,11 @@ class BlockStream(abc.ABC):
     """Host state of one streamed transformer.
 
     Attributes:
-      reader: of the files.
+      reader: the reader of the files.
       blocks: names of the streamed layers, in execution order.
       retention: how many of them stay in memory.
-      profile: takes the intervals of loading and computing, if one is set.
-      bytes_read: of blocks, since the stream was made.
+      profile: records the intervals of loading and computing, if one is set.
+      bytes_read: bytes of blocks read since the stream was created.
       evaluations: completed, since the stream was opened.
     """
 
@@ -171,7 +171,7 @@ class BlockStream(abc.ABC):
     def _observe(self, index: int) -> None:
         """Keeps count of evaluations and measures what they need besides retained layers, block by block.
 
-        A block that needs more than was known lets go of layers at once; the first whole evaluation replaces the plan.
+        If a block needs more than planned, layers are evicted at once; the first whole evaluation replaces the plan.
         """
         self._next = (index + 1) % (len(self.blocks) + 1)
         if index == 0:
@@ -227,7 +227,7 @@ class BlockStream(abc.ABC):
         )
 
     def _check_layouts(self) -> None:
-        """Sees that blocks of a kind are stored alike: a program has one set of shapes and dtypes for each kind."""
+        """Checks that blocks of a kind are stored alike: a program has one set of shapes and dtypes for each kind."""
         for index, block in enumerate(self.blocks):
             strange = sorted({name for name, *_ in set(self.layout(index)) ^ set(self.layout(index % 2))})
             if strange:
@@ -244,7 +244,7 @@ class BlockStream(abc.ABC):
 
     @abc.abstractmethod
     def arguments(self) -> Stored:
-        """Returns what programs are given of the blocks, as arguments; to be called within `running`."""
+        """Returns the blocks' arguments for programs; to be called within `running`."""
 
     @abc.abstractmethod
     def _load(self, index: int, slot: Slot) -> None:
@@ -264,7 +264,7 @@ class BlockStream(abc.ABC):
 
     @abc.abstractmethod
     def _reset(self) -> None:
-        """Forgets what was read ahead and what a block cut short had taken."""
+        """Forgets what was read ahead and what an interrupted block had taken."""
 
     @abc.abstractmethod
     def _close(self) -> None:

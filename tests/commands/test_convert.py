@@ -152,7 +152,7 @@ def test_a_failure_on_the_way_is_one_line_and_loses_nothing(
         patch.setattr(OpenFile, "read", read)
         assert _run("t5", source, tmp_path / "model", "--quiet") == (130 if isinstance(error, KeyboardInterrupt) else 1)
     message = _one_line(capsys)
-    assert "give the same command again" in message or "Input/output error" in message
+    assert "run the same command again" in message or "Input/output error" in message
     assert not (tmp_path / "model" / "t5").exists()
     written = {path.name for path in (tmp_path / "model" / ".t5.partial").glob("*/*")}
     assert written

@@ -114,7 +114,7 @@ def test_a_disk_that_fills_at_the_tokenizer_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(companions, "write_durably" if moment == "before" else "update_model_file", refuse)
         assert main(["t5", str(source), str(model), "--quiet"]) == 1
-    assert "No space left on device; make room and give the same command again" in capsys.readouterr().err
+    assert "No space left on device; make room and run the same command again" in capsys.readouterr().err
     assert not (model / "t5").exists(), "no T5 is visible before its tokenizer is"
     assert main(["t5", str(source), str(model), "--quiet"]) == 0
     assert (model / "tokenizer.json").read_bytes() == TOKENIZER

@@ -255,7 +255,7 @@ def test_command_prints_and_writes_every_table(tiny_model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to judge; give one or more of --captions N"),
+        ([], "nothing to judge; add one or more of --captions N"),
         (
             ["--num-frames", "17", "--extension", "1"],
             "--num-frames 17 goes with --real, --codec and --captions; --extension is",

@@ -193,9 +193,9 @@ INDEX: dict[str, tuple[Any, str]] = {
     "no version": ({}, "has format version None"),
     "newer": ({"format_version": 9}, "has format version 9; this release reads 1 and 2; update sora_jax"),
     "tokenizer number": ({"format_version": 1, "tokenizer": 5}, "tokenizer is 5; expected the name of a file"),
-    "tokenizer elsewhere": ({"format_version": 1, "tokenizer": "../secret.json"}, "expected the name of a file beside it"),
-    "tokenizer absolute": ({"format_version": 2, "tokenizer": "/etc/passwd"}, "expected the name of a file beside it"),
-    "tokenizer zero": ({"format_version": 2, "tokenizer": "a\0b"}, "expected the name of a file beside it"),
+    "tokenizer elsewhere": ({"format_version": 1, "tokenizer": "../secret.json"}, "expected the name of a file next to it"),
+    "tokenizer absolute": ({"format_version": 2, "tokenizer": "/etc/passwd"}, "expected the name of a file next to it"),
+    "tokenizer zero": ({"format_version": 2, "tokenizer": "a\0b"}, "expected the name of a file next to it"),
     "defaults": ({"format_version": 2, "defaults": []}, "expected an object of settings"),
 }
 

@@ -102,7 +102,7 @@ class GroupNorm(nnx.Module):
 
     Mean and mean square are taken in one float32 pass, then folded with scale and bias into one multiply-add a channel.
     The variance is their difference: a group whose mean is m deviations from zero loses m^2 float32 roundings.  With the
-    policy's ``half_range`` the mean is taken away first, and the rest divided by its largest magnitude before it is squared.
+    policy's ``half_range`` the mean is subtracted first, and the rest divided by its largest magnitude before it is squared.
     """
 
     def __init__(self, channels: int, *, groups: int, epsilon: float, policy: DTypePolicy):

@@ -23,7 +23,7 @@ _EPSILON = 1e-6
 
 
 class ResnetBlock(nnx.Module):
-    """Two normed convolutions beside a shortcut, which is a 1x1 convolution where the width changes."""
+    """Two normed convolutions and a shortcut, which is a 1x1 convolution where the width changes."""
 
     def __init__(self, in_channels: int, out_channels: int, *, groups: int, policy: DTypePolicy, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(in_channels, groups=groups, epsilon=_EPSILON, policy=policy)

@@ -23,7 +23,7 @@ _EPSILON = 1e-5
 
 
 class ResBlock(nnx.Module):
-    """Two normed causal convolutions without bias, beside a shortcut (1x1x1 where the width changes)."""
+    """Two normed causal convolutions without bias, and a shortcut (1x1x1 where the width changes)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, groups: int, policy: DTypePolicy, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(in_channels, groups=groups, epsilon=_EPSILON, policy=policy)

@@ -1,6 +1,6 @@
 """Captions of unseen combinations, and clips for them: rendered, through the codec, or made by the model.
 
-Invariant: caption ``i`` depends on the seed and ``i`` alone, so two models, or two samplers, are asked the same, and a
+Invariant: caption ``i`` depends on the seed and ``i`` alone, so two models, or two samplers, get the same captions, and a
 short list is the beginning of a longer one.  Measuring and scoring are ``measure``'s and ``scores``' work.
 """
 
@@ -46,9 +46,9 @@ class Asked:
     Attributes:
       text: the caption.
       attributes: what it names.
-      seed: of the noise that the clip is made from.
+      seed: noise of the clip.
       scene: a batch of one scene that the caption describes.
-      num_frames: of the clip that is asked for; 1 is a single image.
+      num_frames: length of the requested clip; 1 is a single image.
     """
 
     text: str
@@ -123,7 +123,7 @@ def speed_pairs(num: int, *, seed: int, num_frames: int = NUM_FRAMES) -> tuple[l
 
 
 def with_other_speed(asked: Asked) -> Asked:
-    """Returns the same caption but for the word that names its speed."""
+    """Returns the same caption except for the word that names its speed."""
     text = re.sub("|".join(_OTHER_SPEED), lambda word: _OTHER_SPEED[word.group()], asked.text)
     speed = {"slow": "fast", "fast": "slow"}[asked.attributes["speed"]]
     return dataclasses.replace(asked, text=text, attributes={**asked.attributes, "speed": speed})
@@ -149,7 +149,7 @@ def rendered(asked: Sequence[Asked]) -> Iterator[Frames]:
 
 
 def reconstructed(model: ModelPath, asked: Sequence[Asked], *, dtype: str | None = None) -> Iterator[tuple[Frames, Frames]]:
-    """Yields each rendered clip and what the model's codec makes of it; other networks need not be there.
+    """Yields each rendered clip and its reconstruction by the model's codec; other networks may be missing.
 
     Raises:
       ModelDirectoryError: the codec is missing or damaged.

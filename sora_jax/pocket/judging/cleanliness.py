@@ -1,7 +1,7 @@
 """Whether a clip is clean, whatever it shows: an even background that does not flicker, and at most one object.
 
-Invariant: seen from the pixels alone, like ``measure``'s attributes.  How much a clip may flicker and its object jump is not
-said here: it is held against rendered clips that went through the same codec.
+Invariant: judged from the pixels alone, like ``measure``'s attributes.  This module has no limit for flicker and jumps: clips
+are compared with rendered clips that went through the same codec.
 """
 
 import dataclasses
@@ -13,13 +13,15 @@ from jaxtyping import Num
 from sora_jax.pocket.judging.measure import Measurement, check_clip, find_object, fit_background, measure, neighbours, to_levels
 from sora_jax.pocket.judging.scores import Rate
 
-UNEVENNESS_LIMIT = 8.1  # levels: the 30 dB that are asked of the codec, so that what is within is no worse than a coded plane
+UNEVENNESS_LIMIT = (
+    8.1  # levels: the 30 dB that the codec must reach, so that a clip within the limit is no worse than a coded plane
+)
 _EDGE_PX = 3  # pixels around the object that belong to its soft edge, not to the background
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cleanliness:
-    """How even a clip's background is, and how many objects are before it.
+    """How even a clip's background is, and how many objects are in front of it.
 
     Attributes:
       unevenness: root mean square distance of the background's levels (0..255) from the plane fitted to them.

@@ -1,4 +1,4 @@
-"""Attributes of a clip from its pixels alone: what is seen, whatever was asked for.
+"""Attributes of a clip from its pixels alone: what it shows, whatever its caption says.
 
 Invariant: shares no code with the renderer's drawing; knows the words, their palette and what they mean in pixels.
 A background plane is fitted to the border, the object is what differs from it, its shape shows in the angular symmetry
@@ -97,7 +97,7 @@ def check_clip(video: np.ndarray) -> None:
 
 
 def to_levels(video: np.ndarray) -> Float[np.ndarray, "t h w 3"]:
-    """Returns a clip in levels 0..255, as numbers between which one can compute."""
+    """Returns a clip in levels 0..255, in a type that is fit for arithmetic."""
     if video.dtype == np.uint8:
         return video.astype(np.float32)
     return (np.clip(video.astype(np.float32), -1, 1) + 1) * 127.5

@@ -1,4 +1,4 @@
-"""Scores of clips against what was asked for, as rates with intervals and tables of confusion.
+"""Scores of clips against their captions, as rates with intervals and tables of confusion.
 
 Invariant: only what a caption names is scored; an attribute that could not be measured counts as wrong.  What a clip
 shows is ``sora_jax.pocket.judging.measure``'s work.
@@ -18,7 +18,8 @@ from sora_jax.pocket.world.words import ATTRIBUTES, GROWTH_PX, NUM_FRAMES, RADIU
 Attributes = Mapping[str, str]
 Pair = tuple[Measurement, Measurement]
 
-# An object begins where it was given if its centre is this near: the judge itself errs by 0.5 pixels, the smallest object
+# An object begins where its reference has it if its centre is this near: the judge itself errs by 0.5 pixels, the smallest
+# object
 # has a radius of 6.
 POSITION_PX = 3.0
 
@@ -27,7 +28,7 @@ _FOUR = ("colour", "background", "shape", "motion")
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """So many of so many."""
+    """A count and its total."""
 
     count: int
     total: int
@@ -67,9 +68,9 @@ def score(
 ) -> dict[str, Rate]:
     """Returns the rates by name.
 
-    Each attribute: right among the clips that were asked for it.  ``all four``: colour, background, shape and motion;
+    Each attribute: right among the clips whose caption names it.  ``all four``: colour, background, shape and motion;
     ``all three``: without motion, which a single image has not.
-    ``colour and motion``: an object of the named colour moves as told.  ``swapped``: object and background in each other's
+    ``colour and motion``: an object of the named colour moves as captioned.  ``swapped``: object and background in each other's
     colour.  ``slow < fast``: the pairs (slow, fast) in which the slow one is slower; without ``pairs`` the first slow and
     the first fast clip of a motion, the second ones and so on.
 
@@ -92,7 +93,7 @@ def score(
 def kept(
     measurements: Sequence[Measurement], asked: Sequence[Attributes], start_px: Float[np.ndarray, "N 2"]
 ) -> dict[str, Rate]:
-    """Returns how many clips keep what their given first frame shows.
+    """Returns how many clips keep what their reference frame shows.
 
     ``position kept``: the object begins where the frame has it (``start_px``: x, y), to within ``POSITION_PX``.
     ``colour, shape, position kept``: all three.
@@ -105,7 +106,7 @@ def kept(
 
 
 def continued(before: Sequence[Measurement], after: Sequence[Measurement]) -> dict[str, Rate]:
-    """Returns how many clips go on as they ended: measurements of the frames before and after the joint.
+    """Returns how many clips continue as they ended, from measurements before and after the joint.
 
     ``position kept``: the centre of the object's first frame is at most ``POSITION_PX`` from that of the last one before.
     """
@@ -145,7 +146,7 @@ def _rate(outcomes: Sequence[bool]) -> Rate:
 
 
 def _pace(seen: Measurement) -> float:
-    """Returns the pace, or NaN, which is neither slower nor faster, where there is no object to have one."""
+    """Returns the pace; NaN, which compares as neither slower nor faster, if there is no object."""
     return math.nan if seen.motion is None else seen.pace
 
 
@@ -162,7 +163,7 @@ def _pairs(clips: Sequence[tuple[Measurement, Attributes]]) -> list[Pair]:
 def confusion(
     measurements: Sequence[Measurement], asked: Sequence[Attributes], attribute: str
 ) -> Int[np.ndarray, "asked seen"]:
-    """Returns how often each asked word (rows) was seen as each word (columns; the last one: not to be measured)."""
+    """Returns how often each asked word (rows) was seen as each word (columns; the last one: could not be measured)."""
     names = ATTRIBUTES[attribute]
     counts = np.zeros((len(names), len(names) + 1), int)
     for seen, ask in zip(measurements, asked, strict=True):

@@ -1,4 +1,4 @@
-"""Tables of each kind of clips: rendered, coded, made from captions, from given frames, continued, or of no caption at all.
+"""Tables of each kind of clips: rendered, coded, made from captions, from reference frames, continued, or without a caption.
 
 Invariant: for one seed and length all kinds are about the same scenes.  Measuring, scoring and making clips is done elsewhere.
 """
@@ -23,7 +23,7 @@ from sora_jax.pocket.judging.measure import Measurement, measure
 from sora_jax.pocket.judging.scores import Attributes, Pair, Rate, confusions, continued, has_room, kept, score, varied
 from sora_jax.pocket.world.words import NUM_FRAMES
 
-PAIRS_SHARE = 0.25  # pairs of a slow and a fast clip for each caption, unless given
+PAIRS_SHARE = 0.25  # pairs of a slow and a fast clip for each caption, by default
 _BAND = (0.05, 0.95)  # quantiles between which the band of cosines lies
 _PER_CLIP = {"prompt", "caption", "seed", "references", "mask_strategy", "evaluations"}
 _VERSIONS = ("sora_jax", "jax", "device")
@@ -73,7 +73,7 @@ def judge_captions(
 ) -> dict[str, Any]:
     """Returns the tables of clips made from captions of unseen combinations, and how they were made, JSON-ready.
 
-    ``num_pairs`` slow and fast clips that share caption and noise (a quarter of ``num`` if None) are made besides; single
+    ``num_pairs`` slow and fast clips that share caption and noise (a quarter of ``num`` if None) are generated as well; single
     images have none.
     """
     began = time.perf_counter()
@@ -102,7 +102,7 @@ def judge_given_frames(
     frames = [clip[:1] for clip in cases.rendered(asked)]
     made = list(_watched(cases.clips(model, asked, sampling, first_frames=frames), num, "given frame"))
     seen = [measure(one.frames_thw3) for one in made]
-    # What the frame shows is asked for even where the caption does not name it.
+    # What the frame shows is expected even if the caption does not name it.
     shown = [{**one.attributes, "shading": one.scene.attributes(0)["shading"]} for one in asked]
     start_px = np.array([[float(one.scene.x_px[0]), float(one.scene.y_px[0])] for one in asked])
     order = _order(num, seed, shuffle)
@@ -111,9 +111,9 @@ def judge_given_frames(
 
 
 def judge_given_clips(model: ModelPath, num: int, *, seed: int, sampling: Options = cases.MODEL_DEFAULTS) -> dict[str, Any]:
-    """Returns the tables of the frames by which the model goes on with rendered clips, and what they keep, JSON-ready.
+    """Returns the tables of the frames with which the model continues rendered clips, and what they keep, JSON-ready.
 
-    The first 17 frames (a chunk of the codec) are given; the rendered clip has room for what follows.
+    The first 17 frames (a chunk of the codec) are rendered; the scene leaves room for what follows.
     """
     asked = cases.captions(num, seed=seed)
     given = [clip[:FRAMES_PER_CHUNK] for clip in cases.rendered(asked)]
@@ -126,7 +126,7 @@ def judge_given_clips(model: ModelPath, num: int, *, seed: int, sampling: Option
 def judge_extensions(model: ModelPath, num: int, *, seed: int, sampling: Options = cases.MODEL_DEFAULTS) -> dict[str, Any]:
     """Returns the tables of the model's own clips continued by a second one (``loop`` 2), JSON-ready.
 
-    Scored are the new frames and what they keep.  ``with_room`` has the tables of those whose object, going on as it
+    The new frames are scored, and what they keep.  ``with_room`` has the tables of those whose object, going on as it
     moved, stays inside the frame and of a size that the world has.
     """
     asked = cases.captions(num, seed=seed)
@@ -142,9 +142,9 @@ def judge_extensions(model: ModelPath, num: int, *, seed: int, sampling: Options
 
 
 def judge_empty(model: ModelPath, num: int, *, seed: int, sampling: Options = cases.MODEL_DEFAULTS) -> dict[str, Any]:
-    """Returns how many clips of the empty caption are clean, JSON-ready; the measure is as many rendered clips, coded.
+    """Returns how many clips of the empty caption are clean, JSON-ready; compared with as many coded rendered clips.
 
-    A clip without a caption is asked for nothing, so it has no attributes that could be right.
+    A clip without a caption has no attributes that could be right.
     """
     asked = cases.empty_captions(num, seed=seed)
     made = list(_watched(cases.clips(model, asked, sampling), num, "empty caption"))
@@ -156,7 +156,7 @@ def judge_empty(model: ModelPath, num: int, *, seed: int, sampling: Options = ca
 
 
 def judge_variety(model: ModelPath, num: int, *, seed: int, sampling: Options = cases.MODEL_DEFAULTS) -> dict[str, Any]:
-    """Returns how clips of one caption differ with the seed, and that they do not with the same seed, JSON-ready."""
+    """Returns whether clips of one caption differ between seeds and agree for the same seed, JSON-ready."""
     asked = cases.captions(num, seed=seed)
     others = [dataclasses.replace(one, seed=one.seed + num) for one in asked]
     made, again, other = (
@@ -234,5 +234,5 @@ def _number(values: Float[np.ndarray, " n"], statistic: Callable[[np.ndarray], A
 
 
 def _watched(items: Iterable[Item], total: int, name: str) -> Iterable[Item]:
-    """Returns the items behind a progress bar, which a file or a pipe does not get."""
+    """Returns the items with a progress bar, which only a terminal shows."""
     return tqdm(items, total=total, desc=name, unit="clip", disable=None, leave=False)

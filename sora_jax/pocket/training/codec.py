@@ -78,7 +78,7 @@ def spatial_stage(config: VAEConfig, *, num_steps: int, batch_size: int, seed: i
 
 
 def temporal_stage(config: VAEConfig, spatial: Params, *, num_steps: int, batch_size: int, seed: int) -> Stage:
-    """Returns the stage that trains the temporal autoencoder, the spatial decoder along, behind the frozen encoder."""
+    """Returns the stage that trains the temporal autoencoder and the spatial decoder, behind the frozen encoder."""
     encoder = {k: v for k, v in spatial.items() if k.startswith("spatial_encoder")}
     rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 50, num_steps, 2e-5)
 

@@ -1,6 +1,7 @@
 """Training of pocket's transformer: rectified flow on cached latents, with captions worded anew at every use.
 
-Invariant: a batch depends on its step and the seed only, so that an interrupted training goes on as if it had not been.
+Invariant: a batch depends on its step and the seed only, so that an interrupted training continues as if it had not been
+interrupted.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from sora_jax.sampling.schedule import resolution_shift
 from sora_jax.storage.checkpoint import flatten, unflatten
 
 IMAGE_FPS = 120  # what Open-Sora tells the model about single images
-CAPTION_DROP = 0.1  # share of the captions that give way to the null caption
+CAPTION_DROP = 0.1  # share of the captions that the null caption replaces
 # Share of the others that say nothing.  An empty prompt is a caption of its own, not the null one, and shows quiet clips:
 # while it stood for any clip, one in three was undecided about what moves where.
 EMPTY_SHARE = 0.06
@@ -38,8 +39,8 @@ LONG_FRAMES = 51
 # Shares of the steps that are made of images, of a clip's first chunk and of long clips; the rest are whole clips.
 IMAGE_SHARE, CHUNK_SHARE, LONG_SHARE = 0.2, 0.1, 0.08
 NOISY_LOGIT = 1.2  # mean logit of the noise share in half of the samples
-# Samples with given latent frames: image-to-video and extension, and from them the model learns where things move: with
-# nothing given, loss hardly depends on the direction that a caption names.
+# Samples with reference frames: image-to-video and extension.  From them the model learns where things move: without them, loss
+# hardly depends on the direction that a caption names.
 MASKED_SHARE = 0.5
 LESSON_MASKED_SHARE = 0.75
 
@@ -66,11 +67,11 @@ def abstract_stdit3(config: STDiT3Config) -> STDiT3:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batches:
-    """The transformer's batches, each a function of its step: latents of one shape, worded captions, given frames.
+    """The transformer's batches, each a function of its step: latents of one shape, worded captions, reference frames.
 
     Besides whole clips, steps are made of images, of 17-frame clips (a clip's first chunk) and of ``long_clips``.  During a
-    lesson all samples are whole clips of fast motion at high noise, three in four with a latent frame given: where a
-    caption's direction decides most of the loss.
+    lesson all samples are whole clips of fast motion at high noise, three in four with a reference frame: there a caption's
+    direction decides most of the loss.
     """
 
     clips: Clips
@@ -120,7 +121,7 @@ class Batches:
     def _captions(
         self, shown: Sequence[dict[str, str]], rng: np.random.Generator, *, of_images: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns tokens and mask of captions, empty of what shows nothing; those of images tell of no motion."""
+        """Returns tokens and mask of captions: empty ones for clips that show nothing, and without a motion for images."""
         unseen = ("motion", "speed") if of_images else ()
         told = [{name: value for name, value in one.items() if name not in unseen} for one in shown]
         return self.tokenizer.encode([caption(one, rng)[0] if one else "" for one in told], MAX_LENGTH)
@@ -137,7 +138,7 @@ def flow_stage(
     learning_rate: float = LEARNING_RATE,
     start: Params | None = None,
 ) -> Stage:
-    """Returns the stage that trains the transformer, from nothing or from the parameters ``start``."""
+    """Returns the stage that trains the transformer, from scratch or from the parameters ``start``."""
 
     def init() -> Params:
         return flatten(STDiT3(config.stdit3, rngs=nnx.Rngs(batches.seed))) if start is None else start
@@ -159,9 +160,9 @@ def flow_stage(
 def flow_loss(
     config: ModelConfig, text: Params, params: Params, batch: dict[str, Any], key: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the mean squared error of the velocity, data minus noise, over frames that are not given.
+    """Returns the mean squared error of the velocity, data minus noise, over the frames that are not references.
 
-    Times are `training_times`; given frames have time 0, as in image-to-video.
+    Times are `training_times`; reference frames have time 0, as in image-to-video.
     """
     model, z = unflatten(abstract_stdit3(config.stdit3), params), batch["z"]
     caption_BLE = unflatten(abstract_t5(config.t5), text)(batch["ids"], batch["mask"])
@@ -188,7 +189,7 @@ def flow_loss(
 
 
 def _kind(rng: np.random.Generator) -> tuple[bool, bool, bool]:
-    """Returns whether a step is made of images, of first chunks, of long clips; none of them: of whole clips."""
+    """Returns whether a step is made of images, of first chunks, of long clips; else of whole clips."""
     edges = np.cumsum((IMAGE_SHARE, CHUNK_SHARE, LONG_SHARE))
     kind = int(np.searchsorted(edges, rng.random(), side="right"))
     return kind == 0, kind == 1, kind == 2
@@ -215,7 +216,7 @@ def _rate(num_steps: int, highest: float) -> optax.Schedule:
 
 
 def _given_frames(rng: np.random.Generator, num: int, num_latents: int, *, share: float) -> np.ndarray:
-    """Returns which latent frames are given, bool [B, T]: none, the first, the last, any one, or the first chunk of two."""
+    """Returns which latent frames are fixed, bool [B, T]: none, the first, the last, any one, or the first chunk of two."""
     given = np.zeros((num, num_latents), bool)
     if num_latents == 1:
         return given

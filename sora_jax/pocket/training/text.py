@@ -1,7 +1,7 @@
-"""Training of pocket's text encoder: every token of a caption learns to tell what the whole caption says.
+"""Training of pocket's text encoder: every token of a caption learns to encode what the whole caption says.
 
 The encoder is trained alone, on an endless stream of captions, by linear heads that are thrown away; the transformer then
-reads frozen features.  Trained together from scratch, the two paint the right pair of colours on the wrong places.
+reads frozen features.  Trained together from scratch, the two networks put the right colours in the wrong places.
 Invariant: a head's last class means "not named", so what a caption leaves open stays open.
 """
 
@@ -28,8 +28,8 @@ from sora_jax.pocket.world.words import ATTRIBUTES, Split
 from sora_jax.storage.checkpoint import flatten, unflatten
 
 MAX_LENGTH = pocket.stdit3.model_max_length  # tokens of a caption
-LEARNING_RATE = 3e-3  # the highest, from nothing
-WARM_RATE = 1e-3  # the highest, from an encoder whose features a transformer reads already
+LEARNING_RATE = 3e-3  # highest learning rate, from scratch
+WARM_RATE = 1e-3  # highest learning rate, from an encoder whose features a transformer already reads
 
 Batch = dict[str, Any]  # ids, mask, and the labels of every attribute
 
@@ -43,7 +43,7 @@ def abstract_t5(config: T5Config) -> T5Encoder:
 def text_stage(
     config: T5Config, tokenizer: Tokenizer, *, num_steps: int, batch_size: int, seed: int, start: Params | None = None
 ) -> Stage:
-    """Returns the stage that trains the encoder, from nothing or from the parameters ``start``, and its heads."""
+    """Returns the stage that trains the encoder and its heads, from scratch or from the parameters ``start``."""
     rate = LEARNING_RATE if start is None else WARM_RATE
     return Stage(
         name="text",

@@ -42,7 +42,7 @@ DIRECTIONS = {
     "up": ("up", "upwards"),
     "down": ("down", "downwards"),
 }
-# Both directions, with the upright one first, as in the motion's name.
+# Both directions, with the vertical one first, as in the motion's name.
 DIAGONALS = {
     f"{upright}-{level}": (f"{upright} and to the {level}", f"{upright} and {level}", f"{upright}wards to the {level}")
     for upright in ("up", "down")
@@ -71,7 +71,7 @@ MOTION_VERBS = {
     ),
 }
 
-# Single words that give a motion away.
+# Single words that name a motion.
 _MOTION_KEYS = {
     "left": ("left", "leftwards"),
     "right": ("right", "rightwards"),
@@ -217,7 +217,7 @@ def _adjectives(tokens: Sequence[str], nouns: Table, adjectives: Mapping[str, Ta
 
 
 def _joined(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Returns what was found, where one upright and one level direction are one diagonal motion."""
+    """Returns the motions, with a vertical and a horizontal direction combined into a diagonal one."""
     motions = {value for name, value in found if name == "motion"}
     diagonal = [one for one in DIAGONALS if set(one.split("-")) == motions]
     return [(name, diagonal[0] if name == "motion" and diagonal else value) for name, value in found]

@@ -73,7 +73,7 @@ class Scenes:
         return len(self.shape)
 
     def __getitem__(self, chosen: Any) -> Self:
-        """Returns the chosen scenes (a slice or an index array), again as a batch."""
+        """Returns the selected scenes (a slice or an index array), again as a batch."""
         return jax.tree.map(lambda field: field[chosen], self)
 
     def attributes(self, index: int) -> dict[str, str]:
@@ -126,7 +126,7 @@ def _start(rng: np.random.Generator, before: np.ndarray, after: np.ndarray, trav
 
 
 def render(scenes: Scenes, frames: Num[Array, "#B t"] | np.ndarray) -> Float[Array, "B t h w 3"]:
-    """Returns the chosen frames of every scene in [-1, 1], float32; jittable.
+    """Returns the selected frames of every scene in [-1, 1], float32; jittable.
 
     ``frames`` holds frame indices, for every scene its own row or one row for all.
     """

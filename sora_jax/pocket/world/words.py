@@ -1,7 +1,7 @@
 """What exists in the world of the pocket model: attribute names, colours, and the split into training and unseen.
 
-Invariant: whether a combination of shape, colour, background and motion is unseen depends on its words alone, so that
-it stays on its side when the world widens.  Nothing is drawn, measured or worded here.
+Invariant: whether a combination of shape, colour, background and motion is unseen depends on its words alone, so that it stays
+in its split when the world grows. Nothing is drawn, measured or worded here.
 """
 
 import hashlib
