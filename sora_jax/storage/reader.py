@@ -26,7 +26,7 @@ from sora_jax.storage.pieces import Piece, Reading, StoredArray, pieces_of, prob
 from sora_jax.storage.place import Folder, Identity
 from sora_jax.storage.quantisation import SCALE_SUFFIX, dequantise
 
-IN_FLIGHT_BYTES = 16 << 20  # being read at a time: what tensorstore needs in addition to the caller's memory, at least a piece
+IN_FLIGHT_BYTES = 8 << 20  # being read at a time: what tensorstore needs in addition to the caller's memory, at least a piece
 _MAX_IN_FLIGHT = 64  # pieces, however small
 
 DIFFERS = "does not have the checksum that network.json records"
