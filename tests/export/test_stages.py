@@ -130,7 +130,8 @@ def test_changed_bytes_are_refused(tiny_model, tmp_path):
     path.write_bytes(data)
     final = list_stages(CONFIG, [SIZE], parts=("t5",))[-1]
     with pytest.raises(
-        ModelDirectoryError, match=r"t5 layer final: parameter file .* has other bytes than recorded; convert t5"
+        ModelDirectoryError,
+        match=r"t5 layer final: parameter file .* does not have the checksum that network\.json records; convert t5",
     ):
         load_parameters(network, final)
 
