@@ -26,7 +26,7 @@ import numpy as np
 from pathlib import Path
 from sora_jax.sampling.sampler import Sampler
 from sora_jax.streaming.network import STDiT3Stream
-from tests import streamed
+from tests.support import streamed
 
 def held(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -52,7 +52,7 @@ with stream.open() as network:
 INTERRUPTED = """
 import contextlib, signal, sys, time
 from sora_jax.streaming.network import STDiT3Stream
-from tests import streamed
+from tests.support import streamed
 
 @contextlib.contextmanager
 def slow(layer, num_bytes):
@@ -70,7 +70,7 @@ GUARDED = """
 import contextlib, sys
 from pathlib import Path
 import jax
-from benchmarks import streaming_model
+from benchmarks._support import streaming_model
 from benchmarks._support.machine import memory
 from sora_jax.streaming.network import STDiT3Stream
 from sora_jax.process import resident_bytes
