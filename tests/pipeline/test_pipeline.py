@@ -1,6 +1,9 @@
 import dataclasses
 import itertools
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -290,14 +293,11 @@ def test_several_samples_get_numbered_files(pipe: Pipeline, tmp_path: Path) -> N
         ({"align": 0}, "align is 0"),
         ({"dtype": "float16"}, "dtype is 'float16'; expected float32 or bfloat16"),
         ({"num_samples": 0}, "num_samples is 0"),
-        ({"num_samples": 1.5}, "num_samples is 1.5; expected a whole number"),
         ({"mask_strategies": "0,x"}, "mask strategy '0,x' is malformed"),
         ({"mask_strategies": "0,0,0,0,1,7"}, "edit ratio 7.0; expected 0"),
         ({"mask_strategies": "0"}, "names reference 0; the prompt has 0"),
         ({"mask_strategies": ["", ""]}, "got 2 mask strategies for 1 prompts"),
         ({"references": "gone.png"}, r"Reference gone.png does not exist"),
-        ({"references": [3]}, "references hold 3; expected a text, or a list of texts"),
-        ({"prompts": 3}, "prompts hold 3; expected a text"),
         ({"prompts": []}, "no prompt given"),
         ({"prompts": "a { b"}, "JSON is malformed"),
     ],
@@ -310,6 +310,29 @@ def test_what_cannot_be_made_is_refused_before_any_network_is_loaded(
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         pipe(**options, callback=lambda progress: stages.append(progress.stage))
     assert not stages
+
+
+WRONG_TYPES = """
+import json, sys
+import sora_jax
+
+pipe, lines = sora_jax.Pipeline.from_pretrained(sys.argv[1]), []
+for arguments in ({"num_samples": 1.5}, {"references": [3]}, {"prompts": 3}):
+    try:
+        pipe(**{"prompts": "a red circle", **arguments})
+    except ValueError as error:
+        lines.append(str(error))
+print(json.dumps(lines))
+"""
+
+
+def test_arguments_of_wrong_types_get_one_line_where_no_type_checker_runs(tiny_model: Path) -> None:
+    """In this process the tests' own checker would answer first."""
+    child = subprocess.run([sys.executable, "-c", WRONG_TYPES, tiny_model], capture_output=True, text=True, check=True)
+    samples, paths, prompts = json.loads(child.stdout)
+    assert samples == "num_samples is 1.5; expected a whole number of at least 1."
+    assert paths == "references hold 3; expected a text, or a list of texts."
+    assert prompts == "prompts hold 3; expected a text, or a list of texts."
 
 
 def test_programs_are_compiled_anew_for_another_precision_of_products() -> None:
