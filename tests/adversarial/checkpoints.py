@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.adversarial import bases, torch_files, weight_files
+from tests.adversarial import bases, pickles, torch_files, weight_files
 from tests.adversarial.command import Run, run_command
 from tests.adversarial.verdicts import MUTATION, Verdict
 from tests.adversarial.weight_files import Mutation
@@ -24,7 +24,7 @@ class Kind:
     @property
     def hides(self) -> bool:
         """Whether its result may hold other values that only the source betrays."""
-        return self.mutation in weight_files.HIDING | torch_files.HIDING
+        return self.mutation in weight_files.HIDING | torch_files.HIDING | pickles.HIDING
 
     @property
     def name(self) -> str:
@@ -34,9 +34,9 @@ class Kind:
 
 def _kinds() -> list[Kind]:
     kinds = [Kind("t5", "safetensors", mutation) for mutation in weight_files.SAFETENSORS]
-    kinds += [Kind("t5", "torch", mutation) for mutation in (*torch_files.ARCHIVES, *torch_files.PICKLES)]
+    kinds += [Kind("t5", "torch", mutation) for mutation in (*torch_files.ARCHIVES, *pickles.PICKLES)]
     kinds += [Kind("t5", "shards", mutation) for mutation in weight_files.SHARDS]
-    kinds += [Kind("t5", "torch shards", torch_files.torch_shards)]
+    kinds += [Kind("t5", "torch shards", pickles.torch_shards)]
     kinds += [Kind(network, "safetensors", m) for network in ("t5", "stdit3", "vae") for m in weight_files.CONFIGURATIONS]
     kinds += [Kind("t5", "safetensors", weight_files.companions)]
     kinds += [Kind("stdit3", "safetensors", m) for m in (weight_files.header_values, weight_files.transposed_square)]
