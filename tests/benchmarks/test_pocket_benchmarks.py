@@ -83,7 +83,7 @@ def test_pictures_of_a_model_directory(tiny_model, tmp_path, monkeypatch, capsys
 
     def few_steps(model, given):
         asked.extend(given)
-        return made(model, given, cases.Sampling(num_steps=1, guidance=1.0))
+        return made(model, given, {"num_steps": 1, "guidance": 1.0})
 
     monkeypatch.setattr(cases, "clips", few_steps)
     pocket_pictures.main([str(tiny_model), "--num", "2", "--seed", "7", "--out", str(tmp_path / "docs")])

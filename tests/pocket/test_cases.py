@@ -121,7 +121,7 @@ def perfect_model(monkeypatch):
         for one in asked:
             speed = ATTRIBUTES["speed"].index(one.attributes.get("speed", one.scene.attributes(0).get("speed", "slow")))
             scene = dataclasses.replace(one.scene, speed=np.array([speed]))
-            num_frames = one.num_frames + (17 if sampling is not None and sampling.loop == 2 else 0)
+            num_frames = one.num_frames + (17 if (sampling or {}).get("loop") == 2 else 0)
             frames = np.asarray(render_uint8(scene, all_frames(num_frames))[0])
             made_from = {"model": "perfect", "sora_jax": "0", "jax": "0", "device": "none", "num_steps": 3}
             yield Made(
