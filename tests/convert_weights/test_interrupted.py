@@ -334,7 +334,7 @@ def test_errors_of_the_system_name_the_file_and_advise(
     monkeypatch.setattr(os, "preadv", preadv)
     for first in (0, 1, 20):
         state.update(calls=0, **{"from": first})
-        assert main(["t5", str(source), str(model), "--quiet"]) == 1
+        assert main(["t5", str(source), str(model), "--quiet"]) == 2
         err = capsys.readouterr().err
         assert os.strerror(number) in err
         assert said in err
