@@ -10,7 +10,7 @@ def test_a_report_is_written_with_its_environment(tmp_path, capsys):
     machine.write_report({"seconds": [1.5, 2.0]}, path)
     written = json.loads(path.read_text())
     assert written["seconds"] == [1.5, 2.0]
-    assert written["environment"].keys() == {"device", "threads", "versions", "commit", "load"}
+    assert written["environment"].keys() == {"device", "threads", "versions", "commit", "date", "load"}
     assert capsys.readouterr().out == ""
 
 

@@ -35,7 +35,7 @@ def test_the_command_converts_verifies_and_reports(tmp_path: Path, capsys: pytes
     source = sources.write_source(tmp_path / "source", "t5")
     assert _run("t5", source, tmp_path / "model", "--dtype", "bfloat16") == 0
     out, notes = capsys.readouterr()
-    assert "sora-jax: config.json keys without effect here: model_type, architectures, dropout_rate\n" in notes
+    assert "sora-jax: config.json keys without effect here: model_type, architectures, dropout_rate, " in notes
     assert out.count("\n") == 1
     assert "30 arrays, 0.000 GB as bfloat16" in out
     assert _run("verify", tmp_path / "model", "--source", source) == 0

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from sora_jax.config import DTypePolicy
+from sora_jax.config import policy_of
 from sora_jax.networks.merging import Merge
 from sora_jax.networks.stdit3 import Conditioning, STDiT3, STDiT3Block
 from sora_jax.networks.t5 import T5Encoder
@@ -81,7 +81,7 @@ def test_one_program_for_all_platforms(case: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", {"HIGHEST"}), ("bfloat16", {"DEFAULT"})])
 def test_float32_products_stay_float32_on_accelerators(dtype: str, expected: set[str]) -> None:
-    policy = DTypePolicy(param=dtype, compute=dtype)
+    policy = policy_of(dtype)
     shell = jax.eval_shape(lambda: STDiT3Block(CONFIG.stdit3, temporal=True, policy=policy, rngs=nnx.Rngs(0)))
     width = CONFIG.stdit3.hidden_size
     float32 = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in (("mod", (1, 1, 6, width)), ("t", (1, width)))}
