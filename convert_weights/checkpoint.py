@@ -22,7 +22,6 @@ from convert_weights.readers import Checkpoint, merge, open_checkpoint
 from convert_weights.rules import ConversionError, Plan, make_plan
 from convert_weights.source_config import Resolved, resolve
 from convert_weights.values import Discard, Write, convert_values, stored_shapes
-from sora_jax import files
 from sora_jax.storage.arrays import Parameter
 from sora_jax.storage.directory import NETWORK_FILE, Manifest, ModelDirectoryError, open_network, read_model_file
 from sora_jax.storage.writer import NetworkWriter, check_dtype
@@ -205,7 +204,6 @@ class _Conversion:
         if opened.plan.faults:
             found = convert_values(opened.plan, opened.checkpoint, Discard(), dtype=dtype)
             raise ConversionError(subject, [*opened.plan.faults, *found])
-        files.remove_leftovers(self._writer.directory)
         with _whole_or_resumable(self._writer):
             _check_space(self._writer, stored_shapes(opened.plan, opened.shapes, dtype))
             sink = _WriterSink(self._writer)

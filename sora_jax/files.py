@@ -85,6 +85,7 @@ def write_durably(path: str | os.PathLike[str], content: bytes) -> None:
     A link with that name is replaced, not followed.  The content is on the disk when the function returns.
     """
     path = Path(path)
+    remove_leftovers(path.parent)
     temporary = path.parent / _partial_name(path.name)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:

@@ -1,21 +1,20 @@
-"""Files that are on the disk when a function returns, and locks that the system releases when a process dies.
+"""Large files that are on the disk when a function returns, and locks that the system releases when a process dies.
 
-Invariant: no function here follows a symbolic link in the place of the file it writes, and temporary names cannot be guessed.
-What is written is decided elsewhere.
+Invariant: no function here follows a symbolic link in the place of the file it writes.  What is written is decided elsewhere;
+small files are replaced by `files.write_durably`.
 """
 
 import contextlib
 import fcntl
 import os
-import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sora_jax.files import synchronise
 from sora_jax.storage.directory import ModelDirectoryError
 
 _LARGE_BYTES = 1 << 20
-_NEW = ".new"  # ends the name of a file that is about to replace another
 
 
 @contextlib.contextmanager
@@ -53,25 +52,6 @@ def created(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replaces a small file so that it has its old or its new content whatever happens; to be called under a lock."""
-    for left in path.parent.glob(f".{path.name.lstrip('.')}.*{_NEW}"):
-        left.unlink(missing_ok=True)  # of a process that died
-    temporary = path.with_name(f".{path.name.lstrip('.')}.{secrets.token_hex(8)}{_NEW}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-    try:
-        try:
-            write_all(descriptor, memoryview(text.encode()))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
 def write_all(descriptor: int, data: memoryview) -> None:
     """Writes all bytes, however many the system takes at a time."""
     while data:
@@ -86,15 +66,6 @@ def sync_all(paths: Sequence[Path]) -> None:
     """
     for path in paths:
         if sys.platform != "linux" or path.stat().st_size >= _LARGE_BYTES:
-            sync(path)
+            synchronise(path)
     if sys.platform == "linux":
         os.sync()
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,6 +22,7 @@ from typing import Any, Self
 import numpy as np
 
 from sora_jax.config import CONFIGS
+from sora_jax.files import write_durably
 from sora_jax.storage.arrays import (
     STORED_DTYPES,
     Parameter,
@@ -42,7 +43,7 @@ from sora_jax.storage.directory import (
     layer_of,
     read_model_file,
 )
-from sora_jax.storage.durable import created, locked, sync_all, write_all, write_durably
+from sora_jax.storage.durable import created, locked, sync_all, write_all
 from sora_jax.storage.manifest_file import MAX_BYTES, Fault, parameter_of, parse
 from sora_jax.storage.place import Folder
 
@@ -234,7 +235,7 @@ class NetworkWriter:
         self.partial.mkdir(exist_ok=True)
         if self._resumable:
             lines = [self._identity, *({"name": name, **entry.to_dict()} for name, entry in self.recorded.items())]
-            write_durably(self.journal, "".join(json.dumps(line) + "\n" for line in lines))
+            write_durably(self.journal, "".join(json.dumps(line) + "\n" for line in lines).encode())
         else:
             self.journal.unlink(missing_ok=True)
 
@@ -299,7 +300,7 @@ def update_model_file(directory: str | os.PathLike[str], **fields: Any) -> None:
         raise ValueError(f"model.json has no fields {sorted(unknown)}; expected tokenizer, defaults or trained.")
     with locked(Path(directory) / ".model.lock", f"{MODEL_FILE} in {directory}", wait=True):
         index = read_model_file(directory) | fields | {"format_version": FORMAT_VERSION}
-        write_durably(Path(directory) / MODEL_FILE, json.dumps(index, indent=1) + "\n")
+        write_durably(Path(directory) / MODEL_FILE, f"{json.dumps(index, indent=1)}\n".encode())
 
 
 def _read_journal(path: Path) -> list[Any]:

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from sora_jax import config as presets
+from sora_jax import files
 from sora_jax.config import T5Config
 from sora_jax.networks.t5 import T5Encoder
 from sora_jax.storage.arrays import chunk_name
@@ -301,7 +302,8 @@ def test_temporary_files_follow_no_link_and_leftovers_go(tmp_path: Path, flat: d
     model = tmp_path / "model"
     model.mkdir()
     (model / ".t5.partial").symlink_to(tmp_path)
-    for name in (".model.json.new", ".model.json.0123.new", "..t5.journal.new", ".t5.journal"):
+    left = f".model.json.{files._machine()}-999999999-0-01234567.partial"  # of a process that is dead
+    for name in (".model.json.new", left, "..t5.journal.new", ".t5.journal"):
         (model / name).symlink_to(victim)
     save_network(model, "t5", CONFIG, flat)
     assert victim.read_text() == "mine"
