@@ -27,7 +27,7 @@ OPTIONS = command_line.of_clip(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments(options.PromptFile, options.MemoryBudget, options.Writing, options.CompileCache):
+class Arguments(options.PromptFile, options.MemoryBudget, options.Attention, options.Writing, options.CompileCache):
     """What the command line asks for."""
 
     model: Annotated[
@@ -80,7 +80,7 @@ def run(asked: Arguments) -> None:
 def _measure(asked: Arguments, model: ModelFile, settings: Settings, texts: Sequence[str]) -> None:
     from sora_jax.pipeline.pipeline import Pipeline
 
-    pipeline = Pipeline.open(model, memory_budget=asked.memory_budget)
+    pipeline = Pipeline.open(model, memory_budget=asked.memory_budget, attention=asked.attention or "auto")
     with files.claimed(asked.output), progress_bar(asked.quiet) as callback:
         measured = pipeline.calibrate(
             texts,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # What goes with --from-latents.
 _WITH_LATENTS = {
     "from_latents", "model", "start_index", "memory_budget", "output", "save_dir", "sample_name", "prompt_as_path", "format",
-    "overwrite", "quiet", "caption_cache", "compile_cache",
+    "overwrite", "quiet", "caption_cache", "compile_cache", "attention",
 }  # fmt: skip
 _MAX_WORDS = 10  # of a prompt that the model does not know
 
@@ -68,7 +68,7 @@ class What(options.PromptFile):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Running(options.MemoryBudget):
+class Running(options.MemoryBudget, options.Attention):
     """How the computation runs."""
 
     batch_size: Annotated[int, Option("Clips in a batch.", metavar="N", within=(1, 10**6))] = 1
@@ -275,7 +275,7 @@ def opened(asked: Arguments, model: ModelFile) -> "Pipeline":
     from sora_jax.pipeline.pipeline import Pipeline
 
     cache = caption_folder(asked.caption_cache)
-    pipeline = Pipeline.open(model, memory_budget=asked.memory_budget, caption_cache=cache)
+    pipeline = Pipeline.open(model, memory_budget=asked.memory_budget, caption_cache=cache, attention=asked.attention or "auto")
     if asked.caption_cache is None and pipeline.networks.keep:
         pipeline.networks.caption_cache = None
     return pipeline

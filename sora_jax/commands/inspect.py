@@ -29,7 +29,7 @@ _GFLOPS_PER_CORE = 100.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Planning(options.MemoryBudget):
+class Planning(options.MemoryBudget, options.Attention):
     """What a memory plan depends on in addition to the clip."""
 
     batch_size: Annotated[int | None, Option("Clips made together.", metavar="N", within=(1, 10**6))] = None
@@ -111,6 +111,7 @@ def inspect_memory(
     clip: Mapping[str, Any],
     *,
     memory_budget: str | int | float | None = None,
+    attention: str | None = None,
     batch_size: int | None = None,
     bandwidth: str | int | float | None = None,
     gflops: float | None = None,
@@ -121,6 +122,7 @@ def inspect_memory(
       name: the model directory, or ``pocket``.
       clip: options as the pipeline takes them (`PLANNED`); what is missing or None is the model's default.
       memory_budget: such as ``"3.3GB"`` or ``"auto"``; None: no budget.
+      attention: its form; None: ``"auto"``.
       batch_size: clips in a batch.
       bandwidth: bytes a second that storage delivers, for the times.
       gflops: speed in GFLOP/s; for the times.
@@ -136,22 +138,14 @@ def inspect_memory(
     model = ModelFile.read(name)
     settings = model.resolve(clip)
 
+    from sora_jax.pipeline.workload import workload_of
     from sora_jax.streaming import report
     from sora_jax.streaming.fitting import check_fits
-    from sora_jax.streaming.memory_plan import Workload, plan_memory
+    from sora_jax.streaming.memory_plan import plan_memory
 
     for manifest in model.manifests.values():
         check_fits(manifest)
-    workload = Workload(
-        num_frames=settings.num_frames,
-        height=settings.height,
-        width=settings.width,
-        dtype=settings.dtype,
-        num_steps=settings.num_steps,
-        batch=1 if batch_size is None else batch_size,
-        guided=settings.guided,
-        encodes=settings.loop > 1,
-    )
+    workload = workload_of(settings, 1 if batch_size is None else batch_size, attention=attention or "auto")
     plan = plan_memory(model.manifests, workload, budget)
     return {"path": str(model.directory), **report.fields(plan, **speed)}, report.table(plan, **speed)
 

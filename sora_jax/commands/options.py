@@ -6,6 +6,7 @@ Invariant: nothing is done with them here; a command's own options are declared 
 import dataclasses
 from typing import Annotated
 
+from sora_jax.devices.names import ATTENTIONS
 from sora_jax.pipeline.option import Option
 
 
@@ -33,6 +34,20 @@ class MemoryBudget:
     memory_budget: Annotated[
         str | None,
         Option("Memory that the process may hold, such as 3.3GB; layers are then read as they run.", metavar="SIZE|auto"),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention:
+    """How attention is computed."""
+
+    attention: Annotated[
+        str | None,
+        Option(
+            "Form of attention: auto (the default) chooses by device, dtype and size; cudnn runs on NVIDIA GPUs, flash on "
+            "TPUs, both in bfloat16.",
+            choices=ATTENTIONS,
+        ),
     ] = None
 
 

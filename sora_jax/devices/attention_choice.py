@@ -1,6 +1,6 @@
 """Which forms a network computes in: by platform, compute dtype and the bytes of the arrays that a form would make.
 
-A name (`NAMES`) becomes `Forms`, which reach the networks as a static field; the bytes of the logits are compared while a
+A name (see ``names``) becomes `Forms`, which reach the networks as a static field; the bytes of the logits are compared while a
 program is traced, for each attention of it.
 
 Invariant: the choice depends on what is named here and on shapes, never on what a machine did before, so equal requests make
@@ -8,17 +8,18 @@ equal programs.  On a CPU everything up to one guided clip of 51 frames at 256p 
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sora_jax.devices.names import check_attention
 from sora_jax.networks.attention import DENSE, LEAST_QUERIES, Attention, Chunked
 from sora_jax.networks.attention_kernels import CuDNN, Flash
 from sora_jax.networks.forms import Forms
 
-NAMES = ("auto", "dense", "chunked", "cudnn", "flash")
 KERNELS: Mapping[str, tuple[str, Attention]] = {"cudnn": ("gpu", CuDNN()), "flash": ("tpu", Flash())}
 
 # Most bytes of the logits of one attention, or of a block's hidden units, that are made at once.
@@ -56,7 +57,7 @@ class ByLogits:
         """Returns the averages of the values, see `attention.Attention`; a form that refuses is passed over."""
         options: dict[str, Any] = {"scale": scale, "bias": bias, "mask": mask, "half_range": half_range}
         shape = (*q_BNSK.shape[:3], k_BNLK.shape[2])
-        for kernel in self.kernels if FLOAT_BYTES * math.prod(shape) > self.kernel_bytes else ():
+        for kernel in self.asked(*shape):
             try:
                 return kernel(q_BNSK, k_BNLK, v_BNLK, **options)
             except NotImplementedError:
@@ -65,20 +66,14 @@ class ByLogits:
         form = DENSE if at_once == shape[2] else Chunked(at_once)
         return form(q_BNSK, k_BNLK, v_BNLK, **options)
 
+    def asked(self, batch: int, heads: int, queries: int, keys: int) -> tuple[Attention, ...]:
+        """Returns the kernels that come before plain XLA, if they can do it."""
+        return self.kernels if FLOAT_BYTES * batch * heads * queries * keys > self.kernel_bytes else ()
+
     def queries(self, batch: int, heads: int, queries: int, keys: int) -> int:
         """Returns how many queries are taken at a time where no kernel is."""
         fitting = self.dense_bytes // (FLOAT_BYTES * batch * heads * keys)
         return queries if queries <= fitting else min(queries, max(LEAST_QUERIES, min(fitting, MOST_QUERIES)))
-
-
-def check_name(attention: str) -> None:
-    """Refuses what names no form.
-
-    Raises:
-      ValueError: names those that there are.
-    """
-    if attention not in NAMES:
-        raise ValueError(f"attention is {attention!r}; expected one of {', '.join(NAMES)}.")
 
 
 def choose_forms(attention: str, *, platform: str, dtype: str, streamed: bool = False) -> Forms:
@@ -94,7 +89,7 @@ def choose_forms(attention: str, *, platform: str, dtype: str, streamed: bool = 
     Raises:
       ValueError: the name is unknown, or its form does not run on the platform or in the dtype.
     """
-    check_name(attention)
+    check_attention(attention)
     most = ACCELERATOR_BYTES if platform != "cpu" else STREAMED_BYTES if streamed else IN_MEMORY_BYTES
     if attention in KERNELS:
         needed, kernel = KERNELS[attention]
@@ -115,3 +110,39 @@ def queries_at_once(form: Attention, batch: int, heads: int, queries: int, keys:
     if isinstance(form, ByLogits):
         return form.queries(batch, heads, queries, keys)
     return min(queries, form.queries) if isinstance(form, Chunked) else queries
+
+
+def form_name(
+    form: Attention,
+    shape: tuple[int, int, int, int],
+    *,
+    head_size: int,
+    dtype: str,
+    biased: bool = False,
+    masked: bool = False,
+) -> str:
+    """Returns what computes an attention: ``dense``, ``chunked`` with the queries of a chunk, or the name of a kernel.
+
+    Args:
+      form: what the network was given.
+      shape: entries of the batch, heads, queries and keys.
+      head_size: channels of a head.
+      dtype: compute dtype.
+      biased: whether its logits have a bias.
+      masked: whether keys are masked.
+    """
+    batch, heads, queries, keys = shape
+    for kernel in form.asked(*shape) if isinstance(form, ByLogits) else ():
+        q, k = (jax.ShapeDtypeStruct((batch, heads, length, head_size), dtype) for length in (queries, keys))
+        bias = jax.ShapeDtypeStruct((1, heads, queries, keys), jnp.float32) if biased else None
+        mask = jax.ShapeDtypeStruct((batch, 1, 1, keys), jnp.bool_) if masked else None
+        try:
+            jax.eval_shape(lambda q, k, b, m, kernel=kernel: kernel(q, k, k, scale=1.0, bias=b, mask=m), q, k, bias, mask)
+            return _KERNEL_NAMES[type(kernel)]
+        except NotImplementedError:
+            continue
+    at_once = queries_at_once(form, *shape)
+    return "dense" if at_once == queries else f"chunked {at_once}"
+
+
+_KERNEL_NAMES = {type(kernel): name for name, (_, kernel) in KERNELS.items()}

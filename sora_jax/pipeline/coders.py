@@ -76,7 +76,7 @@ class Coders:
             return host_loop.decode(self._loop("vae", "decode"), z_BTHWC, num_frames)
         config = self._networks.config.vae
         side = config.spatial.downsampling
-        batch = _frame_batch(z_BTHWC.shape[2] * side, z_BTHWC.shape[3] * side)
+        batch = frame_batch(z_BTHWC.shape[2] * side, z_BTHWC.shape[3] * side)
         clips = []
         with self._networks.use("vae", self._dtype, self._timings) as vae:
             for chunk in chunks(config, num_frames):
@@ -91,7 +91,7 @@ class Coders:
             return np.asarray(call("text", self._timings, _encode_text, (), t5, ids_BL, mask_BL))
 
     def _encode_video(self, vae: VAE, video_Bthw3: np.ndarray) -> np.ndarray:
-        batch = _frame_batch(*video_Bthw3.shape[2:4])
+        batch = frame_batch(*video_Bthw3.shape[2:4])
         clips = [
             call("encode", self._timings, _encode_chunk, (batch,), vae, video_Bthw3[:, chunk.frames])
             for chunk in chunks(self._networks.config.vae, video_Bthw3.shape[1])
@@ -110,7 +110,8 @@ class Coders:
         )
 
 
-def _frame_batch(height: int, width: int) -> int:
+def frame_batch(height: int, width: int) -> int:
+    """Returns how many frames of so many pixels the spatial autoencoder in memory takes at a time."""
     return max(1, FRAME_PIXELS // (height * width))
 
 

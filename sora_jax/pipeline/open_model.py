@@ -16,7 +16,8 @@ from typing import Any, Self
 import jax
 
 from sora_jax.config import ModelConfig, policy_of
-from sora_jax.devices.attention_choice import check_name, choose_forms
+from sora_jax.devices.attention_choice import choose_forms
+from sora_jax.devices.names import check_attention
 from sora_jax.networks import registry
 from sora_jax.networks.forms import Forms
 from sora_jax.networks.layers import precision_chosen
@@ -69,7 +70,7 @@ class Networks:
           ModelDirectoryError: a network is damaged.
           ValueError: there is no attention of that name.
         """
-        check_name(attention)
+        check_attention(attention)
         try:
             ModelConfig(**{network: manifest.config for network, manifest in manifests.items()})
         except ValueError as error:

@@ -24,6 +24,7 @@ from sora_jax.pipeline.recipe_file import CALIBRATED, PlanFile
 from sora_jax.pipeline.run import Callback, Generation
 from sora_jax.pipeline.samples import Sample, read_samples
 from sora_jax.pipeline.settings import Options, Settings
+from sora_jax.pipeline.workload import attention_used
 from sora_jax.process import Timings
 from sora_jax.sampling.reuse import Keep
 from sora_jax.sampling.sampler import Trace
@@ -50,6 +51,7 @@ class Pipeline:
         keep: bool | None = None,
         memory_budget: str | int | float | None = None,
         caption_cache: str | os.PathLike[str] | None = None,
+        attention: str = "auto",
     ) -> Self:
         """Returns the pipeline of a model directory, or of the embedded pocket model; loads no weights yet.
 
@@ -60,13 +62,18 @@ class Pipeline:
           memory_budget: what the process may hold, such as ``"3.3GB"``, ``"auto"`` or bytes; the transformer's blocks are
             then read while it runs, and as many retained as fit; the other networks run from their files.
           caption_cache: folder where caption features are kept, so that a prompt is encoded once; None: nowhere.
+          attention: ``auto`` chooses the form of every attention by device, dtype and size; or ``dense``, ``chunked``,
+            ``cudnn`` (NVIDIA GPUs, bfloat16), ``flash`` (TPUs, bfloat16).
 
         Raises:
           ModelDirectoryError: a network is missing or damaged; the message holds the command that adds it.
           FileNotFoundError: there is no tokenizer.
-          ValueError: the tokenizer is damaged or does not fit the text encoder, or the budget cannot be read.
+          ValueError: the tokenizer is damaged or does not fit the text encoder, the budget cannot be read, or no form of
+            attention has that name.
         """
-        return cls.open(ModelFile.read(path), keep=keep, memory_budget=memory_budget, caption_cache=caption_cache)
+        return cls.open(
+            ModelFile.read(path), keep=keep, memory_budget=memory_budget, caption_cache=caption_cache, attention=attention
+        )
 
     @classmethod
     def open(
@@ -76,10 +83,11 @@ class Pipeline:
         keep: bool | None = None,
         memory_budget: str | int | float | None = None,
         caption_cache: str | os.PathLike[str] | None = None,
+        attention: str = "auto",
     ) -> Self:
         """Returns the pipeline of a model whose files of JSON were read; otherwise as `from_pretrained`."""
         budget = None if memory_budget is None else parse_budget(memory_budget)
-        networks = Networks.open(model.manifests, keep=keep, budget=budget)
+        networks = Networks.open(model.manifests, keep=keep, budget=budget, attention=attention)
         networks.caption_cache = None if caption_cache is None else CaptionCache(caption_cache)
         tokenizer = Tokenizer.from_file(model.tokenizer_path)
         rows = networks.config.t5.vocab_size
@@ -147,12 +155,13 @@ class Pipeline:
         return self.model.resolve(options)
 
     def check(self, settings: Settings, num_clips: int = 1) -> None:
-        """Refuses settings for which this machine has no room, or this model not the frames, before anything is loaded.
+        """Refuses settings that this machine or this model cannot do, before anything is loaded.
 
         Raises:
-          ValueError: says how much there is, or which numbers of frames can be merged.
+          ValueError: says how much memory there is, which numbers of frames can be merged, or where the attention runs.
         """
         settings.check_room(num_clips)
+        self.networks.forms(settings.dtype)
         if settings.merge_steps:
             num_latents, _, _ = latent_size(self.config.vae, settings.num_frames, settings.height, settings.width)
             merging.check_frames(num_latents, settings.merge.odd)
@@ -261,6 +270,7 @@ class Pipeline:
             raise ValueError(
                 f"{path} lacks the settings of its samples ({error}); expected a file of --save-latents."
             ) from error
+        self.networks.forms(settings.dtype)
         timings = Timings()
         generation = Generation(self.networks, self.tokenizer, settings, timings, callback)
         expected = (len(latents), *generation.latent_shape(num_clips=settings.loop))
@@ -281,6 +291,7 @@ class Pipeline:
     def _parameters(self, samples: Sequence[Sample], settings: Settings) -> list[dict[str, Any]]:
         """Returns for each sample what it is made from, JSON-ready."""
         made_by = {"sora_jax": __version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+        attention = attention_used(self.networks, settings, len(samples))
         return [
             {
                 "prompt": sample.prompt,
@@ -290,6 +301,7 @@ class Pipeline:
                 **settings.to_dict(),
                 "seed": settings.with_seed(settings.seed + b).seed,
                 "model": self.model_id,
+                "attention": attention,
                 **made_by,
             }
             for b, sample in enumerate(samples)

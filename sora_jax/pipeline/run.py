@@ -27,12 +27,13 @@ from sora_jax.pipeline.open_model import Networks
 from sora_jax.pipeline.samples import Sample, continued
 from sora_jax.pipeline.settings import Settings
 from sora_jax.pipeline.velocity import Velocity
+from sora_jax.pipeline.workload import workload_of
 from sora_jax.process import Timings
 from sora_jax.sampling import noise
 from sora_jax.sampling.calibration import Calibration, calibrate
 from sora_jax.sampling.reuse import Keep
 from sora_jax.sampling.sampler import Carry, Result, finish
-from sora_jax.streaming.memory_plan import MemoryPlan, Workload, plan_memory
+from sora_jax.streaming.memory_plan import MemoryPlan, plan_memory
 from sora_jax.streaming.network import StreamedSTDiT3
 
 LOOP_SEED_STRIDE = 2654435769  # 2^32 / golden ratio: seeds of later clips stay clear of those of other samples
@@ -151,17 +152,7 @@ class Generation:
         """Plans the memory if there is a budget, and refuses one that is too small before anything is loaded."""
         networks, settings = self.networks, self.settings
         if networks.budget is not None:
-            workload = Workload(
-                num_frames=settings.num_frames,
-                height=settings.height,
-                width=settings.width,
-                batch=num_samples,
-                guided=settings.guided,
-                dtype=settings.dtype,
-                attention=networks.attention,
-                num_steps=settings.num_steps,
-                encodes=encodes or settings.loop > 1,
-            )
+            workload = workload_of(settings, num_samples, attention=networks.attention, encodes=encodes)
             self._plan = plan_memory(networks.manifests, workload, networks.budget)
 
     @property

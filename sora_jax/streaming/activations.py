@@ -62,6 +62,26 @@ def denoise_bytes(config: STDiT3Config, rows: int, frames: int, places: int, for
     return int(widest + FLOAT_BYTES * (CARRIED * tokens * config.hidden_size + caption))
 
 
+def attention_shapes(
+    config: STDiT3Config, rows: int, frames: int, places: int, forms: Forms = WHOLE
+) -> dict[str, tuple[int, int, int, int]]:
+    """Returns entries, heads, queries and keys of the attentions of a pair of blocks, over the tokens computed at once."""
+    shapes = {}
+    for temporal, name in ((False, "spatial"), (True, "temporal")):
+        portion = _portion(config, (rows, frames, places), forms, temporal=temporal)
+        shapes[name], shapes[f"{name} cross"] = _own_and_cross(config, *portion, temporal=temporal)
+    return shapes
+
+
+def _own_and_cross(
+    config: STDiT3Config, rows: int, frames: int, places: int, *, temporal: bool
+) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Returns entries, heads, queries and keys of a block's self attention and of its cross attention."""
+    heads = config.num_heads
+    own = (rows * places, heads, frames, frames) if temporal else (rows * frames, heads, places, places)
+    return own, (rows, heads, frames * places, config.model_max_length)
+
+
 def _portion(config: STDiT3Config, shape: tuple[int, int, int], forms: Forms, *, temporal: bool) -> tuple[int, int, int]:
     """Returns the rows, frames and places that a block computes at once."""
     if forms.hidden_bytes is None:
@@ -76,13 +96,14 @@ def _portion(config: STDiT3Config, shape: tuple[int, int, int], forms: Forms, *,
 
 def _portion_bytes(config: STDiT3Config, rows: int, frames: int, places: int, forms: Forms, *, temporal: bool) -> float:
     """Returns the bytes of a block over so many tokens, with the logits that a CPU's products hide."""
-    heads, length = config.num_heads, config.model_max_length
-    batch, attended = (rows * places, frames) if temporal else (rows * frames, places)
-    at_once = queries_at_once(forms.attention, batch, heads, attended, attended)
-    own = LOGIT_COPIES * min(ROWS_AT_A_TIME, batch) * heads * at_once * attended
-    crossing = queries_at_once(forms.attention, rows, heads, frames * places, length)
-    cross = (LOGIT_COPIES - 1) * min(ROWS_AT_A_TIME, rows) * heads * crossing * length
-    return block_bytes(config, rows, frames, places, forms) + FLOAT_BYTES * max(own, cross)
+    own, cross = _own_and_cross(config, rows, frames, places, temporal=temporal)
+    hidden = max(_hidden_logits(forms, LOGIT_COPIES, *own), _hidden_logits(forms, LOGIT_COPIES - 1, *cross))
+    return block_bytes(config, rows, frames, places, forms) + FLOAT_BYTES * hidden
+
+
+def _hidden_logits(forms: Forms, copies: float, batch: int, heads: int, queries: int, keys: int) -> float:
+    at_once = queries_at_once(forms.attention, batch, heads, queries, keys)
+    return copies * min(ROWS_AT_A_TIME, batch) * heads * at_once * keys
 
 
 def denoise_flops(config: STDiT3Config, rows: int, frames: int, places: int) -> float:

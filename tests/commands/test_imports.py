@@ -48,6 +48,7 @@ REFUSED = [
     (("generate", PROMPT, "--steps", "0"), "--steps is 0"),
     (("generate", PROMPT, "--guidance", "nan"), "--guidance is nan"),
     (("generate", PROMPT, "--solver", "rk4"), "got 'rk4'; expected euler"),
+    (("generate", PROMPT, "--attention", "fast"), "got 'fast'; expected auto, dense, chunked, cudnn or flash"),
     (("generate", PROMPT, "--height", "64"), "got height alone"),
     (("generate", PROMPT, "--height", "63", "--width", "64"), "height 63 is not a multiple of 16"),
     (("generate", PROMPT, "--leap", "99"), "leap index 99 is beyond the last of 4 steps"),

@@ -222,6 +222,12 @@ def test_timings_are_apart_and_saving_adds_its_own(clip: Clip, tmp_path: Path) -
     assert clip_info.inspect(tmp_path / "clip.mp4").parameters == clip.parameters[0]
 
 
+def test_the_record_names_the_form_of_every_attention(clip: Clip) -> None:
+    pair = dict.fromkeys(("spatial", "spatial cross", "temporal", "temporal cross"), "dense")
+    assert clip.parameters[0]["attention"] == {"asked": "auto", "t5": "dense", "stdit3": pair, "vae": "dense"}
+    assert clip.parameters[0]["dtype"] == "float32"
+
+
 def test_clips_and_pipelines_say_what_they_are(pipe: Pipeline, clip: Clip, tiny_model: Path) -> None:
     assert repr(clip) == f"<Clip 1 x 17 frames, 32 x 48 pixels, 8 fps, seed 5, {PROMPT!r}>"
     long = dataclasses.replace(clip, parameters=[{"prompt": "a" * 1000, "seed": 1}])
