@@ -1,8 +1,7 @@
 """The sha256 of source files and the CRC-32 of what lies in them, computed in the background of the conversion.
 
 Invariant: the checksums are of the bytes of the file whose header was read, and a file that changed during the conversion is
-refused.
-Nothing is converted here.
+refused. Nothing is converted here.
 """
 
 import hashlib

@@ -21,8 +21,6 @@ Shape = tuple[int, ...]
 SOURCE_DTYPES = ("float32", "bfloat16", "float16")
 
 _WRAPPERS = ("module.", "_orig_mod.")
-
-
 _MAX_FAULT = 1000  # characters
 _MAX_LISTED = 200
 

@@ -124,11 +124,3 @@ class OpenFile:
 
     def _changed(self) -> SourceError:
         return SourceError(f"{self.path} was changed while it was being read; try again when nothing writes to it.")
-
-
-def file_pieces(path: Path, buffer: np.ndarray) -> Iterator[memoryview]:
-    """Yields the bytes of a file that is not a source from beginning to end, piece by piece in ``buffer`` (uint8)."""
-    with open(path, "rb", buffering=0) as file:
-        view = memoryview(buffer)  # type: ignore[arg-type]
-        while count := file.readinto(view):
-            yield view[:count]

@@ -4,9 +4,9 @@ Invariant: importing the package imports neither JAX nor a network; a name is lo
 ``sora-jax --help`` and ``sora-jax inspect`` answer at once.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sora_jax.lazy import lazy_names
 from sora_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -47,12 +47,4 @@ _MODULES = {
     "sample": "sampling.sampler",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'sora_jax' has no attribute {name!r}; it has {', '.join(__all__)}.")
-    return getattr(importlib.import_module(f"sora_jax.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
+__getattr__, __dir__ = lazy_names("sora_jax", _MODULES)

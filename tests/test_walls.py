@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("sora_jax", "convert_weights")
 # From below.  Rooms of one line do not import each other, except on the ground floor.
 ORDER = (
-    ("version", "config", "layout", "process", "shell", "files", "metrics"),
+    ("version", "lazy", "config", "layout", "process", "shell", "files", "metrics"),
     ("storage",),
     ("inputs", "networks", "sampling"),
     ("devices",),
@@ -29,7 +29,7 @@ ENTRIES = ("sora_jax", "sora_jax.__main__", "convert_weights.__main__")  # publi
 # What a room may import at most, where that is less than all the rooms below it.
 ONLY: Mapping[str, set[str]] = {
     "networks": {"config", "layout"},
-    "sampling": {"layout", "files", "process"},
+    "sampling": {"lazy", "layout", "files", "process"},
     "storage": set(FLOOR),
     "inputs": {*FLOOR, "storage"},
     "streaming": {*FLOOR, "storage", "inputs", "networks", "devices"},

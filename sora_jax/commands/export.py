@@ -1,8 +1,7 @@
 """``sora-jax export``: one call of `sora_jax.export.exporter.export`, and a line for each stage.
 
 Invariant: this module decides nothing. An interrupt is answered within a second: the progress callback asks `export` to stop,
-ends
-the process that it has begun, and removes what was written.
+which ends the process that it has begun and removes what was written.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """What commands keep from one run to the next in the user's cache folder: compiled programs and caption features.
 
-Invariant: a cache saves time and decides nothing; one that cannot be used, unless it was named, is done without.  Compiled
+Invariant: a cache changes no result; one that cannot be used, unless it was named, is done without.  Compiled
 programs are executed, so they are kept only where nobody else can put any.  What lies in the folders is JAX's and
 `caption_cache`'s business.
 """
@@ -60,7 +60,7 @@ def _refuse_shared(folder: Path) -> None:
 
 
 def _keep_nothing() -> None:
-    """Has JAX keep no programs, whether or not it has read the environment already."""
+    """Turns JAX's compile cache off, whether or not JAX has read the environment already."""
     os.environ.pop(_ENVIRONMENT, None)
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_compilation_cache_dir", None)

@@ -3,8 +3,9 @@
 ``export`` writes a folder of artefacts with a manifest, ``ExportedModel`` runs one.  A name is loaded when it is first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sora_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sora_jax.export.check import CheckError
@@ -22,8 +23,4 @@ _MODULES = {
     "export": "exporter",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'sora_jax.export' has no attribute {name!r}; it has {', '.join(__all__)}.")
-    return getattr(importlib.import_module(f"sora_jax.export.{_MODULES[name]}"), name)
+__getattr__, __dir__ = lazy_names("sora_jax.export", _MODULES)

@@ -289,7 +289,7 @@ def sample(
     Args:
       velocity: ``velocity(z, time, merged)``, guided.
       z_BTHWC: noise, B = 1.
-      times: of every step; the last step ends at 0.
+      times: the time at which every step begins; the last step ends at 0.
       sampling: numbers of the loop.
       frame_mask_BT: 1 where a frame is sampled; the others stay.
     """

@@ -1,7 +1,7 @@
 """Which stages an export has by name, and in what phases a host runs them.
 
 Invariant: the names of the stages decide the phases, and a model's depth the names; so a manifest that lacks a pair, or has
-two in the wrong order, is told from one that was exported so.
+two in the wrong order, can be distinguished from one that was exported so.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,8 @@
 """The stages a model is exported in: functions of a flat dictionary of weights and named arrays, in fixed shapes.
 
 A stage is what a host program loads and unloads as one; several stages (all pairs of blocks, all T5 blocks) share a program
-and differ in their weights only.  Names are the wiring: a host keeps one dictionary of named arrays, hands each
-function the inputs it names and puts its outputs back, so an output named like an input replaces it.
+and differ in their weights only.  A host keeps one dictionary of named arrays, hands each function the inputs it names and
+puts its outputs back, so an output named like an input replaces it.
 
 Invariant: every function is a composition of the networks' own forward functions.  Masks are float32 (1 real or sampled,
 0 not), because not every target has Boolean inputs; weights are float32 whatever the directory stores.

@@ -1,6 +1,6 @@
 """Whether the arrays of a manifest fit together: what flows from stage to stage, as a host runs the phases.
 
-Names are the wiring: an output takes the place of the array of its name, an input takes the array of its name.
+A host keeps one dictionary of arrays: an output replaces the array of its name, an input takes the array of its name.
 
 Invariant: reads the manifest alone.  An array that no stage of the export makes (a caption, where the text encoder was not
 exported) is taken as it is declared.

@@ -13,7 +13,7 @@ class Forms:
     """The forms of a network's computations.
 
     Attributes:
-      attention: of every attention.
+      attention: the form of every attention.
       hidden_bytes: most bytes of the hidden units of a transformer block's MLP, its widest array; with more tokens than that
         the block takes a portion at a time (see ``portions``).  None: all tokens at once.
     """

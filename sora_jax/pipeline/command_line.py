@@ -79,9 +79,9 @@ def read(parser: Parser, arguments: Sequence[str], kind: Callable[..., Value], o
 
     Args:
       parser: from `make_parser`.
-      arguments: of the command line.
+      arguments: words of the command line.
       kind: the dataclass whose options the parser has.
-      options: those of the pipeline that it also has; as far as they are given they become the field ``clip``.
+      options: those of the pipeline that it also has; those that the command line names become the field ``clip``.
 
     Raises:
       ValueError: a value is out of its range.

@@ -35,8 +35,9 @@ what a function closes over is read when it is compiled; pass what changes as an
 Invariant: this room imports no network and no file of a model.  Importing it loads nothing; a name is loaded when it is used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sora_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sora_jax.sampling.calibration import calibrate
@@ -60,12 +61,4 @@ _MODULES = {
     "sample": "sampler",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'sora_jax.sampling' has no attribute {name!r}; it has {', '.join(__all__)}.")
-    return getattr(importlib.import_module(f"sora_jax.sampling.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
+__getattr__, __dir__ = lazy_names("sora_jax.sampling", _MODULES)

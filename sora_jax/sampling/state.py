@@ -22,7 +22,8 @@ class Kept:
     """What a plan keeps from its last evaluation.
 
     Attributes:
-      residual: of every row the last evaluation computed (the others are older); None where the velocity is kept.
+      residual: the residual of every row that the last evaluation computed (the others are older); None where the velocity is
+        kept.
       difference: conditional minus unconditional velocity of the last full step; None without half steps.
       half: whether the last evaluation was a half step.
     """

@@ -116,7 +116,7 @@ def _join_frames(sampling: Sampling, carry: Carry, t: Array) -> _Frames:
 
 
 def _cosine(sampling: Sampling, carry: Carry, v: Array, active_BT: Array | None, comparable: Array) -> Array:
-    """Returns the cosine with the velocity before, NaN where there is none or nobody reads it."""
+    """Returns the cosine with the velocity before, NaN where there is none or it is not used."""
     if not len(carry.trace.time_N):
         return jnp.full(len(v), jnp.nan, jnp.float32)
     if sampling.leap is not None and sampling.leap.mode == "released":

@@ -1,8 +1,9 @@
 """Read-only maps of stored arrays, whose pages are read and compared before a layer is used and dropped afterwards.
 
-Invariant: pages are advice.  A page that is not there when it is needed is read by the system then, so advice that is wrong or
-late costs time or memory, never a bit; what a file holds is compared when its pages are first read and whenever it changed.
-Only files that begin with the bytes of their array in order are mapped, and only large ones: the others are read into memory.
+Invariant: what this module tells the system about pages changes no value.  A page that is not there when it is needed is read
+by the system then, so wrong or late advice costs time or memory, never a bit; what a file holds is compared when its pages are
+first read and whenever it changed.  Only files that begin with the bytes of their array in order are mapped, and only large
+ones: the others are read into memory.
 What cannot be prevented: a file that is cut short, or overwritten in place, while its layer computes.  The first ends the
 process (SIGBUS), the second is noticed only at the next read; replace models by renaming, as `convert` does.
 """

@@ -1,10 +1,9 @@
 """The only way from stored files to arrays: through tensorstore into memory of the caller, compared with the manifest.
 
 Invariant: no value leaves this module that was not compared with its sha256, or its block's, for the file as it is: once a
-process (`checksums`), again whenever the file changed. Reads are asynchronous and few at a time, nothing is cached, and needs a
-few blocks of memory in addition to the caller's. The exception to tensorstore is a map of a local file (`maps`), compared
-alike. Which
-array is wanted when is decided elsewhere.
+process (`checksums`), again whenever the file changed. Reads are asynchronous, a few at a time; nothing is cached. Reading
+needs memory for a few blocks besides the caller's. Large local files may be mapped instead (`maps`) and are compared alike.
+Other modules decide which array is read when.
 """
 
 import collections
@@ -42,7 +41,7 @@ class Stopped(Exception):
 
 
 def untouched(_layer: str, _num_bytes: int) -> AbstractContextManager[None]:
-    """Returns what is entered around a read unless something else is wanted: nothing."""
+    """Returns a context manager that does nothing."""
     return contextlib.nullcontext()
 
 

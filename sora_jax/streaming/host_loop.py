@@ -23,7 +23,7 @@ FRAME_PIXELS = 2**16  # that a spatial network takes at a time; at the released 
 def encode_text(
     loop: SegmentLoop, ids_BL: Int[np.ndarray, "B L"], mask_BL: Bool[np.ndarray, "B L"]
 ) -> Float[np.ndarray, "B L E"]:
-    """Returns what `T5Encoder` returns; of the embedding only the rows of these tokens are read.
+    """Returns the caption features, as `T5Encoder` does; reads only these tokens' rows of the embedding.
 
     Raises:
       ModelDirectoryError: a parameter is missing or damaged.

@@ -44,7 +44,7 @@ class StreamedSTDiT3:
       embed: in memory.
       final: in memory.
       blocks: stored arrays of every block, mapped; empty where callbacks deliver them.
-      number: by which programs call the host's side of the stream.
+      number: the number that programs pass to reach this stream on the host.
       program: what programs are compiled for; static.
     """
 

@@ -37,7 +37,7 @@ class SegmentLoop:
     Args:
       manifest: the network.
       policy: compute dtype; parameters are cast where they are used, int8 a few columns at a time.
-      forms: of its computations.
+      forms: how the network computes.
       timings: waiting for files counts as ``load``, compiling and each stage as themselves.
       num_slots: segments in memory; with 1 nothing is read ahead.
       profile: records the intervals of loading and computing.
