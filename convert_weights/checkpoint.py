@@ -18,7 +18,7 @@ from convert_weights import parameter_shapes, table
 from convert_weights.checksums import Checksums
 from convert_weights.companions import Companions, tokenizer_fault
 from convert_weights.errors import SourceError
-from convert_weights.readers import Checkpoint, merge, open_checkpoint
+from convert_weights.readers import GGUF, Checkpoint, merge, open_checkpoint
 from convert_weights.rules import ConversionError, Plan, make_plan
 from convert_weights.source_config import Resolved, resolve
 from convert_weights.values import Discard, Write, convert_values, stored_shapes
@@ -39,6 +39,7 @@ class Options:
       spatial: for the VAE: the AutoencoderKL, where the source holds only the temporal part.
       ignore_config_keys: unknown config.json keys that are known not to change the network.
       allow_mixed_dtypes: accept arrays that differ in dtype.
+      tokenizer: for T5: a tokenizer's file, or its folder, where it is not in the folder of the weights.
     """
 
     section: str | None = None
@@ -46,6 +47,7 @@ class Options:
     spatial: Path | None = None
     ignore_config_keys: Collection[str] = ()
     allow_mixed_dtypes: bool = False
+    tokenizer: Path | None = None
 
 
 DEFAULTS = Options()
@@ -96,10 +98,14 @@ def _match(network: str, checkpoint: Checkpoint, spatial_folder: Path | None, op
         config_file=options.config_file,
         spatial_folder=spatial_folder,
         ignore=options.ignore_config_keys,
+        headers=checkpoint.headers,
+        metadata=checkpoint.metadata,
     )
     rules, ignored = table(network, resolved.config)
     shapes = parameter_shapes(network, resolved.config)
-    plan = make_plan(rules, ignored, checkpoint.headers, shapes, allow_mixed_dtypes=options.allow_mixed_dtypes)
+    mixed = options.allow_mixed_dtypes or checkpoint.format == GGUF  # whose norms are float32 whatever the matrices are
+    plan = make_plan(rules, ignored, checkpoint.headers, shapes, allow_mixed_dtypes=mixed)
+    plan = dataclasses.replace(plan, faults=checkpoint.faults + plan.faults)
     return Source(network, checkpoint, resolved, plan, shapes)
 
 
@@ -135,7 +141,7 @@ def convert_checkpoint(
     check_dtype(network, dtype)
     check_directory(target)
     checkpoint, spatial_folder = _open_files(network, source, options)
-    companions = Companions(network, checkpoint.folder)
+    companions = Companions(network, checkpoint.folder, options.tokenizer)
     if not overwrite:
         if finished := _finish_former(network, target, checkpoint, companions):
             return finished
@@ -270,6 +276,7 @@ def _origin(opened: Source, checksums: list[str]) -> dict[str, Any]:
     found = zip(opened.checkpoint.files.items(), checksums, strict=True)
     return {
         "files": [{"name": file.name, "bytes": identity.size, "sha256": checksum} for (file, identity), checksum in found],
+        "format": opened.checkpoint.format,
         "config": opened.resolved.origin,
         "ignored_config_keys": list(opened.resolved.ignored),
         "ignored_arrays": dict(opened.plan.ignored),
@@ -282,5 +289,5 @@ def _constant(opened: Source, name: str) -> dict[str, Any]:
     """Returns an array that only had to have its formula's value, so that it can be written back bit for bit."""
     array = opened.checkpoint.arrays[name]
     with opened.checkpoint.open(array.file) as file:
-        values = array.read_strided(file)
+        values = array.decoded(array.read_strided(file), None)
     return {"shape": list(values.shape), "dtype": values.dtype.name, "hex": np.ascontiguousarray(values).tobytes().hex()}

@@ -28,13 +28,15 @@ _MAX_DEFAULTS_BYTES = 1 << 16
 class Companions:
     """What travels with one network; empty for the VAE, and where the source has none."""
 
-    def __init__(self, network: str, folder: Path):
-        """Reads the files next to the weights.
+    def __init__(self, network: str, folder: Path, tokenizer: Path | None = None):
+        """Reads the files next to the weights, or ``tokenizer`` (a file, or the folder of one) from elsewhere.
 
         Raises:
-          SourceError: one of them cannot be read, or is something else.
+          SourceError: one of them cannot be read, or is something else; or a network without a tokenizer gets one.
         """
-        self.tokenizer = _read_tokenizer(folder) if network == "t5" else None
+        if tokenizer is not None and network != "t5":
+            raise SourceError(f"a tokenizer belongs to t5, not to {network}.")
+        self.tokenizer = _tokenizer(folder, tokenizer) if network == "t5" else None
         self.defaults = _read_defaults(folder) if network == "stdit3" else None
 
     def write(self, directory: Path) -> None:
@@ -75,16 +77,16 @@ def tokenizer_fault(manifest: Manifest) -> str | None:
     return None
 
 
-def differs_from_source(manifest: Manifest, folder: Path) -> str | None:
-    """Returns the fault if a model directory's tokenizer differs from that of the source, else None."""
-    theirs = Companions(manifest.network, folder).tokenizer
+def differs_from_source(manifest: Manifest, folder: Path, elsewhere: Path | None = None) -> str | None:
+    """Returns the fault if a model directory's tokenizer differs from that of the source, or from elsewhere, else None."""
+    theirs = Companions(manifest.network, folder, elsewhere).tokenizer
     if theirs is None:
         return None
     name, content = theirs
     ours = manifest.path.parent / name
     if ours.is_file() and ours.stat().st_size == len(content) and ours.read_bytes() == content:
         return None
-    return f"source: {folder / name} is not the tokenizer of {manifest.path.parent}"
+    return f"source: {elsewhere or folder / name} is not the tokenizer of {manifest.path.parent}"
 
 
 def export(manifest: Manifest) -> dict[str, bytes]:
@@ -102,6 +104,18 @@ def export(manifest: Manifest) -> dict[str, bytes]:
     if manifest.network == "stdit3" and index.get("defaults"):
         return {DEFAULTS_FILE: json.dumps({"defaults": index["defaults"]}, indent=1).encode() + b"\n"}
     return {}
+
+
+def _tokenizer(folder: Path, elsewhere: Path | None) -> tuple[str, bytes] | None:
+    if elsewhere is None or elsewhere.is_dir():
+        found = _read_tokenizer(elsewhere or folder)
+        if found is None and elsewhere is not None:
+            raise SourceError(f"{elsewhere} holds no tokenizer; expected {' or '.join(TOKENIZER_FILES)}.")
+        return found
+    name = "tokenizer.json" if elsewhere.suffix == ".json" else "spiece.model"
+    if elsewhere.suffix not in (".json", ".model"):
+        raise SourceError(f"{elsewhere} is no tokenizer; expected {' or '.join(TOKENIZER_FILES)}.")
+    return name, _read(elsewhere)
 
 
 def _read_tokenizer(folder: Path) -> tuple[str, bytes] | None:

@@ -1,24 +1,23 @@
-"""Where the arrays of a checkpoint lie: safetensors, PyTorch zip files, and shards of either with an index.
+"""Where the arrays of a checkpoint lie: safetensors, PyTorch zip files, shards of either with an index, and GGUF files.
 
-``open_checkpoint`` reads headers only; ``Array.read`` reads values with ``preadv`` into the caller's buffer, so that memory
-is bounded by that buffer.  Invariant: a file's size, header and index agree before any value is used.  What names mean is
-decided by the tables, and nothing is written.
+``open_checkpoint`` reads headers only; values are read by `source_array`.  Invariant: a file's size, header and index agree
+before any value is used.  What names mean is decided by the tables, and nothing is written.
 """
 
 import dataclasses
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convert_weights.errors import SourceError, printable, some, unreadable
+from convert_weights.gguf_header import read_gguf
 from convert_weights.json_text import read_object
-from convert_weights.rules import Header, numpy_dtype
+from convert_weights.rules import Header
 from convert_weights.safetensors_header import read_safetensors
+from convert_weights.scales import with_scales
+from convert_weights.source_array import Array
 from convert_weights.source_file import Identity, OpenFile
 from convert_weights.torch_zip import Extent, Tensor, read_torch_file
 
@@ -26,83 +25,10 @@ _MAX_INDEX_BYTES = 8 << 20
 _MAX_ARRAYS = 1 << 15  # the largest network here has about a thousand
 _MAX_NAME = 500
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+WEIGHT_SUFFIXES = (".safetensors", *_TORCH_SUFFIXES, ".gguf")
+SAFETENSORS, PYTORCH, GGUF = "safetensors", "PyTorch", "GGUF"
 _SECTIONS = ("ema", "model_ema", "ema_model", "state_dict", "model", "module")
 _WEIGHT_FILES = ("model", "diffusion_pytorch_model", "pytorch_model")
-# A view that is spread over more than this many times its own bytes is not read (part of a fused matrix: 3 times).
-_MAX_SPREAD = 4
-_SMALL_SPAN_BYTES = 64 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """One array of a checkpoint: where its bytes lie, and how; ``key`` is its name in the file."""
-
-    name: str
-    file: Path
-    tensor: Tensor
-    key: str
-
-    @property
-    def header(self) -> Header:
-        """Shape and dtype."""
-        return Header(self.tensor.shape, self.tensor.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all elements."""
-        return math.prod(self.tensor.shape) * numpy_dtype(self.tensor.dtype).itemsize
-
-    @property
-    def contiguous(self) -> bool:
-        """Whether the elements lie one after another in C order."""
-        step, shape = 1, self.tensor.shape
-        for size, stride in zip(reversed(shape), reversed(self.tensor.strides), strict=True):
-            if size != 1 and stride != step:
-                return False
-            step *= size
-        return True
-
-    def read(self, file: OpenFile, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
-        """Returns rows ``start:stop`` (of the first axis), a view of ``buffer`` (uint8, at least as long as the rows)."""
-        shape = (stop - start, *self.tensor.shape[1:]) if self.tensor.shape else ()
-        dtype = numpy_dtype(self.tensor.dtype)
-        row_bytes = math.prod(self.tensor.shape[1:]) * dtype.itemsize
-        raw = buffer[: math.prod(shape) * dtype.itemsize]
-        file.read(self.tensor.offset + start * row_bytes, raw)
-        return raw.view(dtype).reshape(shape)
-
-    def read_strided(self, file: OpenFile) -> np.ndarray:
-        """Returns an array whose elements need not lie in C order, as a view of its bytes as they lie in the file.
-
-        Raises:
-          SourceError: the bytes between its first and its last element are many times its own.
-        """
-        dtype = numpy_dtype(self.tensor.dtype)
-        if not self.nbytes:
-            return np.empty(self.tensor.shape, dtype)
-        last = sum((size - 1) * stride for size, stride in zip(self.tensor.shape, self.tensor.strides, strict=True))
-        span_bytes = (last + 1) * dtype.itemsize
-        if span_bytes > max(_MAX_SPREAD * self.nbytes, _SMALL_SPAN_BYTES):
-            raise SourceError(
-                f"{self.file}: {self.name} has {self.nbytes} bytes, spread over {span_bytes}; save it as a contiguous tensor."
-            )
-        raw = np.empty(span_bytes, np.uint8)
-        file.read(self.tensor.offset, raw)
-        strides = [stride * dtype.itemsize for stride in self.tensor.strides]
-        return np.lib.stride_tricks.as_strided(raw.view(dtype), self.tensor.shape, strides, writeable=False)
-
-    def slices(self, file: OpenFile, buffer: np.ndarray, step: int) -> Iterator[np.ndarray]:
-        """Yields the array ``step`` rows at a time in C order, in ``buffer`` where it is contiguous; nothing if it is empty."""
-        if not self.nbytes:
-            return
-        count = self.tensor.shape[0] if self.tensor.shape else 1
-        if self.contiguous:
-            for start in range(0, count, step):
-                yield self.read(file, start, min(start + step, count), buffer)
-            return
-        view = self.read_strided(file)
-        for start in range(0, count, step):
-            yield np.ascontiguousarray(view[start : start + step])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +43,9 @@ class Checkpoint:
       notes: what was taken or skipped, for the user.
       extents: the byte ranges with a known CRC-32, by file.
       sections: which state dict was taken, by file; for files that are not one themselves.
+      format: ``safetensors``, ``PyTorch`` or ``GGUF``.
+      metadata: the numbers and short texts of a GGUF file.
+      faults: what is wrong with scales, to be reported with what is wrong with the arrays.
     """
 
     path: Path
@@ -126,6 +55,9 @@ class Checkpoint:
     notes: tuple[str, ...]
     extents: Mapping[Path, tuple[Extent, ...]]
     sections: Mapping[Path, str]
+    format: str = SAFETENSORS
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    faults: tuple[str, ...] = ()
 
     @property
     def headers(self) -> dict[str, Header]:
@@ -164,8 +96,19 @@ def open_checkpoint(source: str | os.PathLike[str], *, section: str | None = Non
         raise SourceError(f"{chosen} holds no arrays.")
     order = {file: i for i, file in enumerate(reader.files)}
     placed = sorted(reader.arrays.values(), key=lambda array: (order[array.file], array.tensor.offset))
-    arrays = {array.name: array for array in placed}
-    return Checkpoint(path, chosen.parent, reader.files, arrays, tuple(reader.notes), reader.extents, reader.sections)
+    arrays, faults = with_scales({array.name: array for array in placed})
+    return Checkpoint(
+        path,
+        chosen.parent,
+        reader.files,
+        arrays,
+        tuple(reader.notes),
+        reader.extents,
+        reader.sections,
+        reader.format,
+        reader.metadata,
+        faults,
+    )
 
 
 def merge(checkpoint: Checkpoint, other: Checkpoint, prefix: str) -> Checkpoint:
@@ -187,6 +130,7 @@ def merge(checkpoint: Checkpoint, other: Checkpoint, prefix: str) -> Checkpoint:
         notes=checkpoint.notes + other.notes,
         extents={**checkpoint.extents, **other.extents},
         sections={**checkpoint.sections, **other.sections},
+        faults=checkpoint.faults + other.faults,
     )
 
 
@@ -206,9 +150,7 @@ def choose_file(folder: Path) -> tuple[Path, list[str]]:
             for candidate in (place / f"{stem}{suffix}.index.json", place / f"{stem}{suffix}")
             if candidate.is_file()
         ]
-        others = sorted(
-            file for file in (place.iterdir() if place.is_dir() else ()) if file.suffix in (".safetensors", *_TORCH_SUFFIXES)
-        )
+        others = sorted(file for file in (place.iterdir() if place.is_dir() else ()) if file.suffix in WEIGHT_SUFFIXES)
         if found:
             known = re.compile(r"(" + "|".join(_WEIGHT_FILES) + r")[-.]")
             strange = [file.name for file in others if not known.match(file.name)]
@@ -219,7 +161,7 @@ def choose_file(folder: Path) -> tuple[Path, list[str]]:
         if others:
             names = some([file.name for file in others])
             raise SourceError(f"{place} holds several checkpoints ({names}); name the file to convert.")
-    raise SourceError(f"{folder} holds no weight file (.safetensors, .bin, .pt, .pth, or an index of shards).")
+    raise SourceError(f"{folder} holds no weight file (.safetensors, .bin, .pt, .pth, .gguf, or an index of shards).")
 
 
 class _Reader:
@@ -232,6 +174,8 @@ class _Reader:
         self.extents: dict[Path, tuple[Extent, ...]] = {}
         self.sections: dict[Path, str] = {}
         self.notes: list[str] = []
+        self.format = SAFETENSORS
+        self.metadata: Mapping[str, Any] = {}
 
     def read_index(self, index: Path) -> None:
         """Reads every shard that an index names, and compares what it holds with the index."""
@@ -261,9 +205,12 @@ class _Reader:
             if path.suffix == ".safetensors":
                 tensors: Mapping[str, Tensor] = read_safetensors(file)
             elif path.suffix in _TORCH_SUFFIXES:
-                tensors = self._read_torch(file)
+                tensors, self.format = self._read_torch(file), PYTORCH
+            elif path.suffix == ".gguf":
+                found = read_gguf(file)
+                tensors, self.format, self.metadata = found.tensors, GGUF, found.metadata
             else:
-                raise SourceError(f"{path} is not a weight file (.safetensors, .bin, .pt, .pth) or an index of shards.")
+                raise SourceError(f"{path} is not a weight file ({', '.join(WEIGHT_SUFFIXES)}) or an index of shards.")
         if len(self.arrays) + len(tensors) > _MAX_ARRAYS:
             raise SourceError(f"{path} brings the checkpoint to more than {_MAX_ARRAYS} arrays; no network here has as many.")
         strange = next((name for name in tensors if len(name) > _MAX_NAME or not name.isprintable()), None)

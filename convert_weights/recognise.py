@@ -36,7 +36,7 @@ _KINDS: tuple[tuple[Callable[[bytes, bytes], bool], str], ...] = (
     (_starts(b"\x28\xb5\x2f\xfd"), "is a zstandard archive; unpack it first"),
     (_starts(b"7z\xbc\xaf\x27\x1c"), "is a 7-Zip archive; unpack it first"),
     (_starts(b"\x89HDF\r\n"), "is an HDF5 file; save the state dict as safetensors"),
-    (_starts(b"GGUF"), "is a GGUF file; convert from the original safetensors or PyTorch files"),
+    (_starts(b"GGUF"), "is a GGUF file; give it a name that ends in .gguf"),
     (_starts(_LEGACY_TORCH), "is not in PyTorch's zip format; files from before PyTorch 1.6 must be saved again"),
     (lambda head, text: len(head) == HEAD_BYTES and not any(head), "holds zeros where its header should be; download it again"),
 )

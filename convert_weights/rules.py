@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from convert_weights.encodings import FLOAT8, encoding_of
 from convert_weights.errors import printable
 
 Shape = tuple[int, ...]
@@ -261,15 +262,21 @@ def to_numpy(array: Any) -> np.ndarray:
     """Returns a NumPy array (or JAX array, or PyTorch tensor of any device and dtype) as NumPy, bits unchanged."""
     if hasattr(array, "detach"):
         array = array.detach().cpu()
-        if str(array.dtype) == "torch.bfloat16":  # NumPy has no such type; float32 holds every value
-            return array.float().numpy().astype(ml_dtypes.bfloat16)
+        name = str(array.dtype).removeprefix("torch.")
+        if name == "bfloat16" or name in FLOAT8:  # NumPy has no such types; float32 holds every value
+            return array.float().numpy().astype(numpy_dtype(name))
         return array.numpy()
     return np.asarray(array)
 
 
 def numpy_dtype(name: str) -> np.dtype:
     """Returns the NumPy dtype of a dtype name."""
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    return FLOAT8[name] if name in FLOAT8 else np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def _is_packed(dtype: str) -> bool:
+    """Returns whether values of a dtype are decoded to float32 when they are read."""
+    return dtype not in SOURCE_DTYPES and encoding_of(dtype) is not None
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -285,7 +292,7 @@ def _header_faults(
 ) -> list[str]:
     name, rule, target = assignment.source, assignment.rule, assignment.target
     faults = []
-    if header.dtype not in SOURCE_DTYPES:
+    if header.dtype not in SOURCE_DTYPES and not _is_packed(header.dtype):
         faults.append(f"{name}: dtype {header.dtype}; expected one of {', '.join(SOURCE_DTYPES)}")
     if rule.expected is not None and header.shape != rule.expected.shape:
         faults.append(f"{name}: shape {list(header.shape)}; expected {list(rule.expected.shape)}")
@@ -317,6 +324,9 @@ def _coverage_faults(assignments: Iterable[Assignment], expected: Mapping[str, S
 
 def _mixed_dtype_faults(assignments: Iterable[Assignment], headers: Mapping[str, Header]) -> list[str]:
     names: dict[str, list[str]] = {}
+    assignments = list(assignments)
+    if any(_is_packed(headers[assignment.source].dtype) for assignment in assignments):
+        return []  # who packs values leaves some as they were, on purpose
     for assignment in assignments:
         dtype = headers[assignment.source].dtype
         if assignment.rule.expected is None and dtype in SOURCE_DTYPES:

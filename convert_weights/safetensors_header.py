@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from convert_weights.encodings import FLOAT8
 from convert_weights.errors import SourceError, printable
 from convert_weights.json_text import parse_object
 from convert_weights.pickle_machine import ITEM_BYTES
@@ -18,6 +19,7 @@ from convert_weights.torch_zip import MAX_DIMENSIONS, Tensor
 SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 _MAX_HEADER_BYTES = 8 << 20  # 30 KB for a thousand arrays
 _MAX_SIZE = 1 << 63
@@ -65,7 +67,7 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> tuple[Tensor, int]:
     if not _are_sizes(span) or len(span) != 2 or not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise _malformed(path, name, f"shape {printable(shape)} in bytes {printable(span)}")
     dtype, (start, stop) = SAFETENSORS_DTYPES[label], span
-    if stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
+    if stop - start != math.prod(shape) * (1 if dtype in FLOAT8 else ITEM_BYTES[dtype]):
         raise _malformed(path, name, f"shape {shape} of {dtype} in bytes {start} to {stop}")
     return Tensor(dtype, base + start, tuple(shape), contiguous_strides(tuple(shape))), base + stop
 

@@ -1,7 +1,9 @@
 """Reads a checkpoint once more through readers that are not ours, and compares every array with what ours gives.
 
-Safetensors files go through the ``safetensors`` package, PyTorch files through PyTorch in a child process, where it is
-installed.  Invariant: nothing of our own readers is used for the second reading, so a fault that conversion and verification
+Safetensors files go through the ``safetensors`` package, GGUF files through the reader of ``gguf``, and PyTorch files
+(and safetensors with eight-bit floats, which NumPy lacks) through PyTorch in a child process, where it is installed.
+
+Invariant: nothing of our own readers is used for the second reading, so a fault that conversion and verification
 share does not hide.  What the arrays become is compared elsewhere.
 """
 
@@ -17,8 +19,10 @@ from typing import NamedTuple
 import numpy as np
 import safetensors
 
+from convert_weights.encodings import FLOAT8, GGUF_PLAIN
 from convert_weights.errors import printable
-from convert_weights.readers import Array, Checkpoint
+from convert_weights.readers import Checkpoint
+from convert_weights.source_array import Array
 
 _SLICE_BYTES = 4 << 20
 
@@ -47,9 +51,11 @@ def differences(
     """
     faults = []
     for path in checkpoint.files:
-        arrays = [checkpoint.arrays[name] for name in names if checkpoint.arrays[name].file == path]
+        wanted = [checkpoint.arrays[name] for name in names]
+        wanted += [array.scale for array in wanted if array.scale]
+        arrays = [array for array in wanted if array.file == path]
         try:
-            reader, second = _second(path, checkpoint.sections.get(path), {array.key for array in arrays})
+            reader, second = _second(path, checkpoint.sections.get(path), arrays)
         except ReadError as error:
             faults.append(f"source: {path} cannot be read by a second reader ({printable(error)})")
             continue
@@ -77,9 +83,12 @@ def _bytes(rows: np.ndarray) -> memoryview:
     return np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
 
 
-def _second(path: Path, section: str | None, keys: Collection[str]) -> tuple[str, dict[str, Digest]]:
+def _second(path: Path, section: str | None, arrays: Collection[Array]) -> tuple[str, dict[str, Digest]]:
     """Returns the name of the second reader, empty if there is none, and what it reads."""
-    if path.suffix == ".safetensors":
+    keys = {array.key for array in arrays}
+    if path.suffix == ".gguf":
+        return "gguf", _through_gguf(path, keys)
+    if path.suffix == ".safetensors" and not any(array.tensor.dtype in FLOAT8 for array in arrays):
         return f"safetensors {safetensors.__version__}", _through_safetensors(path, keys)
     if importlib.util.find_spec("torch") is None:
         return "", {}
@@ -106,6 +115,26 @@ def _through_safetensors(path: Path, keys: Iterable[str]) -> dict[str, Digest]:
                 found[key] = Digest(dtype, shape, digest.hexdigest())
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ReadError(f"safetensors: {error}") from error
+    return found
+
+
+def _through_gguf(path: Path, keys: Collection[str]) -> dict[str, Digest]:
+    import gguf
+
+    try:
+        found = {}
+        for tensor in gguf.GGUFReader(path).tensors:
+            if tensor.name in keys:
+                shape = tuple(int(extent) for extent in reversed(tensor.shape))
+                rows = tensor.data.reshape(len(tensor.data), -1) if tensor.data.ndim else tensor.data.reshape(1, 1)
+                digest = hashlib.sha256()
+                step = max(1, _SLICE_BYTES // max(rows[0].nbytes, 1))
+                for start in range(0, len(rows), step):
+                    digest.update(_bytes(rows[start : start + step]))
+                dtype = GGUF_PLAIN.get(tensor.tensor_type.name, tensor.tensor_type.name)
+                found[tensor.name] = Digest(dtype, shape, digest.hexdigest())
+    except (OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
+        raise ReadError(f"gguf: {error}") from error
     return found
 
 

@@ -9,10 +9,21 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from convert_weights.errors import printable, shown
 from convert_weights.json_text import read_object
-from convert_weights.rules import ConversionError
-from sora_jax.config import CONFIGS, SpatialVAEConfig, STDiT3Config, T5Config, TemporalVAEConfig, VAEConfig, open_sora_1_2
+from convert_weights.rules import ConversionError, Header
+from sora_jax.config import (
+    CONFIGS,
+    SpatialVAEConfig,
+    STDiT3Config,
+    T5Config,
+    TemporalVAEConfig,
+    VAEConfig,
+    open_sora_1_2,
+    stdit3_3b,
+)
 
 _MAX_CONFIG_BYTES = 1 << 20
 
@@ -108,6 +119,17 @@ _SPATIAL = Keys(
         "scaling_factor shift_factor subfolder up_block_types"
     ),
 )
+# Source: gguf-py constants and llama.cpp's conversion of T5EncoderModel.
+_GGUF_ARCHITECTURES = ("t5encoder", "t5")
+_GGUF_KEYS = {
+    "d_model": "embedding_length",
+    "d_kv": "attention.key_length",
+    "num_heads": "attention.head_count",
+    "d_ff": "feed_forward_length",
+    "num_layers": "block_count",
+    "relative_attention_num_buckets": "attention.relative_buckets_count",
+    "layer_norm_epsilon": "attention.layer_norm_rms_epsilon",
+}
 _BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 
@@ -127,8 +149,10 @@ def resolve(
     config_file: Path | None = None,
     spatial_folder: Path | None = None,
     ignore: Collection[str] = (),
+    headers: Mapping[str, Header] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Resolved:
-    """Returns the configuration of a checkpoint from the config.json in the folder of its weights.
+    """Returns the configuration of a checkpoint from the config.json in the folder of its weights, or from a GGUF's metadata.
 
     Args:
       network: ``t5``, ``stdit3`` or ``vae``.
@@ -136,15 +160,18 @@ def resolve(
       config_file: read instead; upstream's format, or the ``config`` object of our ``network.json``.
       spatial_folder: for the VAE: the folder of the spatial part, if it comes from elsewhere.
       ignore: keys to ignore although they are unknown.
+      headers: the arrays, by whose shapes one of the released configurations is chosen where there is no file.
+      metadata: the numbers and short texts of a GGUF file.
 
     Raises:
       ConversionError: a key is unknown, missing, or asks for a network that is not implemented; all faults at once.
       SourceError: the file cannot be read.
     """
     path = config_file or folder / "config.json"
+    if config_file is None and metadata:
+        return _from_gguf(network, headers or {}, metadata)
     if config_file is None and not path.is_file():
-        preset = getattr(open_sora_1_2, network)
-        return Resolved(preset, "no config.json with the weights; the configuration of Open-Sora 1.2 is used", ())
+        return _released(network, headers or {})
     fields = _read(path)
     problems = _Problems(ignore)
     if fields.keys() == _same(CONFIGS[network]).keys() and (network != "vae" or isinstance(fields["spatial"], dict)):
@@ -156,6 +183,37 @@ def resolve(
     if problems.faults:
         raise ConversionError(f"{path} describes a network that is not implemented", problems.faults)
     return Resolved(config, str(path), tuple(problems.ignored))
+
+
+def _released(network: str, headers: Mapping[str, Header]) -> Resolved:
+    """Returns Open-Sora 1.2's configuration, or that of its 3B model where the width is that one's."""
+    biases = [header.shape for name, header in headers.items() if name.endswith("x_embedder.proj.bias")]
+    if network == "stdit3" and biases == [(stdit3_3b.hidden_size,)]:
+        return Resolved(stdit3_3b, "no config.json with the weights; the configuration of STDiT3-3B/2 is used", ())
+    preset = getattr(open_sora_1_2, network)
+    return Resolved(preset, "no config.json with the weights; the configuration of Open-Sora 1.2 is used", ())
+
+
+def _from_gguf(network: str, headers: Mapping[str, Header], metadata: Mapping[str, Any]) -> Resolved:
+    """Returns the configuration in the metadata of a GGUF file, which for T5 lacks only the largest relative distance."""
+    name = metadata.get("general.architecture")
+    if network != "t5" or name not in _GGUF_ARCHITECTURES:
+        expected = " or ".join(_GGUF_ARCHITECTURES)
+        raise ConversionError(f"a GGUF file of {shown(name)}", [f"general.architecture: expected {expected}, a text encoder"])
+    problems = _Problems(())
+    fields = {ours: metadata[f"{name}.{key}"] for ours, key in _GGUF_KEYS.items() if f"{name}.{key}" in metadata}
+    epsilon = fields.get("layer_norm_epsilon")
+    if type(epsilon) is float:
+        fields["layer_norm_epsilon"] = float(str(np.float32(epsilon)))  # the file has float32; 1e-6 is meant
+    shape = headers["token_embd.weight"].shape if "token_embd.weight" in headers else ()
+    if shape:
+        fields["vocab_size"] = shape[0]
+    if f"{name}.attention.value_length" in metadata and metadata[f"{name}.attention.value_length"] != fields.get("d_kv"):
+        problems.faults.append(f"{name}.attention.value_length: differs from key_length; only equal ones are implemented")
+    config = _build(open_sora_1_2.t5, _T5, fields, "", problems)
+    if problems.faults:
+        raise ConversionError("the metadata of the GGUF file describe a network that is not implemented", problems.faults)
+    return Resolved(config, "the metadata of the GGUF file", ())
 
 
 @dataclasses.dataclass

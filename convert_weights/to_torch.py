@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from convert_weights import companions, table
+from convert_weights.readers import GGUF
 from convert_weights.rules import Header, Rule, common_prefix, numpy_dtype, sources_of
 from convert_weights.safetensors_header import SAFETENSORS_DTYPES
 from convert_weights.source_config import to_upstream
@@ -117,9 +118,10 @@ def _parameter_entry(manifest: Manifest, target: str, rules: list[Rule], prefix:
         # The shape is that of the first spelling: computed on an array that takes no memory.
         shape = rule.transform.inverse(np.broadcast_to(np.int8(0), parameter.shape)).shape
         return _Entry(name, Header(shape, stored), target=target, rule=rule)
-    name = parameter.source["name"].removeprefix(prefix)
-    rule = next((rule for source, rule in candidates if source == name), candidates[0][1])
-    lossless = stored == "float32" and parameter.dtype != "int8"
+    own = parameter.source["name"].removeprefix(prefix)
+    own = own if manifest.origin.get("format") != GGUF else candidates[0][0]  # PyTorch has other names
+    name, rule = next(((source, rule) for source, rule in candidates if source == own), (own, candidates[0][1]))
+    lossless = stored == "float32" and parameter.dtype != "int8" and parameter.source.get("exact", True)
     return _Entry(
         name,
         Header(tuple(parameter.source["shape"]), parameter.source["dtype"] if lossless else stored),

@@ -15,8 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from convert_weights.readers import Array, Checkpoint
+from convert_weights.encodings import encoding_of
+from convert_weights.readers import Checkpoint
 from convert_weights.rules import LINEAR, Assignment, Plan, Transform
+from convert_weights.source_array import Array
 from convert_weights.source_file import OpenFile
 from sora_jax.storage.arrays import STORED_DTYPES
 from sora_jax.storage.quantisation import SCALE_SUFFIX, is_quantised, quantise_rows, scale_axis
@@ -107,9 +109,9 @@ def convert_values(
             array = checkpoint.arrays[assignment.source]
             if assignment.source in plan.unfit:
                 return []  # reported by the plan
-            job = _Job(assignment, array, files[array.file], scratch, dtype)
+            job = _Job(assignment, array, files, scratch, dtype)
             if assignment.duplicate_of:
-                faults = job.compare(checkpoint.arrays[assignment.duplicate_of], files)
+                faults = job.compare(checkpoint.arrays[assignment.duplicate_of])
             elif assignment.target is None:
                 faults = assignment.faults(job.whole())
             elif sink.wants(assignment.target):
@@ -143,8 +145,9 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
 class _Job:
     """The conversion of one array."""
 
-    def __init__(self, assignment: Assignment, array: Array, file: OpenFile, scratch: _Scratch, dtype: str):
-        self._assignment, self._array, self._file, self._scratch, self._dtype = assignment, array, file, scratch, dtype
+    def __init__(self, assignment: Assignment, array: Array, files: Mapping[Path, OpenFile], scratch: _Scratch, dtype: str):
+        self._assignment, self._array, self._files, self._scratch, self._dtype = assignment, array, files, scratch, dtype
+        self._file = files[array.file]
         self._transform = assignment.rule.transform
         self._bad = self._overflow = 0
 
@@ -161,14 +164,15 @@ class _Job:
 
     def whole(self) -> np.ndarray:
         """Returns the source array."""
-        return np.ascontiguousarray(self._array.read_strided(self._file))
+        stored = np.ascontiguousarray(self._array.read_strided(self._file))
+        return self._array.decoded(stored, self._array.read_scale(self._files))
 
-    def compare(self, other: Array, files: Mapping[Path, OpenFile]) -> list[str]:
-        """Returns a fault unless another source array has the same bytes."""
+    def compare(self, other: Array) -> list[str]:
+        """Returns a fault unless another source array has the same values, bit for bit."""
         fault = [f"{self._array.name}: differs from {other.name}, to which it must be tied"]
         if self._array.file == other.file and self._array.tensor == other.tensor:
             return []
-        theirs = _Job(self._assignment, other, files[other.file], _Scratch(), self._dtype)
+        theirs = _Job(self._assignment, other, self._files, _Scratch(), self._dtype)
         for a, b in zip(self._slices(), theirs._slices(), strict=True):
             if not np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)):
                 return fault
@@ -213,11 +217,15 @@ class _Job:
             write(out)
 
     def _slices(self) -> Iterator[np.ndarray]:
-        """Yields the source array some rows at a time; each slice is overwritten by the next."""
-        row_bytes = self._array.nbytes // max(self._array.tensor.shape[0] if self._array.tensor.shape else 1, 1)
-        step = max(1, _SLICE_BYTES // max(row_bytes, 1))
+        """Yields the numbers of the source array some rows at a time; each slice is overwritten by the next."""
+        scale = self._array.read_scale(self._files)
+        rows_in_all = max(self._array.tensor.shape[0] if self._array.tensor.shape else 1, 1)
+        row_bytes = self._array.nbytes // rows_in_all
+        unpacked_bytes = 4 * math.prod(self._array.tensor.shape) // rows_in_all  # of packed values, which grow when read
+        step = max(1, _SLICE_BYTES // max(row_bytes, unpacked_bytes, 1))
         buffer = self._scratch.take("input", min(step * row_bytes, self._array.nbytes)) if self._array.contiguous else _NOTHING
-        yield from self._array.slices(self._file, buffer, step)
+        for rows in self._array.slices(self._file, buffer, step):
+            yield self._array.decoded(rows, scale)
 
     def _cast(self, rows: np.ndarray, stored: str) -> np.ndarray:
         self._count(rows)
@@ -237,8 +245,13 @@ class _Job:
         return self._scratch.take("output", math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
 
     def _source(self) -> dict[str, Any]:
-        header = self._array.header
-        return {"name": self._array.name, "shape": list(header.shape), "dtype": header.dtype}
+        header, encoding = self._array.header, encoding_of(self._array.tensor.dtype)
+        source: dict[str, Any] = {"name": self._array.name, "shape": list(header.shape), "dtype": header.dtype}
+        if self._array.scale is not None:
+            source["scale"] = self._array.scale.name
+        if "scale" in source or (encoding is not None and not encoding.exact):
+            source["exact"] = False  # the stored numbers are not those of the source's dtype
+        return source
 
     def _faults(self) -> list[str]:
         size = math.prod(self._array.tensor.shape)

@@ -67,7 +67,7 @@ def verify(
     faults = {name: _stored_faults(manifest) for name, manifest in manifests.items()}
     if source is not None:
         for name, opened in _sources(source, manifests, network, options):
-            faults[name] += _source_faults(manifests[name], opened, note)
+            faults[name] += _source_faults(manifests[name], opened, options, note)
     return faults
 
 
@@ -141,7 +141,7 @@ def _bare(names: Any) -> set[str]:
     return {name.removeprefix(prefix) for name in names}
 
 
-def _source_faults(manifest: Manifest, opened: Source, note: Callable[[str], None]) -> list[str]:
+def _source_faults(manifest: Manifest, opened: Source, options: Options, note: Callable[[str], None]) -> list[str]:
     faults = [f"source: {fault}" for fault in opened.plan.faults]
     if opened.resolved.config != manifest.config:
         faults.append(f"source: its configuration {opened.resolved.config} differs from {manifest.config}")
@@ -154,7 +154,7 @@ def _source_faults(manifest: Manifest, opened: Source, note: Callable[[str], Non
     names = [assignment.source for assignment in opened.plan.assignments]
     faults += second_reader.differences(opened.checkpoint, names, note=note)
     faults += sink.faults()
-    if other := differs_from_source(manifest, opened.checkpoint.folder):
+    if other := differs_from_source(manifest, opened.checkpoint.folder, options.tokenizer):
         faults.append(other)
     recorded = {entry["name"]: entry["sha256"] for entry in manifest.origin.get("files", ())}
     for file, digest in zip(opened.checkpoint.files, digests, strict=True):

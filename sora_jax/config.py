@@ -352,6 +352,9 @@ open_sora_1_2 = ModelConfig(
     ),
 )
 
+# Source: Open-Sora v1.2 opensora/models/stdit/stdit3.py STDiT3_3B_2; no weights of it were released.
+stdit3_3b = dataclasses.replace(open_sora_1_2.stdit3, hidden_size=1872, num_heads=26)
+
 # The embedded model: the same architecture at toy width, trained by sora_jax.pocket on 64x64 clips of 34 frames.
 pocket = ModelConfig(
     t5=T5Config(

@@ -55,6 +55,9 @@ class Reading:
         Option("A key of config.json known not to change the network; repeatable.", metavar="KEY", repeats=True),
     ] = ()
     allow_mixed_dtypes: Annotated[bool, Option("Accept arrays that differ in dtype.")] = False
+    tokenizer: Annotated[
+        Path | None, Option("t5: tokenizer.json or spiece.model, where it is not with the weights.", metavar="FILE")
+    ] = None
 
     def options(self) -> "Options":
         """Returns them as `convert_weights` takes them."""
@@ -66,6 +69,7 @@ class Reading:
             spatial=self.spatial,
             ignore_config_keys=list(self.ignore_config_key),
             allow_mixed_dtypes=self.allow_mixed_dtypes,
+            tokenizer=self.tokenizer,
         )
 
 
