@@ -8,8 +8,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from convert_weights.checkpoint import DEFAULTS, SPATIAL_PREFIX, Options, check_directory, convert_checkpoint
+from convert_weights.checkpoint import check_directory, convert_checkpoint
 from convert_weights.errors import SourceError
+from convert_weights.opening import DEFAULTS, SPATIAL_PREFIX, Options
 from convert_weights.readers import choose_file, open_checkpoint
 from convert_weights.source_config import network_of
 from sora_jax.config import NETWORKS

@@ -5,108 +5,26 @@ Invariant: either everything fits and ``MODEL_DIR/<network>`` appears complete, 
 """
 
 import contextlib
-import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert_weights import parameter_shapes, table
 from convert_weights.checksums import Checksums
 from convert_weights.companions import Companions, tokenizer_fault
 from convert_weights.errors import SourceError
-from convert_weights.readers import GGUF, Checkpoint, merge, open_checkpoint
-from convert_weights.rules import ConversionError, Plan, make_plan
-from convert_weights.source_config import Resolved, resolve
+from convert_weights.opening import DEFAULTS, SPATIAL_PREFIX, Options, Source, match, open_files, open_source
+from convert_weights.readers import Checkpoint
+from convert_weights.rules import ConversionError
 from convert_weights.values import Discard, Write, convert_values, stored_shapes
 from sora_jax.storage.arrays import Parameter
 from sora_jax.storage.directory import NETWORK_FILE, Manifest, ModelDirectoryError, open_network, read_model_file
 from sora_jax.storage.writer import NetworkWriter, check_dtype
 
-SPATIAL_PREFIX = "spatial_vae.module."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """How a checkpoint is read; the defaults suit the published ones.
-
-    Attributes:
-      section: which state dict of a training checkpoint to take (default: EMA where there is one).
-      config_file: read instead of the config.json in the folder of the weights.
-      spatial: for the VAE: the AutoencoderKL, where the source holds only the temporal part.
-      ignore_config_keys: unknown config.json keys that are known not to change the network.
-      allow_mixed_dtypes: accept arrays that differ in dtype.
-      tokenizer: for T5: a tokenizer's file, or its folder, where it is not in the folder of the weights.
-    """
-
-    section: str | None = None
-    config_file: Path | None = None
-    spatial: Path | None = None
-    ignore_config_keys: Collection[str] = ()
-    allow_mixed_dtypes: bool = False
-    tokenizer: Path | None = None
-
-
-DEFAULTS = Options()
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A checkpoint whose names and shapes have been matched with a network's table."""
-
-    network: str
-    checkpoint: Checkpoint
-    resolved: Resolved
-    plan: Plan
-    shapes: Mapping[str, tuple[int, ...]]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files."""
-        return sum(identity.size for identity in self.checkpoint.files.values())
-
-
-def open_source(network: str, source: str | os.PathLike[str], options: Options = DEFAULTS) -> Source:
-    """Returns the plan of a conversion, faults included; reads headers only.
-
-    Raises:
-      SourceError: no usable checkpoint is there.
-      ConversionError: its config.json describes another network.
-    """
-    return _match(network, *_open_files(network, source, options), options)
-
-
-def _open_files(network: str, source: str | os.PathLike[str], options: Options) -> tuple[Checkpoint, Path | None]:
-    """Returns the arrays of a source, and the folder of a spatial part that the caller names separately."""
-    checkpoint = open_checkpoint(source, section=options.section)
-    if options.spatial is None:
-        return checkpoint, None
-    if network != "vae":
-        raise SourceError(f"a spatial part belongs to the vae, not to {network}.")
-    spatial = open_checkpoint(options.spatial)
-    return merge(checkpoint, spatial, SPATIAL_PREFIX), spatial.folder
-
-
-def _match(network: str, checkpoint: Checkpoint, spatial_folder: Path | None, options: Options) -> Source:
-    """Returns the arrays matched with the network that the configuration describes."""
-    resolved = resolve(
-        network,
-        checkpoint.folder,
-        config_file=options.config_file,
-        spatial_folder=spatial_folder,
-        ignore=options.ignore_config_keys,
-        headers=checkpoint.headers,
-        metadata=checkpoint.metadata,
-    )
-    rules, ignored = table(network, resolved.config)
-    shapes = parameter_shapes(network, resolved.config)
-    mixed = options.allow_mixed_dtypes or checkpoint.format == GGUF  # whose norms are float32 whatever the matrices are
-    plan = make_plan(rules, ignored, checkpoint.headers, shapes, allow_mixed_dtypes=mixed)
-    plan = dataclasses.replace(plan, faults=checkpoint.faults + plan.faults)
-    return Source(network, checkpoint, resolved, plan, shapes)
+__all__ = ["DEFAULTS", "SPATIAL_PREFIX", "Options", "Source", "check_directory", "convert_checkpoint", "open_source"]
 
 
 def convert_checkpoint(
@@ -140,17 +58,18 @@ def convert_checkpoint(
     target = Path(directory)
     check_dtype(network, dtype)
     check_directory(target)
-    checkpoint, spatial_folder = _open_files(network, source, options)
+    checkpoint, spatial_folder = open_files(network, source, options)
     companions = Companions(network, checkpoint.folder, options.tokenizer)
     if not overwrite:
         if finished := _finish_former(network, target, checkpoint, companions):
             return finished
         if (target / network).exists():
             raise ModelDirectoryError(f"{target / network} exists; pass --overwrite (overwrite=True) to replace it.")
-    # Begun before the plan, whose tracing keeps one core busy for a second or two: the other reads and hashes in the
-    # background.
-    with Checksums(checkpoint) as checksums:
-        opened = _match(network, checkpoint, spatial_folder, options)
+    early = match(network, checkpoint, spatial_folder, options) if options.merged or options.adapters else None
+    # Begun before the plan of a single source, whose tracing keeps one core busy for a second or two: the other reads and
+    # hashes in the background.
+    with Checksums(early.checkpoint if early else checkpoint) as checksums:
+        opened = early or match(network, checkpoint, spatial_folder, options)
         report(opened)
         writer = NetworkWriter(
             target, network, opened.resolved.config, dtype=dtype, overwrite=overwrite, identity=_identity(opened, options)
@@ -208,12 +127,12 @@ class _Conversion:
         opened, dtype = self._opened, self._writer.dtype
         subject = f"{opened.checkpoint.path} does not fit {opened.network}"
         if opened.plan.faults:
-            found = convert_values(opened.plan, opened.checkpoint, Discard(), dtype=dtype)
+            found = convert_values(opened.plan, opened.checkpoint, Discard(), dtype=dtype) if not opened.added else []
             raise ConversionError(subject, [*opened.plan.faults, *found])
         with _whole_or_resumable(self._writer):
             _check_space(self._writer, stored_shapes(opened.plan, opened.shapes, dtype))
             sink = _WriterSink(self._writer)
-            found = convert_values(opened.plan, opened.checkpoint, sink, dtype=dtype, progress=self._count)
+            found = convert_values(opened.plan, opened.checkpoint, sink, dtype=dtype, blend=opened.blend, progress=self._count)
             if found:
                 raise ConversionError(subject, found)
             origin = _origin(opened, self._checksums.result()) | self._companions.origin()
@@ -258,6 +177,7 @@ def _identity(opened: Source, options: Options) -> dict[str, Any]:
     return {
         "files": [[str(file.resolve()), identity.size, identity.mtime_ns] for file, identity in found],
         "section": options.section,
+        "added": [dict(each.record) for each in opened.added],
     }
 
 
@@ -273,9 +193,17 @@ def _check_space(writer: NetworkWriter, stored: Mapping[str, tuple[tuple[int, ..
 
 def _origin(opened: Source, checksums: list[str]) -> dict[str, Any]:
     """Returns what ``network.json`` says about the source: enough to check it, and to write it back."""
-    found = zip(opened.checkpoint.files.items(), checksums, strict=True)
+    entries = {
+        file: {"name": file.name, "bytes": identity.size, "sha256": checksum}
+        for (file, identity), checksum in zip(opened.checkpoint.files.items(), checksums, strict=True)
+    }
+    further = {file for each in opened.added for file in each.checkpoint.files}
+    added: dict[str, list[Any]] = {}
+    for each in opened.added:
+        added.setdefault(each.kind, []).append({**each.record, "files": [entries[file] for file in each.checkpoint.files]})
     return {
-        "files": [{"name": file.name, "bytes": identity.size, "sha256": checksum} for (file, identity), checksum in found],
+        **added,
+        "files": [entry for file, entry in entries.items() if file not in further],
         "format": opened.checkpoint.format,
         "config": opened.resolved.origin,
         "ignored_config_keys": list(opened.resolved.ignored),

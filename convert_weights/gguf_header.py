@@ -9,7 +9,6 @@ Source: the GGUF specification, versions 2 and 3.
 import dataclasses
 import struct
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from convert_weights.encodings import encoding_of, gguf_type
@@ -22,6 +21,7 @@ from convert_weights.torch_zip import Tensor
 
 MAGIC = b"GGUF"
 _MAX_HEADER_BYTES = 32 << 20  # a tokenizer of 250,000 pieces has 10 MB
+_PIECE_BYTES = 1 << 14
 _MAX_FIELDS, _MAX_TENSORS, _MAX_KEY_BYTES, _MAX_TEXT_BYTES = 1 << 12, 1 << 15, 1 << 12, 1 << 10
 _MAX_DIMENSIONS = 4
 _MAX_EXTENT = 1 << 40
@@ -47,7 +47,7 @@ def read_gguf(file: OpenFile) -> GGUFFile:
     head = file.read_bytes(0, min(HEAD_BYTES, size))
     if not head.startswith(MAGIC):
         raise SourceError(f"{path} {what_is(head) or 'is no GGUF file (it does not begin with GGUF)'}.")
-    cursor = _Cursor(path, file.read_bytes(0, min(size, _MAX_HEADER_BYTES)))
+    cursor = _Cursor(file)
     cursor.skip(len(MAGIC))
     version, tensors, fields = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
     if version not in (2, 3):
@@ -133,21 +133,26 @@ def _aligned(offset: int, alignment: int) -> int:
 
 
 class _Cursor:
-    """The bytes of a header, read from the front; refuses to go beyond their end."""
+    """The bytes of a header, read from the front a piece at a time; refuses to go beyond the end of the file, or a limit."""
 
-    def __init__(self, path: Path, content: bytes):
-        self.path, self._content, self.at = path, content, 0
+    def __init__(self, file: OpenFile):
+        self.path, self.at = file.path, 0
+        self._file, self._content = file, bytearray()
+        self._size = min(file.identity.size, _MAX_HEADER_BYTES)
 
     def malformed(self, problem: str) -> SourceError:
         """Returns the error of a header that cannot be true."""
         return SourceError(f"{self.path}: its GGUF header is malformed ({problem}).")
 
     def skip(self, count: int) -> int:
-        """Moves ahead and returns where it stood."""
+        """Moves ahead and returns where it stood; what was moved over is in memory."""
         before = self.at
-        if count > len(self._content) - before:
+        if count > self._size - before:
             raise SourceError(f"{self.path} is truncated, or its header is longer than {_MAX_HEADER_BYTES} bytes.")
         self.at += count
+        if self.at > len(self._content):
+            end = min(max(self.at, len(self._content) + _PIECE_BYTES), self._size)
+            self._content += self._file.read_bytes(len(self._content), end - len(self._content))
         return before
 
     def number(self, code: str) -> Any:
@@ -159,8 +164,7 @@ class _Cursor:
         length = self.number("Q")
         if length > limit:
             raise self.malformed(f"a name of {length} bytes")
-        start = self.skip(length)
-        return self._content[start : self.at].decode("utf-8", "backslashreplace")
+        return self._text(self.skip(length))
 
     def value(self, kind: int) -> Any:
         """Returns the next value if it is a number or a short text; passes over any other and returns None."""
@@ -169,17 +173,22 @@ class _Cursor:
         if kind == _STRING:
             length = self.number("Q")
             start = self.skip(length)
-            return self._content[start : self.at].decode("utf-8", "backslashreplace") if length <= _MAX_TEXT_BYTES else None
+            return (
+                bytes(self._content[start : self.at]).decode("utf-8", "backslashreplace") if length <= _MAX_TEXT_BYTES else None
+            )
         if kind != _ARRAY:
             raise self.malformed(f"a value of type {kind}")
         item, count = self.number("I"), self.number("Q")
         if item in _SCALARS:
             self.skip(count * struct.calcsize("<" + _SCALARS[item]))
         elif item == _STRING:
-            if count > len(self._content) // 8:
+            if count > self._size // 8:
                 raise self.malformed(f"an array of {count} texts")
             for _ in range(count):
                 self.skip(self.number("Q"))
         else:
             raise self.malformed(f"an array of values of type {item}")
         return None
+
+    def _text(self, start: int) -> str:
+        return bytes(self._content[start : self.at]).decode("utf-8", "backslashreplace")

@@ -221,6 +221,12 @@ def common_prefix(names: Iterable[str]) -> str:
     return prefix
 
 
+def takes(rules: Sequence[Rule], names: Iterable[str]) -> int:
+    """Returns how many names a table takes."""
+    matchers = [_pattern(rule.source) for rule in rules]
+    return sum(any(pattern.fullmatch(name) for pattern in matchers) for name in names)
+
+
 def sources_of(rules: Sequence[Rule], target: str) -> list[tuple[str, Rule]]:
     """Returns the PyTorch names that set a parameter, with their rules: the usual spelling first."""
     return [

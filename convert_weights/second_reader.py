@@ -40,18 +40,23 @@ class ReadError(Exception):
 
 
 def differences(
-    checkpoint: Checkpoint, names: Collection[str], *, note: Callable[[str], None] = lambda text: None
+    checkpoint: Checkpoint,
+    names: Collection[str],
+    further: Collection[Array] = (),
+    *,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[str]:
     """Returns a line for each array that a second reader reads differently from ours.
 
     Args:
       checkpoint: the source.
       names: the arrays to compare.
+      further: arrays of other sources, whose files are among the checkpoint's.
       note: called with the reader of each file, or that there is none for it.
     """
     faults = []
     for path in checkpoint.files:
-        wanted = [checkpoint.arrays[name] for name in names]
+        wanted = [*(checkpoint.arrays[name] for name in names), *further]
         wanted += [array.scale for array in wanted if array.scale]
         arrays = [array for array in wanted if array.file == path]
         try:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from convert_weights.blending import UNCHANGED, Blend
 from convert_weights.encodings import encoding_of
 from convert_weights.readers import Checkpoint
 from convert_weights.rules import LINEAR, Assignment, Plan, Transform
@@ -90,6 +91,7 @@ def convert_values(
     sink: Sink,
     *,
     dtype: str,
+    blend: Blend = UNCHANGED,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> list[str]:
     """Converts every array of a plan into ``sink`` and returns the faults of the values: NaN, infinity, broken ties.
@@ -99,6 +101,7 @@ def convert_values(
       checkpoint: the source.
       sink: takes the arrays that it wants.
       dtype: stored dtype: ``float32``, ``bfloat16`` or ``int8``.
+      blend: what other sources, whose files are among the checkpoint's, add to the values.
       progress: called with the source bytes of each finished array, by one thread at a time.
     """
     scratch, reporting = _Scratch(), threading.Lock()
@@ -109,7 +112,7 @@ def convert_values(
             array = checkpoint.arrays[assignment.source]
             if assignment.source in plan.unfit:
                 return []  # reported by the plan
-            job = _Job(assignment, array, files, scratch, dtype)
+            job = _Job(assignment, array, files, scratch, dtype, blend)
             if assignment.duplicate_of:
                 faults = job.compare(checkpoint.arrays[assignment.duplicate_of])
             elif assignment.target is None:
@@ -145,9 +148,17 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
 class _Job:
     """The conversion of one array."""
 
-    def __init__(self, assignment: Assignment, array: Array, files: Mapping[Path, OpenFile], scratch: _Scratch, dtype: str):
+    def __init__(
+        self,
+        assignment: Assignment,
+        array: Array,
+        files: Mapping[Path, OpenFile],
+        scratch: _Scratch,
+        dtype: str,
+        blend: Blend = UNCHANGED,
+    ):
         self._assignment, self._array, self._files, self._scratch, self._dtype = assignment, array, files, scratch, dtype
-        self._file = files[array.file]
+        self._file, self._blend = files[array.file], blend
         self._transform = assignment.rule.transform
         self._bad = self._overflow = 0
 
@@ -173,7 +184,7 @@ class _Job:
         if self._array.file == other.file and self._array.tensor == other.tensor:
             return []
         theirs = _Job(self._assignment, other, self._files, _Scratch(), self._dtype)
-        for a, b in zip(self._slices(), theirs._slices(), strict=True):
+        for a, b in zip(self._numbers(), theirs._numbers(), strict=True):
             if not np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)):
                 return fault
         return []
@@ -217,6 +228,16 @@ class _Job:
             write(out)
 
     def _slices(self) -> Iterator[np.ndarray]:
+        """Yields what the network gets some rows at a time, in the source's layout; each slice is overwritten by the next."""
+        if not self._blend.changes(self._array.name):
+            yield from self._numbers()
+            return
+        mixer, start = self._blend.opened(self._array.name, self._files), 0
+        for rows in self._numbers():
+            yield mixer.rows(rows, start)
+            start += len(rows) if rows.ndim else 1
+
+    def _numbers(self) -> Iterator[np.ndarray]:
         """Yields the numbers of the source array some rows at a time; each slice is overwritten by the next."""
         scale = self._array.read_scale(self._files)
         rows_in_all = max(self._array.tensor.shape[0] if self._array.tensor.shape else 1, 1)
@@ -249,7 +270,8 @@ class _Job:
         source: dict[str, Any] = {"name": self._array.name, "shape": list(header.shape), "dtype": header.dtype}
         if self._array.scale is not None:
             source["scale"] = self._array.scale.name
-        if "scale" in source or (encoding is not None and not encoding.exact):
+        packed = encoding is not None and not encoding.exact
+        if packed or "scale" in source or self._blend.changes(self._array.name):
             source["exact"] = False  # the stored numbers are not those of the source's dtype
         return source
 

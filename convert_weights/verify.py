@@ -15,11 +15,11 @@ import numpy as np
 
 from convert_weights import second_reader
 from convert_weights.all_networks import find_networks, is_pipeline, options_of
-from convert_weights.checkpoint import DEFAULTS, Options, Source, open_source
 from convert_weights.checksums import Checksums
 from convert_weights.companions import differs_from_source, tokenizer_fault
 from convert_weights.errors import SourceError
 from convert_weights.json_text import read_object
+from convert_weights.opening import DEFAULTS, Options, Source, open_source
 from convert_weights.readers import open_checkpoint
 from convert_weights.rules import common_prefix
 from convert_weights.values import Write, convert_values
@@ -149,18 +149,28 @@ def _source_faults(manifest: Manifest, opened: Source, options: Options, note: C
         return faults
     sink = _Compare(manifest)
     with Checksums(opened.checkpoint) as checksums:
-        faults += convert_values(opened.plan, opened.checkpoint, sink, dtype=manifest.dtype)
+        faults += convert_values(opened.plan, opened.checkpoint, sink, dtype=manifest.dtype, blend=opened.blend)
         digests = checksums.result()
     names = [assignment.source for assignment in opened.plan.assignments]
-    faults += second_reader.differences(opened.checkpoint, names, note=note)
+    faults += second_reader.differences(opened.checkpoint, names, opened.blend.arrays(), note=note)
     faults += sink.faults()
     if other := differs_from_source(manifest, opened.checkpoint.folder, options.tokenizer):
         faults.append(other)
-    recorded = {entry["name"]: entry["sha256"] for entry in manifest.origin.get("files", ())}
+    recorded: dict[str, set[str]] = {}
+    for entry in _recorded_files(manifest):
+        recorded.setdefault(entry["name"], set()).add(entry["sha256"])
     for file, digest in zip(opened.checkpoint.files, digests, strict=True):
-        if recorded.get(file.name, digest) != digest:
+        if digest not in recorded.get(file.name, {digest}):
             faults.append(f"source: {file} is not the file that was converted (its checksum differs)")
     return faults
+
+
+def _recorded_files(manifest: Manifest) -> Iterator[Mapping[str, str]]:
+    """Yields the source files that a manifest names, those of merged checkpoints and adapters included."""
+    yield from manifest.origin.get("files", ())
+    for kind in ("merged", "adapters"):
+        for each in manifest.origin.get(kind, ()):
+            yield from each["files"]
 
 
 class _Compare:

@@ -12,6 +12,7 @@ from sora_jax.version import __version__
 if TYPE_CHECKING:
     from sora_jax.networks.merging import Merge
     from sora_jax.pipeline.clip import Clip
+    from sora_jax.pipeline.parameters import load_parameters
     from sora_jax.pipeline.pipeline import Pipeline
     from sora_jax.sampling.calibration import calibrate
     from sora_jax.sampling.integration import integrate
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "integrate",
+    "load_parameters",
     "sample",
 ]
 
@@ -44,6 +46,7 @@ _MODULES = {
     "Schedule": "sampling.schedule",
     "calibrate": "sampling.calibration",
     "integrate": "sampling.integration",
+    "load_parameters": "pipeline.parameters",
     "sample": "sampling.sampler",
 }
 

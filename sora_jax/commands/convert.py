@@ -7,6 +7,7 @@ when the same command is given again.  The work is `convert_weights`'.
 import argparse
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from sora_jax.storage.arrays import STORED_DTYPES
 from sora_jax.storage.directory import Manifest, open_network, present_networks
 
 if TYPE_CHECKING:
-    from convert_weights.checkpoint import Options, Source
+    from convert_weights.opening import Options, Source
 
 _EPILOG = """\
 examples:
@@ -31,10 +32,14 @@ examples:
   sora-jax convert stdit3 OpenSora-STDiT-v3 models/open-sora-1.2 --dtype bfloat16
   sora-jax convert vae OpenSora-VAE-v1.2 models/open-sora-1.2
   sora-jax convert pipeline downloads models/open-sora-1.2 --dtype t5=int8,stdit3=bfloat16
+  sora-jax convert t5xxl_fp8_e4m3fn.safetensors models/open-sora-1.2 --tokenizer tokenizer.json
+  sora-jax convert downloads models/open-sora-1.2 --dry-run
   sora-jax convert verify models/open-sora-1.2 --source OpenSora-STDiT-v3
   sora-jax convert to-torch models/open-sora-1.2 checkpoints
+  sora-jax convert to-orbax models/open-sora-1.2 checkpoints
   sora-jax convert upgrade models/open-sora-1.2
-An interrupted conversion continues when the same command is run again.
+Without the name of a network, the names of the arrays say which one it is; a folder that has a network's or a verb's name is
+written ./t5. An interrupted conversion continues when the same command is run again.
 """
 
 
@@ -59,9 +64,27 @@ class Reading:
         Path | None, Option("t5: tokenizer.json or spiece.model, where it is not with the weights.", metavar="FILE")
     ] = None
 
+    merge: Annotated[
+        tuple[str, ...],
+        Option(
+            "Another checkpoint of the network and its weight in the mean, of which SOURCE has the rest of 1; repeatable.",
+            metavar="SOURCE:WEIGHT",
+            repeats=True,
+        ),
+    ] = ()
+    lora: Annotated[
+        tuple[str, ...],
+        Option(
+            "An adapter of low rank in PEFT's names, and a scale (1 without); repeatable.",
+            metavar="FILE[:SCALE]",
+            repeats=True,
+        ),
+    ] = ()
+
     def options(self) -> "Options":
         """Returns them as `convert_weights` takes them."""
-        from convert_weights.checkpoint import Options
+        from convert_weights.blending import Scaled, Weighted, parse
+        from convert_weights.opening import Options
 
         return Options(
             section=self.section,
@@ -70,6 +93,8 @@ class Reading:
             ignore_config_keys=list(self.ignore_config_key),
             allow_mixed_dtypes=self.allow_mixed_dtypes,
             tokenizer=self.tokenizer,
+            merged=tuple(parse(text, Weighted, None) for text in self.merge),
+            adapters=tuple(parse(text, Scaled, 1.0) for text in self.lora),
         )
 
 
@@ -82,6 +107,7 @@ class Conversion(Reading, options.Writing):
     dtype: Annotated[
         str, Option(f"Stored dtype: {', '.join(STORED_DTYPES)}; pipeline also takes t5=int8,....", metavar="NAME")
     ] = "float32"
+    dry_run: Annotated[bool, Option("Say what would be written, from names and shapes alone, and write nothing.")] = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +132,27 @@ class Reversal:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Orbax(Reversal):
+    """What is written as orbax checkpoints, and to where."""
+
+    dtype: Annotated[
+        str | None, Option("Dtype of the arrays (default: as stored, int8 with its scales).", choices=("float32", "bfloat16"))
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromOrbax:
+    """Which orbax checkpoint becomes a network, and where."""
+
+    source: Annotated[Path, Option("An orbax checkpoint of a flat dictionary.", metavar="SOURCE", positional=True)]
+    directory: Annotated[Path, Option("Model directory.", metavar="MODEL_DIR", positional=True)]
+    network: Annotated[str | None, Option("Its network, where the checkpoint does not say it.", choices=NETWORKS)] = None
+    config: Annotated[Path | None, Option("Its config.json, likewise.", metavar="FILE")] = None
+    dtype: Annotated[str | None, Option("Stored dtype (default: that of the arrays).", choices=tuple(STORED_DTYPES))] = None
+    overwrite: Annotated[bool, Option("Replace what exists.")] = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Upgrading:
     """What is rewritten in the present format."""
 
@@ -126,9 +173,11 @@ def command(arguments: Sequence[str]) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(required=True, metavar=f"{{{','.join(VERBS)}}}", dest="verb")
+    verbs = parser.add_subparsers(required=True, metavar=f"{{{','.join(VERBS)}}}|SOURCE", dest="verb")
     for name, (summary, _, _) in VERBS.items():
         verbs.add_parser(name, help=summary, prog=f"sora-jax convert {name}", add_help=False)
+    if arguments and arguments[0] not in VERBS and not arguments[0].startswith("-"):
+        return _convert_unnamed(parser, arguments)
     verb = parser.parse_args(arguments[:1]).verb
     summary, kind, work = VERBS[verb]
     own = command_line.make_parser(f"sora-jax convert {verb}", f"{summary[0].upper()}{summary[1:]}.", {"": declared(kind)})
@@ -136,9 +185,45 @@ def command(arguments: Sequence[str]) -> int:
     return work(verb, asked)
 
 
+def _convert_unnamed(parser: Parser, arguments: Sequence[str]) -> int:
+    """Converts a source whose network its arrays say."""
+    if len(arguments) < 2:
+        parser.error(f"{arguments[0]!r} is neither a network nor a verb, and a source needs a MODEL_DIR behind it")
+    own = command_line.make_parser("sora-jax convert", "Converts SOURCE, whose arrays say which network it is.", _CONVERSION)
+    asked = command_line.read(own, arguments, Conversion)
+    if not asked.source.exists():
+        raise FileNotFoundError(f"{asked.source} does not exist; expected a source of weights, or one of {', '.join(VERBS)}.")
+    from convert_weights.all_networks import is_pipeline
+    from convert_weights.identify import network_of_arrays
+    from convert_weights.readers import open_checkpoint
+
+    if is_pipeline(asked.source):
+        return _convert_all("pipeline", asked)
+    network = network_of_arrays(open_checkpoint(asked.source, section=asked.section))
+    if not asked.quiet:
+        note(f"{asked.source} holds {network}")
+    return _convert(network, asked)
+
+
+def _rehearse(network: str, asked: Conversion, source: Path, dtype: str, reading: "Options") -> None:
+    from convert_weights.rehearsal import rehearse
+
+    plan = rehearse(network, source, asked.directory, dtype=dtype, overwrite=asked.overwrite, options=reading)
+    if not asked.quiet:
+        _note_source(plan.source)
+    tokenizer = ", with its tokenizer" if plan.tokenizer else ", without a tokenizer" if network == "t5" else ""
+    shell.result(
+        f"would write {plan.target}: {counted(plan.arrays, 'array')}, {plan.nbytes / 1e9:.3f} GB as {dtype}{tokenizer}; "
+        f"{plan.free_bytes / 1e9:.1f} GB are free there"
+    )
+
+
 def _convert(network: str, asked: Conversion) -> int:
     from convert_weights.checkpoint import convert_checkpoint
 
+    if asked.dry_run:
+        _rehearse(network, asked, asked.source, asked.dtype, asked.options())
+        return OK
     started = time.monotonic()
     with Bar(asked.quiet) as bar:
         manifest = convert_checkpoint(
@@ -160,17 +245,28 @@ def _note_source(opened: "Source") -> None:
         note(line)
     if opened.resolved.ignored:
         note(f"config.json keys without effect here: {', '.join(opened.resolved.ignored)}")
+    reasons: dict[str, list[str]] = {}
     for name, reason in opened.plan.ignored.items():
-        note(f"ignored {name}: {reason}")
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        note(f"ignored {', '.join(names[:3])}{more}: {reason}")
 
 
 def _convert_all(_: str, asked: Conversion) -> int:
-    from convert_weights.all_networks import convert_pipeline, find_networks
+    from convert_weights.all_networks import convert_pipeline, find_networks, options_of
 
+    if asked.merge or asked.lora:
+        raise ValueError("--merge and --lora belong to one network; convert the networks one by one.")
     dtypes = _dtypes(asked.dtype)
+    folders = find_networks(asked.source)
     if not asked.quiet:
-        for network, folder in find_networks(asked.source).items():
+        for network, folder in folders.items():
             note(f"{network}: {folder}")
+    if asked.dry_run:
+        for network in NETWORKS:
+            _rehearse(network, asked, folders[network], dtypes[network], options_of(network, folders, asked.options()))
+        return OK
     started = time.monotonic()
     with Bar(asked.quiet) as bar:
         manifests = convert_pipeline(
@@ -224,6 +320,36 @@ def _to_torch(_: str, asked: Reversal) -> int:
     for network in networks:
         path = to_torch(open_network(directory, network), asked.out / network, overwrite=asked.overwrite)
         shell.result(f"{network}: {path}, {path.stat().st_size / 1e9:.3f} GB")
+    return OK
+
+
+def _to_orbax(_: str, asked: Orbax) -> int:
+    from convert_weights.orbax_checkpoint import to_orbax
+
+    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file
+    directory = model_path(asked.directory)
+    for network in [asked.network] if asked.network else present_networks(directory) or NETWORKS:
+        manifest = open_network(directory, network)
+        path = to_orbax(manifest, asked.out / network, dtype=asked.dtype, overwrite=asked.overwrite)
+        nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        shell.result(f"{network}: {path}, {nbytes / 1e9:.3f} GB")
+    return OK
+
+
+def _from_orbax(_: str, asked: FromOrbax) -> int:
+    from convert_weights.orbax_checkpoint import from_orbax
+
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    started = time.monotonic()
+    manifest = from_orbax(
+        asked.source,
+        asked.directory,
+        network=asked.network,
+        config_file=asked.config,
+        dtype=asked.dtype,
+        overwrite=asked.overwrite,
+    )
+    shell.result(_summary(manifest, time.monotonic() - started))
     return OK
 
 
@@ -285,11 +411,15 @@ class Bar:
         self._bar.update(min(done, total) - self._bar.n)
 
 
+_CONVERSION = {"": declared(Conversion)}
+
 # What each verb does, what it takes, and the function that does it.
 VERBS: Mapping[str, tuple[str, Any, Callable[[str, Any], int]]] = {
     **{network: (f"convert the network {network}", Conversion, _convert) for network in NETWORKS},
     "pipeline": ("convert all three networks, from a folder that holds their folders", Conversion, _convert_all),
     "verify": ("compare checksum, shape and dtype of every parameter, and the source's values", Verification, _verify),
     "to-torch": ("write PyTorch names and layouts back, as safetensors", Reversal, _to_torch),
+    "to-orbax": ("write networks as standard orbax checkpoints", Orbax, _to_orbax),
+    "from-orbax": ("make a network from an orbax checkpoint", FromOrbax, _from_orbax),
     "upgrade": ("rewrite networks of an older format in the present one, in place", Upgrading, _upgrade),
 }

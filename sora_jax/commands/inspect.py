@@ -1,4 +1,4 @@
-"""``sora-jax inspect``: what a clip or a model directory holds, as nested fields for people and for JSON.
+"""``sora-jax inspect``: what a clip, a model directory or a source of weights holds, as fields for people and for JSON.
 
 Invariant: nothing is changed, no weight is read, and JAX computes nothing.
 """
@@ -24,6 +24,7 @@ from sora_jax.streaming.budget import AUTO, parse_budget
 PLANNED = command_line.of_clip(
     "num_frames", "height", "width", "resolution", "aspect_ratio", "num_steps", "guidance", "loop", "dtype"
 )
+_CLIPS = (".mp4", ".gif", ".png", ".npz")
 _BANDWIDTH = "1.3GB"  # a second, of a layer read from a solid-state disk
 _GFLOPS_PER_CORE = 100.0
 
@@ -47,7 +48,12 @@ class What:
     """What is shown."""
 
     path: Annotated[
-        str, Option("Clip, model directory, or pocket: the embedded model.", metavar="FILE|MODEL_DIR", positional=True)
+        str,
+        Option(
+            "Clip, model directory, source of weights, or pocket: the embedded model.",
+            metavar="FILE|FOLDER",
+            positional=True,
+        ),
     ]
     json: Annotated[bool, Option("Print JSON.")] = False
 
@@ -64,7 +70,7 @@ def command(arguments: Sequence[str]) -> None:
     plan = "memory plan (any of these prints what a generation with the model would need)"
     parser = command_line.make_parser(
         "sora-jax inspect",
-        "Shows what a clip or a model directory holds.",
+        "Shows what a clip, a model directory or a source of weights holds.",
         {"": declared(What), plan: {**declared(Planning), **PLANNED}},
     )
     asked = command_line.read(parser, arguments, Arguments, PLANNED)
@@ -91,7 +97,7 @@ def _lines(fields: Mapping[str, Any], indent: str = "") -> list[str]:
 
 
 def inspect(name: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the fields of a clip (``media``, ``parameters``) or of a model directory.
+    """Returns the fields of a clip (``media``, ``parameters``), of a model directory, or of a source of weights.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -100,10 +106,22 @@ def inspect(name: str | os.PathLike[str]) -> dict[str, Any]:
     from sora_jax.pipeline import clip_info  # decoders of video are slow to import
 
     path = model_path(name)
+    if _is_source(path):
+        from convert_weights.survey import survey
+
+        return survey(path)
     if path.is_dir() and not any(path.glob("*.png")):
         return _inspect_model(path)
     clip = clip_info.inspect(path)
     return {"path": str(path), "media": clip.media, "parameters": clip.parameters}
+
+
+def _is_source(path: Path) -> bool:
+    if not path.exists() or path.suffix in _CLIPS or (path / directory.MODEL_FILE).exists():
+        return False
+    from convert_weights.survey import is_source
+
+    return is_source(path)
 
 
 def inspect_memory(

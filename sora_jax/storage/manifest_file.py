@@ -179,6 +179,8 @@ def _origin(origin: dict[str, Any]) -> dict[str, Any]:
     text: Callable[[Any], bool] = lambda value: isinstance(value, str)  # noqa: E731
     kinds: dict[str, Callable[[Any], bool]] = {
         "files": lambda value: isinstance(value, list) and all(_is_file(entry) for entry in value),
+        "merged": lambda value: isinstance(value, list) and all(map(_is_added, value)),
+        "adapters": lambda value: isinstance(value, list) and all(map(_is_added, value)),
         "ignored_config_keys": lambda value: isinstance(value, list) and all(map(text, value)),
         "ignored_arrays": lambda value: isinstance(value, dict) and all(map(text, value.values())),
         "tied": lambda value: isinstance(value, dict) and all(map(text, value.values())),
@@ -193,6 +195,10 @@ def _origin(origin: dict[str, Any]) -> dict[str, Any]:
 def _is_file(entry: Any) -> bool:
     texts = isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in ("name", "sha256"))
     return texts and type(entry.get("bytes", 0)) is int
+
+
+def _is_added(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("files"), list) and all(map(_is_file, entry["files"]))
 
 
 def _is_constant(entry: Any) -> bool:

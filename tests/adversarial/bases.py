@@ -6,6 +6,7 @@ Invariant: the expected values come from the state dict itself by the in-memory 
 import dataclasses
 import functools
 import json
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from convert_weights.source_config import to_upstream
 from convert_weights.to_torch import to_torch
 from sora_jax.config import T5Config
 from sora_jax.storage.checkpoint import load_network, save_network
-from tests.support import sources, tiny_model
+from tests.support import formats, sources, tiny_model
 
 T5 = T5Config(
     vocab_size=16,
@@ -32,7 +33,10 @@ T5 = T5Config(
     relative_attention_max_distance=16,
     layer_norm_epsilon=1e-6,
 )
-LAYOUTS = ("safetensors", "torch", "shards", "torch shards")
+BLOCKS = dataclasses.replace(
+    T5, d_model=32, d_kv=16, d_ff=32, relative_attention_max_distance=128
+)  # whose rows are whole blocks of Q8_0
+LAYOUTS = ("safetensors", "torch", "shards", "torch shards", "float8", "gguf")
 TOKENIZER = b'{"model": "a tokenizer"}'
 
 
@@ -51,6 +55,10 @@ class Base:
         (folder / "config.json").write_text(json.dumps(to_upstream(self.network, self.config)))
         if self.network == "t5":
             (folder / "tokenizer.json").write_bytes(TOKENIZER)
+        if layout == "gguf":
+            formats.write_gguf(folder / "model.gguf", self.config, self.arrays, "Q8_0")
+            return folder
+        layout = layout.replace("float8", "safetensors")
         suffix = ".bin" if layout.startswith("torch") else ".safetensors"
         stem = "pytorch_model" if suffix == ".bin" else "model"
         if layout in ("safetensors", "torch"):
@@ -75,8 +83,16 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 @functools.cache
-def base(network: str) -> Base:
-    """Returns a tiny network's source."""
+def base(network: str, layout: str = "safetensors") -> Base:
+    """Returns a tiny network's source in a layout."""
+    if layout == "float8":
+        packed = formats.scaled_float8(_t5_arrays())
+        return Base(network, T5, packed, convert("t5", formats.unscaled(packed), T5))
+    if layout == "gguf":
+        plain = formats.t5_arrays(BLOCKS)
+        with tempfile.TemporaryDirectory() as folder:
+            held = formats.write_gguf(Path(folder) / "model.gguf", BLOCKS, plain, "Q8_0")
+        return Base(network, BLOCKS, plain, convert("t5", held, BLOCKS))
     if network == "t5":
         arrays = _t5_arrays()
         return Base(network, T5, arrays, convert("t5", arrays, T5))
@@ -100,8 +116,6 @@ def _t5_arrays() -> dict[str, np.ndarray]:
 
 def _state_dict(network: str, config: Any) -> dict[str, np.ndarray]:
     """Returns a random network under PyTorch's names."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         save_network(folder, network, config, tiny_model.random_flat(network))
         from sora_jax.storage.directory import open_network

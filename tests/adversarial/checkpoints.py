@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.adversarial import bases, pickles, torch_files, weight_files
+from convert_weights.encodings import has_gguf
+from tests.adversarial import bases, gguf_files, pickles, torch_files, weight_files
 from tests.adversarial.command import Run, run_command
 from tests.adversarial.verdicts import MUTATION, Verdict
 from tests.adversarial.weight_files import Mutation
@@ -24,7 +25,7 @@ class Kind:
     @property
     def hides(self) -> bool:
         """Whether its result may hold other values that only the source betrays."""
-        return self.mutation in weight_files.HIDING | torch_files.HIDING | pickles.HIDING
+        return self.mutation in weight_files.HIDING | torch_files.HIDING | pickles.HIDING | gguf_files.HIDING
 
     @property
     def name(self) -> str:
@@ -40,6 +41,9 @@ def _kinds() -> list[Kind]:
     kinds += [Kind(network, "safetensors", m) for network in ("t5", "stdit3", "vae") for m in weight_files.CONFIGURATIONS]
     kinds += [Kind("t5", "safetensors", weight_files.companions)]
     kinds += [Kind("stdit3", "safetensors", m) for m in (weight_files.header_values, weight_files.transposed_square)]
+    kinds += [Kind("t5", "float8", mutation) for mutation in (*weight_files.ANY_DTYPE, gguf_files.lost_scale)]
+    if has_gguf():
+        kinds += [Kind("t5", "gguf", mutation) for mutation in gguf_files.GGUF]
     return kinds
 
 
@@ -49,8 +53,8 @@ KINDS = _kinds()
 def make(number: int, folder: Path) -> str:
     """Writes the honest source and the mutant of this number, and returns what was done to it."""
     kind = KINDS[number % len(KINDS)]
-    bases.base(kind.network).write(folder / "original", kind.layout)
-    mutant = bases.base(kind.network).write(folder / "mutant", kind.layout)
+    bases.base(kind.network, kind.layout).write(folder / "original", kind.layout)
+    mutant = bases.base(kind.network, kind.layout).write(folder / "mutant", kind.layout)
     return f"{kind.name}: {kind.mutation(mutant, np.random.default_rng([SEED, number]))}"
 
 
@@ -58,7 +62,7 @@ def run(number: int, folder: Path) -> tuple[str, Verdict, str]:
     """Returns what was done to the mutant of this number, its verdict, and what was seen."""
     kind, done = KINDS[number % len(KINDS)], make(number, folder)
     (folder / MUTATION).write_text(done)
-    source, original, mutant = bases.base(kind.network), folder / "original", folder / "mutant"
+    source, original, mutant = bases.base(kind.network, kind.layout), folder / "original", folder / "mutant"
     model = folder / "model"
     ran = run_command(["convert", kind.network, str(mutant), str(model), "--quiet"])
     return done, *_judge(ran, kind, source, original, model, folder)

@@ -242,6 +242,11 @@ SAFETENSORS: tuple[Mutation, ...] = (
     header_bytes, header_values, any_bytes, data_bit, cut, appended, header_length, exchanged_spans, transposed_square,
     not_finite, reshaped, empty_shape, renamed, harmless, laid_out_otherwise, many, something_else, no_file,
 )  # fmt: skip
+# Those that change nothing but bytes, names and spans, whatever the dtype of the arrays.
+ANY_DTYPE: tuple[Mutation, ...] = (
+    header_bytes, header_values, any_bytes, data_bit, cut, header_length, exchanged_spans, renamed, empty_shape,
+    laid_out_otherwise,
+)  # fmt: skip
 
 
 def _index(folder: Path) -> Path:

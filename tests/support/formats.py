@@ -125,9 +125,24 @@ def write_gguf(
       pack: quantises; default the package's own.
       change: changes the writer before it writes.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf_writer(path, config)
+    held = {}
+    for name, array in arrays.items():
+        packed = kind if is_matrix(name) or name == "shared.weight" else "F32"
+        held[name] = _add(writer, gguf_name(name), array, packed, pack)
+    change(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return held
+
+
+def gguf_writer(path: Path, config: T5Config) -> Any:
+    """Returns the package's writer with the metadata of an encoder, as llama.cpp's conversion sets them."""
     import gguf
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, "t5encoder")
     writer.add_context_length(512)
     writer.add_embedding_length(config.d_model)
@@ -141,16 +156,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
     writer.add_token_list(["<pad>", "</s>", "<unk>"])
     writer.add_token_scores([0.0, 0.0, 0.0])
-    held = {}
-    for name, array in arrays.items():
-        packed = kind if is_matrix(name) or name == "shared.weight" else "F32"
-        held[name] = _add(writer, gguf_name(name), array, packed, pack)
-    change(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return held
+    return writer
 
 
 def _add(writer: Any, name: str, array: np.ndarray, kind: str, pack: Any) -> np.ndarray:

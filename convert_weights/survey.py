@@ -1,0 +1,134 @@
+"""What a source of weights is: network, format, types, bytes, what is missing, and the command that converts it.
+
+Invariant: headers and configurations are read, and no value. Nothing is written, and what cannot be converted is described with
+its faults instead of refused.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convert_weights.all_networks import find_networks, is_pipeline, options_of
+from convert_weights.companions import TOKENIZER_FILES
+from convert_weights.encodings import encoding_of
+from convert_weights.errors import SourceError, some
+from convert_weights.identify import network_of_arrays
+from convert_weights.opening import DEFAULTS, Options, Source, open_source
+from convert_weights.readers import WEIGHT_SUFFIXES, Checkpoint, choose_file, open_checkpoint
+from sora_jax.config import NETWORKS
+from sora_jax.storage.arrays import STORED_DTYPES, Parameter
+from sora_jax.streaming import fitting
+
+# Nanoseconds a parameter on two cores, measured (docs/weights.md): to store it, and to decode a packed one.
+_STORE_NS = {"float32": 9.5, "bfloat16": 6.5, "int8": 7.0}
+_DECODE_NS = 4.0
+_MAX_FAULTS = 5
+
+
+def is_source(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a path is a source of weights by its name, or a folder that holds some."""
+    path = Path(path)
+    if path.is_dir():
+        if is_pipeline(path):
+            return True
+        try:
+            return bool(choose_file(path))
+        except SourceError as error:
+            return "several checkpoints" in str(error)
+    return path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+
+
+def survey(source: str | os.PathLike[str], options: Options = DEFAULTS) -> dict[str, Any]:
+    """Returns what a weight file, an index of shards, or a folder of them is.
+
+    Raises:
+      SourceError: it cannot be read, or belongs to no network or to several.
+      ConversionError: its configuration describes another network.
+    """
+    path = Path(source)
+    if is_pipeline(path):
+        folders = find_networks(path)
+        networks = {name: _describe(open_source(name, folders[name], options_of(name, folders, options))) for name in NETWORKS}
+        return {"path": str(path), "networks": networks, "convert": f"sora-jax convert {_argument(path)} MODEL_DIR"}
+    checkpoint = open_checkpoint(path, section=options.section)
+    return {"path": str(path), **_describe(open_source(network_of_arrays(checkpoint), path, options))}
+
+
+def _describe(opened: Source) -> dict[str, Any]:
+    checkpoint, plan = opened.checkpoint, opened.plan
+    missing = [fault.partition(":")[0] for fault in plan.faults if fault.endswith("no source array sets it")]
+    others = [fault for fault in plan.faults if not fault.endswith("no source array sets it")]
+    fields: dict[str, Any] = {
+        "network": opened.network,
+        "format": checkpoint.format,
+        "files": len(checkpoint.files),
+        "bytes": opened.nbytes,
+        "arrays": len(checkpoint.arrays),
+        "dtypes": _dtypes(checkpoint),
+        "configuration": opened.resolved.origin,
+        "config": opened.resolved.config.to_dict(),
+    }
+    if checkpoint.notes:
+        fields["notes"] = list(checkpoint.notes)
+    if plan.ignored:
+        fields["ignored"] = some(list(plan.ignored), 3)
+    if opened.network == "t5":
+        found = next((name for name in TOKENIZER_FILES if (checkpoint.folder / name).is_file()), None)
+        fields["tokenizer"] = found or f"missing; add it with: --tokenizer {TOKENIZER_FILES[0]}"
+    if missing:
+        fields["missing"] = some(missing, _MAX_FAULTS)
+    if others:
+        fields["faults"] = others[:_MAX_FAULTS] + (
+            [f"and {len(others) - _MAX_FAULTS} more"] if len(others) > _MAX_FAULTS else []
+        )
+    fields |= {"model_bytes": _disk(opened), "seconds_about": _seconds(opened)}
+    return fields | {"convert": _command(opened, bool(plan.faults))}
+
+
+def _dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+    found: dict[str, list[int]] = {}
+    for array in checkpoint.arrays.values():
+        name = f"{array.tensor.dtype}, scaled" if array.scale else array.tensor.dtype
+        found.setdefault(name, []).append(array.nbytes)
+    return {name: f"{len(sizes)} arrays, {sum(sizes)} bytes" for name, sizes in found.items()}
+
+
+def _stored_dtypes(network: str) -> list[str]:
+    return [dtype for dtype in STORED_DTYPES if network != "vae" or dtype != "int8"]
+
+
+def _disk(opened: Source) -> dict[str, int]:
+    """Returns the bytes of the model directory by stored dtype."""
+    return {dtype: stored_bytes(opened, dtype) for dtype in _stored_dtypes(opened.network)}
+
+
+def stored_bytes(opened: Source, dtype: str) -> int:
+    """Returns the bytes that a network takes in a model directory."""
+    stored = fitting.stored_arrays(opened.network, opened.resolved.config, dtype)
+    return sum(Parameter(*entry, "").nbytes for entry in stored.values())
+
+
+def _seconds(opened: Source) -> dict[str, float]:
+    count = sum(math.prod(shape) for shape in opened.shapes.values())
+    packed = sum(
+        math.prod(array.tensor.shape)
+        for array in opened.checkpoint.arrays.values()
+        if encoding_of(array.tensor.dtype) is not None
+    )
+    speeds: Mapping[str, float] = _STORE_NS
+    return {
+        dtype: round(2 + (count * speeds[dtype] + packed * _DECODE_NS) / 1e9, 1) for dtype in _stored_dtypes(opened.network)
+    }
+
+
+def _command(opened: Source, faulty: bool) -> str:
+    if faulty:
+        return "not possible before what is missing or wrong was put right"
+    return f"sora-jax convert {_argument(opened.checkpoint.path)} MODEL_DIR"
+
+
+def _argument(path: Path) -> str:
+    """Returns a path as the command line takes it, where its first word could be the name of a network or a verb."""
+    return str(path) if len(path.parts) > 1 else f"./{path}"
