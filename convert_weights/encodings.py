@@ -21,6 +21,7 @@ GGUF_PLAIN = {
     "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
 }  # fmt: skip
+_PLAIN = {*GGUF_PLAIN.values(), "uint8", "bool"}  # without a look at the package, which takes a while to import
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ def encoding_of(dtype: str) -> Encoding | None:
         # Every byte's value: looking 256 of them up is faster than converting them.
         table = np.arange(256, dtype=np.uint8).view(FLOAT8[dtype]).astype(np.float32)
         return Encoding(1, 1, lambda raw: table[raw], True)
-    return _blocks(dtype) if has_gguf() else None
+    return None if dtype in _PLAIN or not has_gguf() else _blocks(dtype)
 
 
 @functools.cache
@@ -82,7 +83,7 @@ def gguf_type(number: int) -> str:
 def _blocks(name: str) -> Encoding | None:
     import gguf
 
-    if name in GGUF_PLAIN or name not in gguf.GGMLQuantizationType.__members__:
+    if name not in gguf.GGMLQuantizationType.__members__:
         return None
     kind = gguf.GGMLQuantizationType[name]
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]

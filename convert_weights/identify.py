@@ -15,6 +15,7 @@ from convert_weights.rules import common_prefix, takes
 from sora_jax.config import NETWORKS, open_sora_1_2
 
 SPATIAL = "spatial"  # the VAE's AutoencoderKL alone
+ADAPTER = "adapter"
 
 
 def taken(names: Collection[str]) -> dict[str, int]:
@@ -24,6 +25,14 @@ def taken(names: Collection[str]) -> dict[str, int]:
     counts = {network: _count(network, bare) for network in NETWORKS}
     counts[SPATIAL] = _count("vae", [SPATIAL_PREFIX + name for name in bare])
     return {network: count for network, count in counts.items() if count}
+
+
+def part_of(checkpoint: Checkpoint) -> str | None:
+    """Returns ``spatial`` or ``adapter`` for what is no network by itself, else None."""
+    counts = taken(checkpoint.arrays)
+    if not counts and any(".lora_A." in name or ".lora_B." in name for name in checkpoint.arrays):
+        return ADAPTER
+    return SPATIAL if list(counts) == [SPATIAL] else None
 
 
 def network_of_arrays(checkpoint: Checkpoint) -> str:
@@ -59,6 +68,6 @@ def _any_config(network: str) -> Any:
 
 def _what_else(checkpoint: Checkpoint) -> str:
     names: Mapping[str, Any] = checkpoint.arrays
-    if any(".lora_A." in name or ".lora_B." in name for name in names):
+    if part_of(checkpoint) == ADAPTER:
         return f"is an adapter of low rank; add it while its network is converted: --lora {checkpoint.path}."
     return f"holds {len(names)} arrays that belong to none of {', '.join(NETWORKS)}: {some(list(names), 3)}."

@@ -134,6 +134,17 @@ def merge(checkpoint: Checkpoint, other: Checkpoint, prefix: str) -> Checkpoint:
     )
 
 
+def is_source(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a path looks like a source of weights: a file's name, a folder's files, or folders with a config.json."""
+    path = Path(path)
+    if not path.is_dir():
+        return path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+    places = [place for place in (path, path / "model") if place.is_dir()]
+    if any(file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json") for place in places for file in place.iterdir()):
+        return True
+    return any(file.is_file() for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/config.json"))
+
+
 def choose_file(folder: Path) -> tuple[Path, list[str]]:
     """Returns the one checkpoint of a folder (or of its ``model`` subfolder), and a note on what is not read.
 

@@ -13,10 +13,10 @@ from typing import Any
 from convert_weights.all_networks import find_networks, is_pipeline, options_of
 from convert_weights.companions import TOKENIZER_FILES
 from convert_weights.encodings import encoding_of
-from convert_weights.errors import SourceError, some
-from convert_weights.identify import network_of_arrays
-from convert_weights.opening import DEFAULTS, Options, Source, open_source
-from convert_weights.readers import WEIGHT_SUFFIXES, Checkpoint, choose_file, open_checkpoint
+from convert_weights.errors import some
+from convert_weights.identify import ADAPTER, SPATIAL, network_of_arrays, part_of
+from convert_weights.opening import DEFAULTS, Options, Source, match, open_source
+from convert_weights.readers import Checkpoint, open_checkpoint
 from sora_jax.config import NETWORKS
 from sora_jax.storage.arrays import STORED_DTYPES, Parameter
 from sora_jax.streaming import fitting
@@ -25,19 +25,11 @@ from sora_jax.streaming import fitting
 _STORE_NS = {"float32": 9.5, "bfloat16": 6.5, "int8": 7.0}
 _DECODE_NS = 4.0
 _MAX_FAULTS = 5
-
-
-def is_source(path: str | os.PathLike[str]) -> bool:
-    """Returns whether a path is a source of weights by its name, or a folder that holds some."""
-    path = Path(path)
-    if path.is_dir():
-        if is_pipeline(path):
-            return True
-        try:
-            return bool(choose_file(path))
-        except SourceError as error:
-            return "several checkpoints" in str(error)
-    return path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+# Sources that are no network by themselves: what they are, what they lack, and the command that takes them.
+_PARTS = {
+    SPATIAL: ("vae, its spatial part alone", "the temporal part", "sora-jax convert vae SOURCE MODEL_DIR --spatial {}"),
+    ADAPTER: ("an adapter of low rank", "the network that it changes", "sora-jax convert NETWORK SOURCE MODEL_DIR --lora {}"),
+}
 
 
 def survey(source: str | os.PathLike[str], options: Options = DEFAULTS) -> dict[str, Any]:
@@ -53,7 +45,24 @@ def survey(source: str | os.PathLike[str], options: Options = DEFAULTS) -> dict[
         networks = {name: _describe(open_source(name, folders[name], options_of(name, folders, options))) for name in NETWORKS}
         return {"path": str(path), "networks": networks, "convert": f"sora-jax convert {_argument(path)} MODEL_DIR"}
     checkpoint = open_checkpoint(path, section=options.section)
-    return {"path": str(path), **_describe(open_source(network_of_arrays(checkpoint), path, options))}
+    if part := part_of(checkpoint):
+        network, missing, command = _PARTS[part]
+        found = {"path": str(path), "network": network, **_files(checkpoint), "missing": missing}
+        return {**found, "convert": command.format(_argument(path))}
+    network = network_of_arrays(checkpoint)
+    apart = options.spatial is not None
+    opened = open_source(network, path, options) if apart else match(network, checkpoint, None, options)
+    return {"path": str(path), **_describe(opened)}
+
+
+def _files(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "format": checkpoint.format,
+        "files": len(checkpoint.files),
+        "bytes": sum(identity.size for identity in checkpoint.files.values()),
+        "arrays": len(checkpoint.arrays),
+        "dtypes": _dtypes(checkpoint),
+    }
 
 
 def _describe(opened: Source) -> dict[str, Any]:
@@ -62,11 +71,7 @@ def _describe(opened: Source) -> dict[str, Any]:
     others = [fault for fault in plan.faults if not fault.endswith("no source array sets it")]
     fields: dict[str, Any] = {
         "network": opened.network,
-        "format": checkpoint.format,
-        "files": len(checkpoint.files),
-        "bytes": opened.nbytes,
-        "arrays": len(checkpoint.arrays),
-        "dtypes": _dtypes(checkpoint),
+        **_files(checkpoint),
         "configuration": opened.resolved.origin,
         "config": opened.resolved.config.to_dict(),
     }
@@ -124,6 +129,8 @@ def _seconds(opened: Source) -> dict[str, float]:
 
 
 def _command(opened: Source, faulty: bool) -> str:
+    if faulty and all(fault.startswith("spatial_") for fault in opened.plan.faults):
+        return f"sora-jax convert vae {_argument(opened.checkpoint.path)} MODEL_DIR --spatial AUTOENCODER"
     if faulty:
         return "not possible before what is missing or wrong was put right"
     return f"sora-jax convert {_argument(opened.checkpoint.path)} MODEL_DIR"

@@ -194,6 +194,10 @@ def _convert_unnamed(parser: Parser, arguments: Sequence[str]) -> int:
     if not asked.source.exists():
         raise FileNotFoundError(f"{asked.source} does not exist; expected a source of weights, or one of {', '.join(VERBS)}.")
     from convert_weights.all_networks import is_pipeline
+    from convert_weights.orbax_checkpoint import is_orbax
+
+    if is_orbax(asked.source):
+        raise ValueError(f"{asked.source} is an orbax checkpoint: sora-jax convert from-orbax {asked.source} MODEL_DIR.")
     from convert_weights.identify import network_of_arrays
     from convert_weights.readers import open_checkpoint
 

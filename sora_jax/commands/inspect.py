@@ -119,7 +119,7 @@ def inspect(name: str | os.PathLike[str]) -> dict[str, Any]:
 def _is_source(path: Path) -> bool:
     if not path.exists() or path.suffix in _CLIPS or (path / directory.MODEL_FILE).exists():
         return False
-    from convert_weights.survey import is_source
+    from convert_weights.readers import is_source
 
     return is_source(path)
 

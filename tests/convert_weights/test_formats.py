@@ -55,8 +55,16 @@ def _whole(arrays: Arrays) -> Arrays:
     }
 
 
-@pytest.mark.parametrize("names", [_plain, _without_prefix, _tied, _whole], ids=lambda f: f.__name__.strip("_"))
-@pytest.mark.parametrize("packed", [formats.float8, formats.scaled_float8])
+EIGHT_BITS = [(formats.float8, _plain), (formats.scaled_float8, _without_prefix)]
+MORE = [
+    (formats.float8, _without_prefix),
+    (formats.float8, _tied),
+    (formats.scaled_float8, _plain),
+    (formats.scaled_float8, _whole),
+]
+
+
+@pytest.mark.parametrize(("packed", "names"), [*EIGHT_BITS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE)])
 @pytest.mark.usefixtures("no_torch")
 def test_eight_bit_floats_are_multiplied_out(
     tmp_path: Path, packed: Callable[[Arrays], Arrays], names: Callable[[Arrays], Arrays]
@@ -151,11 +159,11 @@ def _gguf(tmp_path: Path, kind: str, **options: Any) -> tuple[Path, Arrays]:
     return source, formats.write_gguf(source, formats.BLOCKS, formats.t5_arrays(formats.BLOCKS), kind, **options)
 
 
-GGUF = [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")]
-GGUF += [(kind, kind) for kind in ("Q8_0", "Q4_0", "Q5_1", "Q4_K", "Q6_K", "IQ4_XS")]
+GGUF: list[Any] = [("BF16", "bfloat16"), ("Q8_0", "Q8_0"), ("Q4_K", "Q4_K")]
+FURTHER = [("F32", "float32"), ("F16", "float16"), *((kind, kind) for kind in ("Q4_0", "Q5_1", "Q6_K", "IQ4_XS"))]
 
 
-@pytest.mark.parametrize(("kind", "recorded"), GGUF)
+@pytest.mark.parametrize(("kind", "recorded"), [*GGUF, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in FURTHER)])
 def test_gguf_is_decoded_once(tmp_path: Path, kind: str, recorded: str) -> None:
     pytest.importorskip("gguf")
     pack = formats.random_blocks if kind.endswith(("K", "XS")) else None

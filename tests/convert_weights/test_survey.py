@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from convert_weights.identify import taken
+from convert_weights.readers import is_source
 from convert_weights.source_file import OpenFile
-from convert_weights.survey import is_source, survey
+from convert_weights.survey import survey
 from sora_jax.commands.convert import main
 from sora_jax.commands.inspect import inspect
 from sora_jax.shell import BAD_INPUT
@@ -77,6 +78,20 @@ def test_what_is_missing_and_wrong_is_said(tmp_path: Path) -> None:
     assert fields["missing"] == "final.linear.bias"
     assert fields["faults"] == ["strange: unknown array [3]; no rule of this network takes it"]
     assert fields["convert"].startswith("not possible")
+
+
+def test_parts_of_networks_are_described(tmp_path: Path) -> None:
+    arrays = sources.state_dict("vae")
+    temporal = {name: array for name, array in arrays.items() if not name.startswith("spatial_vae.")}
+    fields = inspect(sources.write_source(tmp_path / "temporal", "vae", temporal))
+    assert fields["missing"].startswith("spatial_")
+    assert fields["convert"] == f"sora-jax convert vae {tmp_path / 'temporal'} MODEL_DIR --spatial AUTOENCODER"
+    save_file(formats.original_names(arrays, 4), tmp_path / "sdxl_vae.safetensors")
+    fields = inspect(tmp_path / "sdxl_vae.safetensors")
+    assert (fields["network"], fields["missing"]) == ("vae, its spatial part alone", "the temporal part")
+    _adapter(tmp_path / "temporal" / "..")
+    fields = inspect(tmp_path / "a.safetensors")
+    assert fields["convert"] == f"sora-jax convert NETWORK SOURCE MODEL_DIR --lora {tmp_path / 'a.safetensors'}"
 
 
 def test_a_folder_of_networks_is_described_and_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
