@@ -18,7 +18,7 @@ import numpy as np
 from convert_weights.errors import SourceError, printable, shown
 from convert_weights.json_text import read_object
 from convert_weights.readers import Checkpoint, open_checkpoint
-from convert_weights.rules import LINEAR, Plan, common_prefix
+from convert_weights.rules import LINEAR, Plan, Rule, common_prefix, target_of
 from convert_weights.source_array import Array
 from convert_weights.source_file import OpenFile
 
@@ -177,8 +177,10 @@ class OpenedAdapter:
     record: Mapping[str, Any]
 
 
-def open_adapter(asked: Scaled, plan: Plan, headers: Mapping[str, Any]) -> OpenedAdapter:
+def open_adapter(asked: Scaled, plan: Plan, rules: Sequence[Rule], headers: Mapping[str, Any]) -> OpenedAdapter:
     """Returns an adapter in PEFT's names, matched with the matrices of a plan; reads headers and its configuration.
+
+    Its modules may have another spelling than the checkpoint's arrays, as long as the network's table knows both.
 
     Raises:
       SourceError: it cannot be read, or its configuration asks for what is not implemented.
@@ -192,18 +194,20 @@ def open_adapter(asked: Scaled, plan: Plan, headers: Mapping[str, Any]) -> Opene
             faults.append(
                 f"{asked.path}: {name}: no factor of an adapter; expected names like base_model.model.X.lora_A.weight"
             )
+        elif match["factor"] in factors.setdefault(match["module"], {}):
+            faults.append(f"{asked.path}: {name}: a second factor {match['factor']} of {match['module']}")
         else:
-            factors.setdefault(match["module"], {})[match["factor"]] = array
+            factors[match["module"]][match["factor"]] = array
     alpha, rank, root = _read_config(checkpoint.folder)
     prefix = common_prefix(headers)
-    matrices = {
-        a.source.removeprefix(prefix).removesuffix(".weight"): a for a in plan.assignments if a.rule.transform is LINEAR
-    }
+    matrices = {a.target: a for a in plan.assignments if a.rule.transform is LINEAR and not a.duplicate_of}
     adapters: dict[str, Adapter] = {}
     for module, pair in factors.items():
-        assignment = matrices.get(module.removeprefix(prefix))
+        assignment = matrices.get(target_of(rules, f"{module.removeprefix(prefix)}.weight"))
         shape = headers[assignment.source].shape if assignment else None
         problem = _problem(pair, shape, rank)
+        if assignment is not None and assignment.source in adapters:
+            problem = f"{assignment.source} has a pair of factors already"
         if problem or assignment is None:
             faults.append(f"{asked.path}: {module}: {problem or 'no matrix of this network'}")
             continue

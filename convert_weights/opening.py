@@ -126,7 +126,7 @@ def _blended(opened: Source, rules: Sequence[Rule], ignored: Mapping[str, str], 
         added.append(Added("merged", other, {"weight": each.weight}))
     adapters: dict[str, list[Adapter]] = {}
     for asked in options.adapters:
-        adapter = open_adapter(asked, plan, opened.checkpoint.headers)
+        adapter = open_adapter(asked, plan, rules, opened.checkpoint.headers)
         faults += adapter.faults
         for name, factors in adapter.adapters.items():
             adapters.setdefault(name, []).append(factors)

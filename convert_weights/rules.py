@@ -221,6 +221,14 @@ def common_prefix(names: Iterable[str]) -> str:
     return prefix
 
 
+def target_of(rules: Sequence[Rule], name: str) -> str | None:
+    """Returns the parameter that an array of this name sets, in whichever spelling; None where there is none."""
+    for rule in rules:
+        if rule.target is not None and (match := _pattern(rule.source).fullmatch(name)):
+            return rule.target.format(**match.groupdict())
+    return None
+
+
 def takes(rules: Sequence[Rule], names: Iterable[str]) -> int:
     """Returns how many names a table takes."""
     matchers = [_pattern(rule.source) for rule in rules]

@@ -106,6 +106,20 @@ def test_an_adapter_is_added_in_float32(tmp_path: Path, scale: float, root: bool
     assert verify(tmp_path / "model", source=source, options=options) == {"stdit3": []}
 
 
+def test_an_adapter_finds_its_matrices_under_other_names(tmp_path: Path) -> None:
+    """An adapter has transformers' names; the encoder to which it belongs may be a GGUF file."""
+    pytest.importorskip("gguf")
+    arrays = formats.t5_arrays(formats.BLOCKS)
+    held = formats.write_gguf(tmp_path / "t5.gguf", formats.BLOCKS, arrays, "Q8_0")
+    name = "encoder.block.0.layer.1.DenseReluDense.wo"
+    a, b = np.ones((1, 256), np.float32), np.linspace(-1, 1, 256, dtype=np.float32)[:, None]
+    save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, tmp_path / "adapter.safetensors")
+    options = Options(adapters=(Scaled(tmp_path / "adapter.safetensors", 2.0),))
+    convert_checkpoint("t5", tmp_path / "t5.gguf", tmp_path / "model", options=options)
+    _, flat = load_network(tmp_path / "model", "t5")
+    np.testing.assert_allclose(flat["block.0.mlp.wo.kernel"], (held[f"{name}.weight"] + 2 * b @ a).T, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "report"),
     [
@@ -114,6 +128,7 @@ def test_an_adapter_is_added_in_float32(tmp_path: Path, scale: float, root: bool
         ({"module": "x_embedder.proj"}, "no matrix of this network"),
         ({"r": 5}, "rank 3; adapter_config.json says 5"),
         ({"arrays": {"strange": np.ones(2, np.float32)}}, "strange: no factor of an adapter"),
+        ({"arrays": {f"{QKV}.lora_A.weight": np.ones((3, 2), np.float32)}}, "a second factor A of spatial_blocks.0.attn.qkv"),
         ({"arrays": {f"{QKV[:-3]}proj.lora_B.weight": np.ones((2, 2), np.float32)}}, "lora_A is missing"),
         ({"use_dora": True}, "use_dora True; only plain LoRA"),
         ({"rank_pattern": {"x": 4}}, "only plain LoRA"),
