@@ -110,9 +110,9 @@ def test_a_checkpoint_of_too_many_arrays_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_view_that_is_spread_over_its_storage_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import convert_weights.readers
+    import convert_weights.source_array
 
-    monkeypatch.setattr(convert_weights.readers, "_SMALL_SPAN_BYTES", 100)
+    monkeypatch.setattr(convert_weights.source_array, "_SMALL_SPAN_BYTES", 100)
     arrays = sources.state_dict("t5")
     name = "encoder.final_layer_norm.weight"
     wide = np.repeat(arrays[name], 3)[::3]
