@@ -165,6 +165,7 @@ def match(network: str, checkpoint: Checkpoint, spatial_folder: Path | None, opt
         ignore=options.ignore_config_keys,
         headers=checkpoint.headers,
         metadata=checkpoint.metadata,
+        source=checkpoint.path,
     )
     rules, ignored = table(network, resolved.config)
     shapes = parameter_shapes(network, resolved.config)

@@ -151,6 +151,7 @@ def resolve(
     ignore: Collection[str] = (),
     headers: Mapping[str, Header] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    source: Path | None = None,
 ) -> Resolved:
     """Returns the configuration of a checkpoint from the config.json in the folder of its weights, or from a GGUF's metadata.
 
@@ -162,6 +163,7 @@ def resolve(
       ignore: keys to ignore although they are unknown.
       headers: the arrays, by whose shapes one of the released configurations is chosen where there is no file.
       metadata: the numbers and short texts of a GGUF file.
+      source: how errors name that file.
 
     Raises:
       ConversionError: a key is unknown, missing, or asks for a network that is not implemented; all faults at once.
@@ -169,7 +171,7 @@ def resolve(
     """
     path = config_file or folder / "config.json"
     if config_file is None and metadata:
-        return _from_gguf(network, headers or {}, metadata)
+        return _from_gguf(network, source or folder, headers or {}, metadata)
     if config_file is None and not path.is_file():
         return _released(network, headers or {})
     fields = _read(path)
@@ -194,12 +196,14 @@ def _released(network: str, headers: Mapping[str, Header]) -> Resolved:
     return Resolved(preset, "no config.json with the weights; the configuration of Open-Sora 1.2 is used", ())
 
 
-def _from_gguf(network: str, headers: Mapping[str, Header], metadata: Mapping[str, Any]) -> Resolved:
+def _from_gguf(network: str, source: Path, headers: Mapping[str, Header], metadata: Mapping[str, Any]) -> Resolved:
     """Returns the configuration in the metadata of a GGUF file, which for T5 lacks only the largest relative distance."""
     name = metadata.get("general.architecture")
     if network != "t5" or name not in _GGUF_ARCHITECTURES:
         expected = " or ".join(_GGUF_ARCHITECTURES)
-        raise ConversionError(f"a GGUF file of {shown(name)}", [f"general.architecture: expected {expected}, a text encoder"])
+        raise ConversionError(
+            f"{source} is a GGUF file of {shown(name)}", [f"general.architecture: expected {expected}, a text encoder"]
+        )
     problems = _Problems(())
     fields = {ours: metadata[f"{name}.{key}"] for ours, key in _GGUF_KEYS.items() if f"{name}.{key}" in metadata}
     epsilon = fields.get("layer_norm_epsilon")
@@ -212,7 +216,7 @@ def _from_gguf(network: str, headers: Mapping[str, Header], metadata: Mapping[st
         problems.faults.append(f"{name}.attention.value_length: differs from key_length; only equal ones are implemented")
     config = _build(open_sora_1_2.t5, _T5, fields, "", problems)
     if problems.faults:
-        raise ConversionError("the metadata of the GGUF file describe a network that is not implemented", problems.faults)
+        raise ConversionError(f"{source} has metadata of a network that is not implemented", problems.faults)
     return Resolved(config, "the metadata of the GGUF file", ())
 
 

@@ -213,7 +213,7 @@ def _patched(offset: int, value: bytes) -> Callable[[bytes], bytes]:
         (lambda content: content[:500], "is truncated"),
         (lambda content: content[:-100], "is truncated or has been appended to"),
         (lambda content: content + bytes(100), "is truncated or has been appended to"),
-        (lambda content: content.replace(b"t5encoder", b"t5decoder"), "a GGUF file of 't5decoder': 1 fault"),
+        (lambda content: content.replace(b"t5encoder", b"t5decoder"), "is a GGUF file of 't5decoder': 1 fault"),
         (lambda content: content.replace(b"enc.blk.0.ffn_up", b"enc.blk.0.ffn_uq"), r"block.0.mlp.wi_1.kernel: missing"),
         (lambda content: content.replace(b"enc.blk.0.ffn_up", b"enc.blk.0.attn_q"), "malformed|occurs twice|truncated"),
     ],
