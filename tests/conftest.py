@@ -53,6 +53,18 @@ def _compiled_programs_stay_shared() -> Iterator[None]:
         jax.config.update("jax_compilation_cache_dir", COMPILED)
 
 
+@pytest.fixture(scope="module")
+def little_optimised() -> Iterator[None]:
+    """Programs of a module's tests are compiled in half of the time and run slower.
+
+    For tests of behaviour, and of numbers within a tolerance.  Tests of bits, of agreement with the reference, of memory and of
+    compiled texts take the compiler as users have it.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversion takes several slices for most matrices of a toy network, as at full size."""

@@ -110,6 +110,7 @@ def test_a_callback_runs_in_order_inside_a_loop_inside_a_while_loop():
     assert calls == list(itertools.product(range(3), range(4)))
 
 
+@pytest.mark.slow
 def test_one_exported_block_serves_cpu_cuda_and_tpu(blocks, tokens, conditioning):
     block = blocks[1]
 
@@ -167,6 +168,7 @@ def run_from_callbacks(shells, fetch, x, conditioning):
     return steps(x, lambda x: jax.lax.fori_loop(0, NUM_PAIRS, pair, x))
 
 
+@pytest.mark.slow
 def test_streamed_weights_give_the_same_bits(blocks, tokens, conditioning, tmp_path):
     """Resident arguments, mapped arguments, mapped arguments behind gates, and weights handed over by callbacks.
 

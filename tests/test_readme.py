@@ -9,10 +9,8 @@ import ast
 import contextlib
 import io
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 
 from sora_jax.commands.main import main
@@ -39,32 +37,10 @@ def test_the_readme_opens_with_two_commands_complete_on_a_fresh_machine():
     assert first.not_run is second.not_run is None
 
 
-@pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiled programs are kept between the pages, away from the user's cache, and JAX is left as it was found."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    names = [
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    ]
-    before = {name: getattr(jax.config, name) for name in names}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs_and_prints_what_it_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     namespace: dict[str, object] = {"__name__": page.stem}
     for fence in CODE:
         if fence.page == page and fence.not_run is None:

@@ -12,6 +12,8 @@ from sora_jax.pocket import train
 from sora_jax.pocket.judging import cases
 from sora_jax.pocket.world.words import PALETTE
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 
 @pytest.fixture(scope="module")
 def dozen():

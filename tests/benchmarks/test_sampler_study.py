@@ -16,6 +16,8 @@ from sora_jax.pipeline.make_sampler import leap_rule
 from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.pocket.judging import cases
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 WANTED = ("LPL 16", "LPL dynamic", "LPL extrapolated 10", "TDTM 15", "TDTM 30", "reuse shift 6 16")
 PROMPTS = "a red circle\na green square\nused to calibrate\n"
 
@@ -37,6 +39,7 @@ def run(model: Path, folder: Path, *more: str) -> None:
         sampler_study.main()
 
 
+@pytest.mark.slow
 def test_a_fork_is_the_sampling_itself(work: Path, tiny_model: Path) -> None:
     """A leap that took over 15 steps, against the pipeline, which leaps by itself; the same for merging."""
     pipe = Pipeline.from_pretrained(tiny_model)
@@ -49,6 +52,7 @@ def test_a_fork_is_the_sampling_itself(work: Path, tiny_model: Path) -> None:
             np.testing.assert_array_equal(record["evaluations_B"], made.evaluations_B)
 
 
+@pytest.mark.slow
 def test_plans_are_calibrated_at_the_times_they_are_used_at(work: Path, tiny_model: Path) -> None:
     pipe = Pipeline.from_pretrained(tiny_model)
     moved = {"num_steps": 30, "shift": 6.0}
@@ -60,6 +64,7 @@ def test_plans_are_calibrated_at_the_times_they_are_used_at(work: Path, tiny_mod
         np.testing.assert_array_equal(record["evaluations_B"], 16)
 
 
+@pytest.mark.slow
 def test_every_clip_has_a_line_with_its_measures(work: Path) -> None:
     lines = study_clips.read_lines(work / "clips.jsonl")
     assert {(line["method"], line["prompt"]) for line in lines} == {
@@ -75,6 +80,7 @@ def test_every_clip_has_a_line_with_its_measures(work: Path) -> None:
     assert by_name[REFERENCE]["cosine"][0] is None
 
 
+@pytest.mark.slow
 def test_the_study_goes_on_where_it_stopped(work: Path, tiny_model: Path) -> None:
     path = work / "clips.jsonl"
     before = path.read_text().splitlines()
@@ -90,11 +96,13 @@ def test_the_study_goes_on_where_it_stopped(work: Path, tiny_model: Path) -> Non
     assert path.read_text().splitlines() == again
 
 
+@pytest.mark.slow
 def test_another_study_in_the_same_folder_is_refused(work: Path, tiny_model: Path) -> None:
     with pytest.raises(SystemExit, match="is of another model or other settings"):
         run(tiny_model, work, "--guidance", "2")
 
 
+@pytest.mark.slow
 def test_the_report_holds_the_papers_tables(work: Path) -> None:
     report = json.loads((work / "report.json").read_text())
     assert [row["name"] for row in report["methods"]][:2] == ["LPL extrapolated 10", "LPL 16"]
@@ -197,6 +205,7 @@ def test_gains_over_euler_are_of_the_same_clip_at_as_many_evaluations() -> None:
     assert "over_euler_30" not in study_report.summarise([line("b", 0, 13, evaluations=17)])[0]
 
 
+@pytest.mark.slow
 def test_the_second_stage_asks_for_the_best_methods(work: Path, tiny_model: Path) -> None:
     asked: list[list[str]] = []
     with pytest.MonkeyPatch.context() as patch:

@@ -10,6 +10,8 @@ import pytest
 from benchmarks.quality import vbench_frames
 from sora_jax.pipeline import clip_info
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 ENTRIES = [
     {"prompt_en": "a person, still", "dimension": ["temporal_flickering"]},
     {"prompt_en": "a red bus", "dimension": ["color", "overall_consistency"]},

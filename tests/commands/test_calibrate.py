@@ -22,6 +22,8 @@ from sora_jax.sampling.reuse import Plan
 from sora_jax.sampling.schedule import Schedule
 from tests.support.tiny_model import DEFAULTS
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 PROMPT = "a red circle moves right on a blue background"
 Run = Callable[..., tuple[int, list[str], str]]
 

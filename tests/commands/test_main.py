@@ -18,6 +18,8 @@ from sora_jax.commands import main
 from sora_jax.pipeline import clip_info, model_file
 from sora_jax.storage.writer import update_model_file
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 PROMPT = "a red circle moves right on a blue background"
 GREY = ("--reference-path", "grey.png", "--mask-strategy")
 

@@ -129,6 +129,7 @@ def _in_child(
 
 def run_trials(folder: Path) -> dict[str, int]:
     """Kills a converter at random moments, checks what it leaves, finishes; returns how often what was seen."""
+    _skip_the_disk()
     network_writer._BATCH_ARRAYS = 4  # several entries of the journal, as at full size
     source = _write_source(folder / "source")
     convert_checkpoint("t5", source, folder / "new")  # and computes the shapes, so that no child runs JAX
@@ -170,9 +171,14 @@ def _expect_whole(model: Path, where: object) -> None:
         assert read_model_file(model)["tokenizer"] == "tokenizer.json", where
 
 
+def _skip_the_disk() -> None:
+    """Spares this process the waiting for the disk: a process that is killed loses nothing that the system has."""
+    os.sync = os.fsync = lambda *_: None  # type: ignore[assignment]
+
+
 def run_publications(folder: Path) -> dict[str, int]:
     """Kills at each publication of a conversion, of one that replaces, and of the way back; returns how many there were."""
-    os.sync = os.fsync = lambda *_: None  # type: ignore[assignment]  # a process that is killed loses nothing to the disk
+    _skip_the_disk()
     source = _write_source(folder / "source")
     convert_checkpoint("t5", source, folder / "new")
     convert_checkpoint("t5", source, folder / "old", dtype="bfloat16")

@@ -15,6 +15,8 @@ from sora_jax.networks.merging import Merge, check_frames, frame_tokens, merge, 
 from sora_jax.networks.stdit3 import Conditioning, STDiT3Block
 from sora_jax.storage.checkpoint import flatten, unflatten
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 TDTM = json.loads((Path(__file__).parents[1] / "golden/tdtm/config.json").read_text())
 TINY = dataclasses.replace(presets.pocket.stdit3, hidden_size=24, num_heads=2)
 # Sums of a few dozen float32 terms in another order, through one block.

@@ -20,6 +20,8 @@ from sora_jax.networks.stdit3 import Conditioning, STDiT3Block
 from sora_jax.storage.checkpoint import unflatten
 from tests.support.tiny_model import CONFIG, random_flat
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 STDIT3 = CONFIG.stdit3
 FRAMES, PLACES = 7, 6
 TOKEN_BYTES = 4 * STDIT3.mlp_size

@@ -19,6 +19,8 @@ from sora_jax.networks.positions import position_embedding, rotate, sinusoid
 from sora_jax.networks.stdit3 import Conditioning, ScalarEmbedder, STDiT3, STDiT3Block
 from sora_jax.storage.checkpoint import flatten, unflatten
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 # 12 channels a head: not a power of two, as the real 72.
 TINY = dataclasses.replace(presets.pocket.stdit3, hidden_size=24, num_heads=2, depth=1, caption_channels=20, model_max_length=9)
 WORLD = jax.random.key(7)

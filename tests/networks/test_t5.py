@@ -16,6 +16,8 @@ from sora_jax.networks.attention import DENSE
 from sora_jax.networks.t5 import T5Encoder, position_buckets
 from sora_jax.storage.checkpoint import flatten, unflatten
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 TINY = dataclasses.replace(presets.pocket.t5, vocab_size=50, d_model=32, d_kv=12, num_heads=3, d_ff=40)
 
 

@@ -14,7 +14,7 @@ from sora_jax.networks.t5 import T5Encoder, position_buckets
 from sora_jax.storage.checkpoint import flatten, unflatten
 from tests.parity import limits
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("little_optimised")]
 
 SMALL = dataclasses.replace(presets.pocket.t5, vocab_size=61, d_model=40, d_kv=12, num_heads=3, d_ff=56, num_layers=2)
 CONFIGS = {

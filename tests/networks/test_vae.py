@@ -22,6 +22,8 @@ from sora_jax.networks.vae.layers import CausalConv3D, Conv2D, GroupNorm
 from sora_jax.storage.checkpoint import flatten, unflatten
 from tests.parity.wide import state_dict_shapes
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "vae"
 
 # Two levels instead of four, chunks of 5 frames and 3 latents: every kind of layer, little to compile.

@@ -16,7 +16,7 @@ from sora_jax.storage.checkpoint import unflatten
 from tests.parity import limits
 from tests.parity.wide import state_dict_shapes
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("little_optimised")]
 
 POCKET = presets.pocket.vae.spatial
 CONFIGS = {

@@ -7,6 +7,8 @@ import pytest
 from tests.parity import runner
 from tests.parity.fixtures import SUITES, find_suites
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = find_suites(GOLDEN)
 

@@ -16,6 +16,8 @@ from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.process import Timings
 from sora_jax.storage.directory import open_network
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 IDS = np.array([3, 7, 1, 0], np.int32)
 PROMPT = "a red circle moves right on a blue background"
 

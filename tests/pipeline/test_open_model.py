@@ -17,6 +17,8 @@ from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.process import Timings
 from sora_jax.storage.directory import ModelDirectoryError, open_network
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 PROMPT = "a red circle moves right on a blue background"
 
 

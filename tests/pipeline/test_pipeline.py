@@ -34,6 +34,8 @@ from sora_jax.storage.checkpoint import load_network, unflatten
 from sora_jax.storage.directory import ModelDirectoryError
 from tests.support.tiny_model import CONFIG
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 PROMPT = "a red circle moves right on a blue background"
 LATENT_SHAPE = (5, 4, 6, 4)  # 17 frames of 32 x 48
 

@@ -14,6 +14,8 @@ from sora_jax.pipeline.samples import Sample, read_samples, rehearse
 from sora_jax.pipeline.settings import Settings
 from tests.support.tiny_model import CONFIG, DEFAULTS
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 PROMPT = "a red circle"
 
 

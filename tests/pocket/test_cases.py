@@ -17,6 +17,8 @@ from sora_jax.pocket.world.scenes import all_frames, render_uint8
 from sora_jax.pocket.world.words import ATTRIBUTES, NUM_FRAMES, is_unseen
 from sora_jax.sampling.sampler import Trace
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 TWO_STEPS: Options = {"num_steps": 2, "guidance": 1.0}
 
 
@@ -212,7 +214,7 @@ def test_an_image_has_a_caption_without_motion_and_no_speed_pair():
         cases.speed_pairs(1, seed=0, num_frames=1)
 
 
-@pytest.mark.parametrize("num_frames", [1, 17, 51])
+@pytest.mark.parametrize("num_frames", [1, pytest.param(17, marks=pytest.mark.slow), pytest.param(51, marks=pytest.mark.slow)])
 def test_the_model_makes_clips_of_other_lengths(tiny_model, num_frames):
     asked = cases.captions(1, seed=0, num_frames=num_frames)
     (made,) = cases.clips(tiny_model, asked, TWO_STEPS)

@@ -23,6 +23,8 @@ from sora_jax.pocket.world.words import (
     is_unseen,
 )
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 render = jax.jit(scenes_module.render)
 
 

@@ -28,6 +28,8 @@ from sora_jax.pocket.world.scenes import sample_scenes
 from sora_jax.pocket.world.words import is_unseen
 from sora_jax.storage.checkpoint import load_network
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 
 def _regression(num_steps: int) -> Stage:
     true_kernel = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)), jnp.float32)
@@ -191,6 +193,7 @@ def test_decoders_are_trained_again_with_the_codec_or_when_told(arguments, steps
     assert train.parse(arguments).decoder_steps == steps
 
 
+@pytest.mark.slow
 def test_decoders_are_trained_behind_frozen_encoders(tiny_model):
     config, codec = load_network(tiny_model, "vae", dtype="float32")
     stage = train_codec.decoder_stage(config, jax.device_put(codec), num_steps=99, batch_size=1, seed=0)

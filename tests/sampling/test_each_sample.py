@@ -10,6 +10,8 @@ import pytest
 from sora_jax import Leap, Plan, Schedule, integrate, sample
 from tests.support.sampler_oracle import FULL, HALF, REUSE, Wavy
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 SHAPE = (3, 4, 3, 4, 2)
 Z = jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), jnp.float32)
 BIAS = jnp.asarray([0.3, -0.8, 0.1, 0.5, -0.2, 0.9])

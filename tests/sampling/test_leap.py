@@ -13,6 +13,8 @@ from sora_jax.sampling.leap import Leap, latent_cosine
 from sora_jax.sampling.sampler import Result, sample
 from sora_jax.sampling.schedule import Schedule
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 STEPS = 30
 FIRST = 14  # ceil(0.5 * 30) - 1
 

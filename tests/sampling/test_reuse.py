@@ -20,6 +20,8 @@ from sora_jax.sampling.sampler import sample
 from sora_jax.sampling.schedule import Schedule
 from tests.support.sampler_oracle import Wavy
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 SHAPE = (2, 4, 3, 4, 2)
 Z = jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), jnp.float32)
 BIAS = jnp.asarray([0.3, -0.8, 0.1, 0.5])

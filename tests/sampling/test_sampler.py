@@ -17,6 +17,8 @@ from sora_jax.sampling.reuse import Plan
 from sora_jax.sampling.sampler import Sampler, finish, sample
 from sora_jax.sampling.schedule import Schedule
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 SHAPE = (3, 4, 2, 3, 2)
 Z = np.random.default_rng(5).standard_normal(SHAPE).astype(np.float32)
 FULL_SCHEDULE = Schedule.uniform(12, shift=2.0)

@@ -16,6 +16,8 @@ from sora_jax.sampling.schedule import Schedule
 from tests.support import sampler_oracle
 from tests.support.sampler_oracle import FULL, HALF, REUSE, Case, Wavy
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 SHAPE = (2, 4, 3, 4, 2)
 DRAWS = 18
 TRACES = {"count": 0}

@@ -9,6 +9,8 @@ from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.sampler import Sampler, sample
 from sora_jax.sampling.schedule import Schedule
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 MEAN, WIDTH = jnp.asarray([[0.7, -1.2]]), jnp.asarray([[0.3, 1.6]])
 NOISE = jnp.asarray(np.random.default_rng(3).standard_normal((4, 2)), jnp.float32)
 
