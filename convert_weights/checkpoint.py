@@ -17,7 +17,7 @@ import numpy as np
 from convert_weights import parameter_shapes, table
 from convert_weights.checksums import Checksums
 from convert_weights.companions import Companions, tokenizer_fault
-from convert_weights.errors import SourceError
+from convert_weights.errors import SourceError, UnreadableSource, reading
 from convert_weights.readers import Checkpoint, merge, open_checkpoint
 from convert_weights.rules import ConversionError, Plan, make_plan
 from convert_weights.source_config import Resolved, resolve
@@ -135,7 +135,8 @@ def convert_checkpoint(
     check_dtype(network, dtype)
     check_directory(target)
     checkpoint, spatial_folder = _open_files(network, source, options)
-    companions = Companions(network, checkpoint.folder)
+    with reading(checkpoint.folder):
+        companions = Companions(network, checkpoint.folder)
     if not overwrite:
         if finished := _finish_former(network, target, checkpoint, companions):
             return finished
@@ -226,6 +227,8 @@ def _whole_or_resumable(writer: NetworkWriter) -> Iterator[None]:
     with writer:
         try:
             yield
+        except UnreadableSource:
+            raise
         except (ConversionError, SourceError):
             writer.discard()
             raise

@@ -19,6 +19,7 @@ from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Option, declared
 from sora_jax.pipeline.settings import Options, Settings
 from sora_jax.shell import note
+from sora_jax.streaming.budget import parse_budget
 
 OPTIONS = command_line.of_clip(
     "num_steps", "guidance", "seed", "shift", "merge_steps", "height", "width", "resolution", "aspect_ratio", "num_frames",
@@ -73,6 +74,8 @@ def run(asked: Arguments) -> None:
     model = ModelFile.read(asked.model)
     settings = model.resolve(asked.clip)
     settings.check_calibration(asked.evaluations, asked.half_from)
+    if asked.memory_budget is not None:
+        parse_budget(asked.memory_budget)
     use_compile_cache(asked.compile_cache)
     shell.interruptibly(lambda: _measure(asked, model, settings, texts), lambda: files.remove_partial(asked.output.parent))
 

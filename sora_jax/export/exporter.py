@@ -108,6 +108,8 @@ def export(
     metadata = {"model": pipeline.model_id, "licence": licence or "not stated"}
     options = Options(precision=precision, weights=weights, fuse_attention=fuse_attention, metadata=metadata)
     target_module(target).check_options(options)
+    if not fuse_attention and target != "coreml":
+        raise ValueError(f"fuse_attention (--no-fused-attention) is Core ML's; leave it out for {target}.")
     sizes = (Size(num_frames=chosen.num_frames, height=chosen.height, width=chosen.width), *further_sizes)
     job = Job(
         directory=str(model_path(directory).resolve()),

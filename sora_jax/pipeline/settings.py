@@ -346,6 +346,9 @@ class Settings:
         settings = cls(**{**fields, "save_fps": fields["fps"] if fields["save_fps"] is None else fields["save_fps"]})
         if "merge" in asked and not settings.merge_steps:
             raise ValueError("merge says what merged steps merge, but merge_steps is 0; set it as well, or leave merge out.")
+        idle = [name for name in ("condition_frame_length", "condition_frame_edit") if name in asked and settings.loop == 1]
+        if idle:
+            raise ValueError(f"{idle[0]} says how clips of a loop go on, but loop is 1; set loop as well, or leave it out.")
         return settings
 
     @classmethod
