@@ -11,6 +11,7 @@ from typing import Annotated
 
 from sora_jax import files, shell
 from sora_jax.commands import options
+from sora_jax.commands.generate import note_dtype
 from sora_jax.commands.progress import progress_bar
 from sora_jax.commands.prompts import read_prompts
 from sora_jax.commands.user_cache import use_compile_cache
@@ -84,6 +85,9 @@ def _measure(asked: Arguments, model: ModelFile, settings: Settings, texts: Sequ
     from sora_jax.pipeline.pipeline import Pipeline
 
     pipeline = Pipeline.open(model, memory_budget=asked.memory_budget, attention=asked.attention or "auto")
+    settings = pipeline.networks.decide(settings)
+    if not asked.quiet:
+        note_dtype(settings)
     with files.claimed(asked.output), progress_bar(asked.quiet) as callback:
         measured = pipeline.calibrate(
             texts,

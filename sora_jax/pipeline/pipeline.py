@@ -147,12 +147,12 @@ class Pipeline:
         return self.generate(samples, settings, latents_path=latents_path, overwrite=overwrite, callback=callback)
 
     def resolve(self, options: Mapping[str, Any]) -> Settings:
-        """Returns complete settings from options (see `Options`), with a size that this model can make.
+        """Returns complete settings from options (see `Options`), with a size that this model and a dtype that this device has.
 
         Raises:
           ValueError: an option is wrong or without effect.
         """
-        return self.model.resolve(options)
+        return self.networks.decide(self.model.resolve(options))
 
     def check(self, settings: Settings, num_clips: int = 1) -> None:
         """Refuses settings that this machine, the budget or this model cannot do, before anything is loaded.
@@ -266,7 +266,7 @@ class Pipeline:
         """
         latents, parameters = load_latents(path)
         try:
-            settings = Settings.from_dict(parameters[0])
+            settings = self.networks.decide(Settings.from_dict(parameters[0]))
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"{path} lacks the settings of its samples ({error}); expected a file of --save-latents."
