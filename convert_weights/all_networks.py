@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from convert_weights.checkpoint import check_directory, convert_checkpoint
-from convert_weights.errors import SourceError
+from convert_weights.errors import SourceError, reading
 from convert_weights.opening import DEFAULTS, SPATIAL_PREFIX, Options
 from convert_weights.readers import choose_file, open_checkpoint
 from convert_weights.source_config import network_of
@@ -25,10 +25,12 @@ def find_networks(source: str | os.PathLike[str], networks: Sequence[str] = NETW
       SourceError: one of ``networks`` is missing, or there are two of it.
     """
     root = Path(source)
-    if not root.is_dir():
-        raise SourceError(f"{root} is not a folder; expected one that holds the folders of {', '.join(networks)}.")
+    with reading(root):
+        folders = sorted({file.parent for pattern in ("*", "*/*") for file in root.glob(f"{pattern}/config.json")})
+        if not root.is_dir():
+            raise SourceError(f"{root} is not a folder; expected one that holds the folders of {', '.join(networks)}.")
     found: dict[str, list[Path]] = {}
-    for folder in sorted({file.parent for pattern in ("*", "*/*") for file in root.glob(f"{pattern}/config.json")}):
+    for folder in folders:
         found.setdefault(network_of(folder) or "other", []).append(folder)
     problems = [f"no {network}" for network in networks if network not in found]
     problems += [

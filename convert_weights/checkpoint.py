@@ -15,7 +15,7 @@ import numpy as np
 
 from convert_weights.checksums import Checksums
 from convert_weights.companions import Companions, tokenizer_fault
-from convert_weights.errors import SourceError
+from convert_weights.errors import SourceError, UnreadableSource, reading
 from convert_weights.opening import DEFAULTS, SPATIAL_PREFIX, Options, Source, match, open_files, open_source
 from convert_weights.readers import Checkpoint
 from convert_weights.rules import ConversionError
@@ -59,7 +59,8 @@ def convert_checkpoint(
     check_dtype(network, dtype)
     check_directory(target)
     checkpoint, spatial_folder = open_files(network, source, options)
-    companions = Companions(network, checkpoint.folder, options.tokenizer)
+    with reading(checkpoint.folder):
+        companions = Companions(network, checkpoint.folder, options.tokenizer)
     if not overwrite:
         if finished := _finish_former(network, target, checkpoint, companions):
             return finished
@@ -151,6 +152,8 @@ def _whole_or_resumable(writer: NetworkWriter) -> Iterator[None]:
     with writer:
         try:
             yield
+        except UnreadableSource:
+            raise
         except (ConversionError, SourceError):
             writer.discard()
             raise

@@ -4,6 +4,9 @@ Invariant: a message has no line break and no control character, and its length 
 come from files that nobody vouches for.  What is wrong is decided by the readers.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 from sora_jax.files import advice
 
 _MAX_MESSAGE = 2000
@@ -15,6 +18,10 @@ class SourceError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(printable(message, _MAX_MESSAGE))
+
+
+class UnreadableSource(SourceError):
+    """The system does not let us read a source now: what was converted of it stays, to go on with when it does."""
 
 
 def printable(text: object, limit: int = _MAX_NAME) -> str:
@@ -40,6 +47,22 @@ def some(names: list[str], count: int = 5) -> str:
     return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
 
 
-def unreadable(error: OSError, path: object) -> SourceError:
-    """Returns the error of a source that the system does not let us read: what it said, and what to do about it."""
-    return SourceError(f"{error.filename or path} cannot be read: {error.strerror or error}{advice(error)}.")
+def unreadable(error: OSError, path: object) -> UnreadableSource:
+    """Returns the error of a source that the system does not let us read: what it said, and what to do about it.
+
+    It is bad input whenever it is noticed, while headers are read or values, and whatever the system said.
+    """
+    return UnreadableSource(f"{error.filename or path} cannot be read: {error.strerror or error}{advice(error)}.")
+
+
+@contextlib.contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Turns what the system says while the body looks at a source into `unreadable`.
+
+    Raises:
+      UnreadableSource: the system raised an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(error, path) from error

@@ -78,8 +78,7 @@ class OpenFile:
         """Fills ``into`` (uint8) with the bytes at ``offset``.
 
         Raises:
-          SourceError: the file ends before.
-          OSError: the system cannot read it; names the file.
+          SourceError: the file ends before, or the system cannot read it.
         """
         self._fill(memoryview(into), offset)  # type: ignore[arg-type]
 
@@ -120,7 +119,7 @@ class OpenFile:
         try:
             return os.preadv(self._descriptor, [view], offset)
         except OSError as error:
-            raise type(error)(error.errno, error.strerror, str(self.path)) from error
+            raise unreadable(error, self.path) from error
 
     def _changed(self) -> SourceError:
         return SourceError(f"{self.path} was changed while it was being read; try again when nothing writes to it.")

@@ -202,6 +202,8 @@ def _begun(partial: Path) -> tuple[int | float, str]:
 def refuse_unwritable(folder: str | os.PathLike[str]) -> None:
     """Creates ``folder`` if it is missing and proves that a file can be written in it, leaving nothing behind.
 
+    What dead processes had begun to write there is removed, so that a run that finds its work done clears up too.
+
     Raises:
       OSError: the folder cannot be created or written.
     """
@@ -211,6 +213,7 @@ def refuse_unwritable(folder: str | os.PathLike[str]) -> None:
     probe = folder / _partial_name("probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         probe.touch(exist_ok=False)
     except OSError as error:
         raise type(error)(error.errno, f"cannot write into folder {folder}: {error.strerror}") from error

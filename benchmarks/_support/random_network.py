@@ -94,17 +94,24 @@ def gflop(config: STDiT3Config, *, rows: int, frames: int, side: int, merged: bo
 
     Merging leaves ``ceil(frames / 2)`` frames to the attentions and their linear maps; MLPs and captions keep theirs.
     """
-    width, captions, places = config.hidden_size, config.model_max_length, (-(-side // 2)) ** 2
+    places = (-(-side // 2)) ** 2
+    pair = pair_gflop(config, rows=rows, frames=frames, places=places, merged=merged)
+    width, tokens = config.hidden_size, rows * frames * places
+    embedded = rows * config.model_max_length * width * (config.caption_channels + width) + rows * width * 6 * width
+    patches = tokens * width * 4 * (config.in_channels + config.out_channels)
+    ends = 2 * (embedded + patches) / 1e9
+    return {name: config.depth * count for name, count in pair.items()} | {"embedding and final layer": ends}
+
+
+def pair_gflop(config: STDiT3Config, *, rows: int, frames: int, places: int, merged: bool = False) -> dict[str, float]:
+    """Returns the operations of a spatial and a temporal block by part, as `gflop` counts them."""
+    width, captions = config.hidden_size, config.model_max_length
     attended = -(-frames // 2) if merged else frames
     tokens, fewer = rows * frames * places, rows * attended * places
-    pair = {
+    block = {
         "mlp": 2 * tokens * 2 * width * config.mlp_size,
         "linear maps": 2 * fewer * 6 * width**2,  # qkv, projection, and query and projection to the captions
         "keys of captions": 2 * rows * captions * 2 * width**2,
         "attention": fewer * 2 * width * (places + attended + 2 * captions),
     }
-    embedded = rows * captions * width * (config.caption_channels + width) + rows * width * 6 * width
-    patches = tokens * width * 4 * (config.in_channels + config.out_channels)
-    parts: dict[str, Any] = {name: 2 * config.depth * count for name, count in pair.items()}
-    parts |= {"embedding and final layer": 2 * (embedded + patches)}
-    return {name: count / 1e9 for name, count in parts.items()}
+    return {name: 2 * count / 1e9 for name, count in block.items()}

@@ -35,7 +35,9 @@ def write(directory: Path, *, num_blocks: int, dtype: str = "float32") -> Path:
     return directory
 
 
-def make_sampler(network: Any, *, frames: int, rows: int, columns: int, num_steps: int, seed: int = 0) -> tuple[Sampler, Any]:
+def make_sampler(
+    network: Any, *, frames: int, rows: int, columns: int, num_steps: int, merge_steps: int = 0, seed: int = 0
+) -> tuple[Sampler, Any]:
     """Returns a guided sampler and its start, for latents of that size; a caption of 300 real tokens."""
     config = open_sora_1_2.stdit3
     keys = jax.random.split(jax.random.key(seed), 2)
@@ -51,7 +53,7 @@ def make_sampler(network: Any, *, frames: int, rows: int, columns: int, num_step
         width_px=one["width"],
     )
     schedule = Schedule.open_sora(num_steps, height_px=8 * rows, width_px=8 * columns, num_frames=17 * frames // 5)
-    sampler = Sampler.create(velocity, schedule, guidance=GUIDANCE)
+    sampler = Sampler.create(velocity, schedule, guidance=GUIDANCE, merge_steps=merge_steps or None)
     return sampler, sampler.start(jax.random.normal(keys[1], (1, frames, rows, columns, config.in_channels)))
 
 

@@ -3,6 +3,8 @@
 Command:  python -m benchmarks.memory.stage_memory SCRATCH --stages text --dtypes int8 float32 bfloat16 --linked
               --out benchmarks/results/stage_text.json
           python -m benchmarks.memory.stage_memory SCRATCH --stages decode --rival --out benchmarks/results/stage_decode.json
+          python -m benchmarks.memory.stage_memory SCRATCH --stages decode --size 480x854 --slots 2
+              --out benchmarks/results/stage_decode_480p.json   (and 720x1280, half an hour)
           (--tiny tries it out at toy width in a minute; --linked stores one text-encoder block and links the other 23)
 Needs:    Linux; disk for the weights (text encoder 19, 9.5 or 4.8 GB, --linked 1.3, 0.7 or 0.3 GB; autoencoder 1.6 GB).
 Expect:   every peak at most 3.3 GB; the least peak (one segment at a time) of the int8 encoder at 300 tokens at most 0.8 GB;
@@ -10,7 +12,7 @@ Expect:   every peak at most 3.3 GB; the least peak (one segment at a time) of t
 Rival:    --rival: diffusers' AutoencoderKL and `torch_decoder` in eager mode on as many threads, weights random too.
 
 The peak is VmHWM of a child process (interpreter, compiler, file pages included) and is listed with the memory plan's
-prediction.
+prediction, which counts the programs that the stages before it compiled (``compiled_before_bytes``) and a child does not have.
 Linked blocks share their bytes, so they are read from the page cache: read times mean nothing then, memory figures do.
 """
 
@@ -31,6 +33,7 @@ from benchmarks._support.machine import environment, memory, write_report
 from benchmarks._support.random_network import RandomParameters
 from benchmarks._support.streaming_model import planned
 from sora_jax.config import ModelConfig, open_sora_1_2, pocket
+from sora_jax.devices.attention_choice import choose_forms
 from sora_jax.networks.registry import CLASSES
 from sora_jax.networks.vae.codec import latent_size
 from sora_jax.pipeline.open_model import policy_of
@@ -38,7 +41,7 @@ from sora_jax.process import Timings
 from sora_jax.storage.checkpoint import save_network
 from sora_jax.storage.directory import NETWORK_FILE, Manifest, open_network
 from sora_jax.streaming import host_loop
-from sora_jax.streaming.memory_plan import Workload
+from sora_jax.streaming.memory_plan import BASELINE_BYTES, Workload
 from sora_jax.streaming.segment_loop import SegmentLoop
 
 RESULTS = Path(__file__).parents[1] / "results" / "stage_memory.json"
@@ -55,12 +58,12 @@ def main() -> None:
     for stage in options.stages:
         for stored in options.dtypes if stage == "text" else ["float32"]:
             directory = write(options, NETWORK_OF[stage], stored)
-            for num_slots in (2, 1):
+            for num_slots in options.slots:
                 report["results"].append(child(options, [stage, stored, str(num_slots)]))
                 print(json.dumps(report["results"][-1]), flush=True)
             if options.remove:
                 shutil.rmtree(directory)
-        if options.rival and stage == "decode":
+        if options.rival and stage == "decode" and options.size[0] == options.size[1]:
             report["results"].append(child(options, ["rival", "float32", "1"]))
             print(json.dumps(report["results"][-1]), flush=True)
     write_report(report, options.out)
@@ -73,7 +76,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", default=["text", "decode"], choices=list(NETWORK_OF))
     parser.add_argument("--dtypes", nargs="+", default=["int8"], choices=["float32", "bfloat16", "int8"], help="of text")
     parser.add_argument("--frames", type=int, default=17)
-    parser.add_argument("--size", type=int, default=256, help="rows and columns in pixels")
+    parser.add_argument("--size", type=parsed_size, default=(256, 256), metavar="PX|HxW", help="rows and columns of pixels")
+    parser.add_argument("--slots", type=int, nargs="+", default=[2, 1], help="segments in memory; 1: no reading ahead")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--linked", action="store_true", help="store one block of the text encoder and link the others")
     parser.add_argument("--remove", action="store_true", help="remove the weights afterwards")
@@ -82,6 +86,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--child", nargs=3, metavar=("STAGE", "STORED", "SLOTS"), help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def parsed_size(text: str) -> tuple[int, int]:
+    """Returns rows and columns."""
+    rows, _, columns = text.partition("x")
+    return int(rows), int(columns or rows)
 
 
 def setting(options: argparse.Namespace) -> dict[str, Any]:
@@ -145,10 +155,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     network, timings = NETWORK_OF[stage], Timings()
     manifest = open_network(write(options, network, stored), network)
     start = time.perf_counter()
-    loop = SegmentLoop(manifest, policy_of("float32"), timings, num_slots=num_slots)
+    forms = choose_forms("auto", platform="cpu", dtype="float32", streamed=True)
+    loop = SegmentLoop(manifest, policy_of("float32"), timings, forms=forms, num_slots=num_slots)
     out = run_stage(stage, loop, options)
     seconds = time.perf_counter() - start
-    work = Workload(num_frames=options.frames, height=options.size, width=options.size, encodes=stage == "encode")
+    work = Workload(num_frames=options.frames, height=options.size[0], width=options.size[1], encodes=stage == "encode")
     plan = planned(manifest, config_of(options), work, stage)
     return {
         "stage": stage,
@@ -156,7 +167,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "num_slots": num_slots,
         "seconds": seconds,
         "timings": timings,
+        "cpu_s": round(time.process_time(), 1),
         "planned_bytes": plan.minimum if num_slots == 1 else plan.peak,
+        "compiled_before_bytes": plan.baseline - BASELINE_BYTES,
         "finite": bool(np.isfinite(out).all()),
         **memory(),
     }
@@ -169,11 +182,11 @@ def run_stage(stage: str, loop: SegmentLoop, options: argparse.Namespace) -> np.
         length = config.stdit3.model_max_length
         ids = rng.integers(0, config.t5.vocab_size, (1, length)).astype(np.int32)
         return host_loop.encode_text(loop, ids, np.ones((1, length), bool))
-    frames, rows, columns = latent_size(config.vae, options.frames, options.size, options.size)
+    frames, rows, columns = latent_size(config.vae, options.frames, *options.size)
     if stage == "decode":
         z = rng.standard_normal((1, frames or 1, rows, columns, 4)).astype(np.float32)
         return host_loop.decode(loop, z, options.frames)
-    video = rng.uniform(-1, 1, (1, options.frames, options.size, options.size, 3)).astype(np.float32)
+    video = rng.uniform(-1, 1, (1, options.frames, *options.size, 3)).astype(np.float32)
     return host_loop.encode(loop, video)
 
 
@@ -185,7 +198,7 @@ def measure_rival(options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     decode = torch_decoder.make(config)
     built = time.perf_counter()
-    temporal_s, spatial_s = decode(options.frames, options.size)
+    temporal_s, spatial_s = decode(options.frames, options.size[0])
     return {
         "stage": "rival",
         "stored": "float32",

@@ -24,10 +24,12 @@ import jax
 from benchmarks._support import streaming_model
 from benchmarks._support.machine import environment, memory, write_report
 from sora_jax.config import open_sora_1_2
+from sora_jax.devices.names import ATTENTIONS
+from sora_jax.networks.merge_rule import Merge
 from sora_jax.process import Timings
 from sora_jax.streaming.budget import parse_budget
 from sora_jax.streaming.memory_plan import Workload
-from sora_jax.streaming.network import STDiT3Stream
+from sora_jax.streaming.network import STDiT3Stream, block_bytes
 
 RESULTS = Path(__file__).parents[1] / "results" / "streaming_memory.json"
 NONE, MINIMUM = "none", "minimum"
@@ -61,7 +63,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=32, help="latent rows")
     parser.add_argument("--width", type=int, default=32, help="latent columns")
     parser.add_argument("--evaluations", type=int, default=1)
-    parser.add_argument("--verify", action="store_true", help="compare checksums, as a first run does")
+    parser.add_argument("--attention", default="auto", choices=ATTENTIONS)
+    parser.add_argument("--merge", action="store_true", help="evaluations with merged frames")
     parser.add_argument("--unplanned", action="store_true", help="skip the memory plan: measurement alone keeps the budget")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -78,9 +81,9 @@ def case(options: argparse.Namespace, backend: str, budget: str) -> dict[str, An
     """Returns what a child process measured for one back-end and budget, or why it failed."""
     command = [sys.executable, "-m", "benchmarks.memory.streaming_memory", str(options.weights), "--child"]
     command += ["--backends", backend, "--budgets", budget]
-    for name in ("blocks", "stored", "dtype", "frames", "height", "width", "evaluations"):
+    for name in ("blocks", "stored", "dtype", "attention", "frames", "height", "width", "evaluations"):
         command += [f"--{name}", str(getattr(options, name))]
-    command += [f"--{flag}" for flag in ("verify", "unplanned") if getattr(options, flag)]
+    command += [f"--{flag}" for flag in ("merge", "unplanned") if getattr(options, flag)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = json.loads(done.stdout) if done.returncode == 0 else {"failed": done.stderr.strip().splitlines()[-1:]}
     return {"backend": backend, "budget": budget, **found}
@@ -92,18 +95,30 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     stream = STDiT3Stream(
         options.weights,
         dtype=options.dtype,
+        attention=options.attention,
         backend=backend,
         budget=None if budget in (NONE, MINIMUM) else parse_budget(budget),
         retained=0 if budget == MINIMUM else None,
-        verify=options.verify,
     )
-    work = Workload(num_frames=17 * options.frames // 5, height=8 * options.height, width=8 * options.width)
+    work = Workload(
+        num_frames=17 * options.frames // 5,
+        height=8 * options.height,
+        width=8 * options.width,
+        dtype=options.dtype,
+        attention=options.attention,
+        merge=Merge() if options.merge else None,
+    )
     planned = streaming_model.planned(stream.blocks.reader.manifest, open_sora_1_2, work, "denoise").fixed
     stream.retention.fixed_bytes = 0 if options.unplanned else planned
     planned_retained, timings = stream.retention.count, Timings()
     with stream.open() as network:
         sampler, carry = streaming_model.make_sampler(
-            network, frames=options.frames, rows=options.height, columns=options.width, num_steps=options.evaluations + 1
+            network,
+            frames=options.frames,
+            rows=options.height,
+            columns=options.width,
+            num_steps=options.evaluations + 1,
+            merge_steps=options.evaluations if options.merge else 0,
         )
         with timings.measure("compile"):
             jax.block_until_ready(sampler.run(carry, 0))
@@ -114,8 +129,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         now = memory()
         retained = stream.retention.count
     limit = stream.retention.budget
+    held = sum(block_bytes(stream.blocks.reader.manifest)[:retained])
     return {
         **now,
+        "peak_over_plan": round(now["peak_bytes"] / (planned + held), 3),
         "within_budget": None if limit is None else now["peak_bytes"] <= limit,
         "peak_after_compiling_bytes": compiling,
         "planned_without_retained_bytes": planned,
@@ -124,6 +141,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "bytes_read": stream.blocks.bytes_read,
         "compile_s": round(timings["compile"], 2),
         "evaluations_s": round(seconds, 2),
+        "cpu_s": round(time.process_time(), 1),
         "finite": bool(jax.numpy.isfinite(carry.z).all()),
     }
 

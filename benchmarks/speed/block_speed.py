@@ -3,7 +3,7 @@
 Command:  python -m benchmarks.speed.block_speed [--repeats 10] [--frames 5 --height 20 --width 20] [--dtypes float32 bfloat16]
 Needs:    torch in addition to the package; about 1 GB of memory; 5 seconds a repeat on two cores, a minute for compiling.
 Expect:   float32: PyTorch not faster. bfloat16: at least 1.7 times as fast as PyTorch's float32, and as its bfloat16.
-Rival:    `torch_pair` below, written with torch.nn.functional (fused attention, fused layer norm), eager and by
+Rival:    `_support.torch_pair`, written with torch.nn.functional (fused attention, fused layer norm), eager and by
           torch.compile (which needs a C++ compiler).
 
 The candidates alternate within each repeat, on the same threads, after their outputs were compared.  Wall time suffers
@@ -29,9 +29,9 @@ from flax import nnx
 from torch.nn import functional  # noqa: TID251
 
 from benchmarks._support.machine import environment, write_report
+from benchmarks._support.torch_pair import to_torch, torch_pair
 from sora_jax.config import BFLOAT16, FLOAT32, open_sora_1_2
 from sora_jax.networks.merging import Merge
-from sora_jax.networks.positions import MAX_PERIOD
 from sora_jax.networks.stdit3 import Conditioning, STDiT3Block
 from sora_jax.storage.checkpoint import flatten, unflatten
 
@@ -230,73 +230,6 @@ def compiled(
     program = pair.lower(flats, x, conditioning).compile()
     print(f"compiled {'merged' if rule else 'plain'} pair in {time.perf_counter() - start:.1f} s")
     return lambda: program(flats, x, conditioning)
-
-
-def to_torch(value: jax.Array) -> torch.Tensor:
-    """Returns a tensor of the same dtype; matrices in PyTorch's layout (out, in)."""
-    wide = torch.from_numpy(np.array(value, np.float32))
-    return (wide.T.contiguous() if wide.ndim == 2 else wide).to(getattr(torch, str(value.dtype)))
-
-
-def torch_pair(flats: dict[str, dict[str, torch.Tensor]], arrays: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Returns the tokens after a spatial and a temporal block."""
-    x = arrays["x"]
-    for kind in ("spatial", "temporal"):
-        x = torch_block(flats[kind], x, arrays, temporal=kind == "temporal")
-    return x
-
-
-def torch_block(
-    p: dict[str, torch.Tensor], x: torch.Tensor, arrays: dict[str, torch.Tensor], *, temporal: bool
-) -> torch.Tensor:
-    """Returns the tokens after one block; every matrix has PyTorch's layout."""
-    width = CONFIG.hidden_size
-    table = p["scale_shift_table"].T.float()  # to_torch transposed it
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (table[None] + arrays["mod"]).to(x.dtype)[:, :, None, None].unbind(1)
-    normed = functional.layer_norm(x, (width,), eps=1e-6) * (1 + scale) + shift
-    x = x + gate * torch_self_attention(p, normed, temporal=temporal)
-    x = x + torch_cross_attention(p, x, arrays["caption"], arrays["mask"])
-    normed = functional.layer_norm(x, (width,), eps=1e-6) * (1 + scale_mlp) + shift_mlp
-    hidden = functional.gelu(functional.linear(normed, p["mlp.fc1.kernel"], p["mlp.fc1.bias"]), approximate="tanh")
-    return x + gate_mlp * functional.linear(hidden, p["mlp.fc2.kernel"], p["mlp.fc2.bias"])
-
-
-def torch_self_attention(p: dict[str, torch.Tensor], x: torch.Tensor, *, temporal: bool) -> torch.Tensor:
-    """Returns attention within frames, or along time."""
-    heads, size = CONFIG.num_heads, CONFIG.head_size
-    rows = x.transpose(1, 2) if temporal else x  # [B, outer, sequence, D]
-    batch, outer, length, width = rows.shape
-    qkv = functional.linear(rows.reshape(batch * outer, length, width), p["attn.qkv.kernel"], p["attn.qkv.bias"])
-    q, k, v = qkv.view(batch * outer, length, 3, heads, size).permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = (functional.rms_norm(part, (size,), p[f"attn.{name}_norm.scale"], eps=1e-6) for part, name in ((q, "q"), (k, "k")))
-    if temporal:
-        q, k = torch_rotate(q), torch_rotate(k)
-    out = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, outer, length, width)
-    out = functional.linear(out, p["attn.proj.kernel"], p["attn.proj.bias"])
-    return out.transpose(1, 2) if temporal else out
-
-
-def torch_rotate(x: torch.Tensor) -> torch.Tensor:
-    """Returns queries or keys [..., T, K] rotated by frame index."""
-    angle = torch.arange(x.shape[-2])[:, None] * MAX_PERIOD ** -(torch.arange(0, x.shape[-1], 2) / x.shape[-1])
-    cosine, sine = (part.repeat_interleave(2, dim=-1).to(x.dtype) for part in (angle.cos(), angle.sin()))
-    turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-    return x * cosine + turned * sine
-
-
-def torch_cross_attention(
-    p: dict[str, torch.Tensor], x: torch.Tensor, caption: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """Returns attention to the caption's real tokens."""
-    heads, size = CONFIG.num_heads, CONFIG.head_size
-    batch, frames, places, width = x.shape
-    q = functional.linear(x, p["cross_attn.q_linear.kernel"], p["cross_attn.q_linear.bias"])
-    q = q.reshape(batch, frames * places, heads, size).transpose(1, 2)
-    kv = functional.linear(caption, p["cross_attn.kv_linear.kernel"], p["cross_attn.kv_linear.bias"])
-    k, v = kv.view(batch, -1, 2, heads, size).permute(2, 0, 3, 1, 4).unbind(0)
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-    out = out.transpose(1, 2).reshape(batch, frames, places, width)
-    return functional.linear(out, p["cross_attn.proj.kernel"], p["cross_attn.proj.bias"])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from sora_jax import files, shell
 from sora_jax.commands import options
+from sora_jax.commands.generate import note_dtype
 from sora_jax.commands.progress import progress_bar
 from sora_jax.commands.prompts import read_prompts
 from sora_jax.commands.user_cache import use_compile_cache
@@ -19,6 +20,7 @@ from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Option, declared
 from sora_jax.pipeline.settings import Options, Settings
 from sora_jax.shell import note
+from sora_jax.streaming.budget import parse_budget
 
 OPTIONS = command_line.of_clip(
     "num_steps", "guidance", "seed", "shift", "merge_steps", "height", "width", "resolution", "aspect_ratio", "num_frames",
@@ -73,6 +75,8 @@ def run(asked: Arguments) -> None:
     model = ModelFile.read(asked.model)
     settings = model.resolve(asked.clip)
     settings.check_calibration(asked.evaluations, asked.half_from)
+    if asked.memory_budget is not None:
+        parse_budget(asked.memory_budget)
     use_compile_cache(asked.compile_cache)
     shell.interruptibly(lambda: _measure(asked, model, settings, texts), lambda: files.remove_partial(asked.output.parent))
 
@@ -81,6 +85,9 @@ def _measure(asked: Arguments, model: ModelFile, settings: Settings, texts: Sequ
     from sora_jax.pipeline.pipeline import Pipeline
 
     pipeline = Pipeline.open(model, memory_budget=asked.memory_budget, attention=asked.attention or "auto")
+    settings = pipeline.networks.decide(settings)
+    if not asked.quiet:
+        note_dtype(settings)
     with files.claimed(asked.output), progress_bar(asked.quiet) as callback:
         measured = pipeline.calibrate(
             texts,

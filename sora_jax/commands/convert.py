@@ -237,14 +237,23 @@ def _convert(network: str, asked: Conversion) -> int:
             dtype=asked.dtype,
             overwrite=asked.overwrite,
             options=asked.options(),
-            report=(lambda opened: None) if asked.quiet else _note_source,
+            report=functools.partial(_check_source, asked),
             progress=lambda done, total: bar.show(network, done, total),
         )
     shell.result(_summary(manifest, time.monotonic() - started))
     return OK
 
 
-def _note_source(opened: "Source") -> None:
+def _check_source(asked: Conversion, opened: "Source") -> None:
+    """Refuses a choice that the source does not offer, and says what was taken and ignored.
+
+    Raises:
+      ValueError: no file of the source holds several state dicts.
+    """
+    if asked.section is not None and not opened.checkpoint.sections:
+        raise ValueError(f"{asked.source} holds no state dicts to choose from; leave --section out.")
+    if asked.quiet:
+        return
     for line in (*opened.checkpoint.notes, f"configuration: {opened.resolved.origin}"):
         note(line)
     if opened.resolved.ignored:
@@ -300,6 +309,10 @@ def _dtypes(text: str) -> dict[str, str]:
 
 
 def _verify(_: str, asked: Verification) -> int:
+    if asked.source is None:
+        idle = [each.called for each in declared(Reading).values() if getattr(asked, each.name) != each.default]
+        if idle:
+            raise ValueError(f"{idle[0]} says how a source is read; give --source as well, or leave {idle[0]} out.")
     from convert_weights.verify import verify
 
     directory = model_path(asked.directory)

@@ -54,6 +54,10 @@ class Arguments(options.Writing):
     )
     licence: Annotated[str | None, Option("Licence of the weights, for the manifest.", metavar="TEXT")] = None
     no_fused_attention: Annotated[bool, Option("Core ML: plain operations for attention.")] = False
+    logits_limit: Annotated[
+        str,
+        Option("Attention whose logits would take more than this (in float32) is computed in chunks.", metavar="SIZE"),
+    ] = "256MiB"
     clip: Options
 
 
@@ -122,6 +126,7 @@ def _export(asked: Arguments, sizes: Sequence[tuple[int, int, int]], stop: threa
             settings=asked.clip,
             licence=asked.licence,
             fuse_attention=not asked.no_fused_attention,
+            logits_limit=asked.logits_limit,
             overwrite=asked.overwrite,
             progress=progress,
         )

@@ -201,6 +201,7 @@ def make(request: Request) -> None:
     if not jobs:
         return
     pipeline = opened(asked, request.model)
+    settings = pipeline.networks.decide(settings)
     pipeline.check(settings, min(asked.batch_size, len(jobs)))
     samples = pipeline.read(
         [job.text for job in jobs],
@@ -302,6 +303,18 @@ def note_what_is_beyond(pipeline: "Pipeline", settings: Settings, prompts: Seque
     beyond = trained.outside(settings) if trained is not None else ""
     if beyond:
         note(beyond)
+    note_dtype(settings)
+
+
+def note_dtype(settings: Settings) -> None:
+    """Says where the compute dtype may be slow on this device."""
+    import jax
+
+    from sora_jax.devices.compute_dtype import dtype_note
+
+    slow = dtype_note(settings.dtype, platform=jax.default_backend())
+    if slow:
+        note(slow)
 
 
 def _each(flag: str, values: Sequence[str], texts: Sequence[str]) -> Sequence[str]:

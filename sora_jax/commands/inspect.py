@@ -22,7 +22,7 @@ from sora_jax.storage import directory
 from sora_jax.streaming.budget import AUTO, parse_budget
 
 PLANNED = command_line.of_clip(
-    "num_frames", "height", "width", "resolution", "aspect_ratio", "num_steps", "guidance", "loop", "dtype"
+    "num_frames", "height", "width", "resolution", "aspect_ratio", "num_steps", "guidance", "merge_steps", "loop", "dtype"
 )
 _CLIPS = (".mp4", ".gif", ".png", ".npz")
 _BANDWIDTH = "1.3GB"  # a second, of a layer read from a solid-state disk
@@ -156,6 +156,7 @@ def inspect_memory(
     model = ModelFile.read(name)
     settings = model.resolve(clip)
 
+    from sora_jax.devices.compute_dtype import choose_dtype
     from sora_jax.pipeline.workload import workload_of
     from sora_jax.streaming import report
     from sora_jax.streaming.fitting import check_fits
@@ -163,6 +164,7 @@ def inspect_memory(
 
     for manifest in model.manifests.values():
         check_fits(manifest)
+    settings = dataclasses.replace(settings, dtype=choose_dtype(settings.dtype, platform="cpu"))  # what the plan is about
     workload = workload_of(settings, 1 if batch_size is None else batch_size, attention=attention or "auto")
     plan = plan_memory(model.manifests, workload, budget)
     return {"path": str(model.directory), **report.fields(plan, **speed)}, report.table(plan, **speed)

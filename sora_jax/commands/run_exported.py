@@ -31,6 +31,9 @@ class Arguments(options.Writing):
     prompt: Annotated[str, Option("Caption.", metavar="PROMPT", positional=True)]
     output: Annotated[Path, Option("Output file.", flags=("-o", "--output"), metavar="FILE")] = Path("clip.mp4")
     size: Annotated[str | None, Option("One of the exported sizes (default: the first).", metavar="FxHxW")] = None
+    reference_path: Annotated[
+        Path | None, Option("Image that becomes the first frame; needs an export of vae_encoder.", metavar="FILE")
+    ] = None
     sampler: Annotated[bool, Option("StableHLO: run the whole loop as one program.")] = False
     unload: Annotated[bool, Option("Unload every stage when the manifest says that it may be.")] = False
     clip: Options
@@ -54,6 +57,7 @@ def run(asked: Arguments) -> None:
     """
     if str(asked.output) == "-":
         raise ValueError("--output - is no file, and standard output holds paths only; name a file.")
+    _check_prompt(asked.prompt)
     shell.interruptibly(lambda: _make(asked), lambda: files.remove_partial(asked.output.parent))
 
 
@@ -72,18 +76,53 @@ def _make(asked: Arguments) -> None:
     loop: Literal["sampler", "stages"] = "sampler" if asked.sampler else "stages"
     video.check_target(asked.output, size["num_frames"], overwrite=asked.overwrite)
     files.refuse_unwritable(asked.output.parent)
+    if asked.reference_path is not None:
+        model.refuse_frames(loop)
+    image = _image(asked.reference_path, size)
     text = prompt.prompt_at_loop(prompt.prepare_prompt(asked.prompt, **tokens["scores"]), 0)
     ids, mask = Tokenizer.from_file(tokenizer).encode([text], tokens["length"])
     began = time.perf_counter()
     with files.claimed(asked.output):
-        z_BTHWC = np.asarray(noise.initial_noise(seed, (1, *size["latents"])))
-        result = model(ids, mask, z_BTHWC, size=size["key"], loop=loop, **numbers)
+        z_BTHWC, frame_mask = np.array(noise.initial_noise(seed, (1, *size["latents"]))), None
+        if image is not None:
+            z_BTHWC[:, :1] = model.encode(image, size["key"])
+            frame_mask = (np.arange(size["latents"][0])[None] > 0).astype(np.float32)
+        result = model(ids, mask, z_BTHWC, size=size["key"], loop=loop, frame_mask_BT=frame_mask, **numbers)
         parameters = {"prompt": asked.prompt, "seed": seed, "exported": model.manifest["target"], "loop": loop, **used}
         frames = video.quantise(result.frames_Bthw3)[0]
         video.save(frames, asked.output, fps=size["conditions"]["fps_B"], parameters=parameters, overwrite=asked.overwrite)
     if not asked.quiet:
         note(f"{counted(result.evaluations, 'evaluation')}, {time.perf_counter() - began:.1f} s")
     shell.result(asked.output)
+
+
+def _check_prompt(text: str) -> None:
+    """Refuses what has no effect here: conditions in JSON, and segments for later clips; an export makes one clip.
+
+    Raises:
+      ValueError: says which.
+    """
+    _, reference, strategy = prompt.extract_json(text)
+    if reference or strategy:
+        raise ValueError("the prompt's JSON has no effect on an export; leave it out (--reference-path names a first frame).")
+    beyond = [start for start in prompt.split_prompt(text)[1] or () if start > 0]
+    if beyond:
+        raise ValueError(f"prompt {text[:60]!r} has a segment from clip {beyond[0]} on, but an export makes one clip.")
+
+
+def _image(path: Path | None, size: Any) -> Any:
+    """Returns an image [1, 1, h, w, 3] in [-1, 1] at the pixels of a size, None without one.
+
+    Raises:
+      ValueError: it is a video, or no image; OSError: it cannot be read.
+    """
+    if path is None:
+        return None
+    from sora_jax.inputs import references
+
+    if references.count_frames(path) != 1 or path.suffix.lower() not in references.IMAGE_SUFFIXES:
+        raise ValueError(f"--reference-path {path} is a video; expected an image, the first frame.")
+    return references.read_reference(path, size["height"], size["width"])[None]
 
 
 def _leap_entry(leap: Any) -> dict[str, Any] | None:

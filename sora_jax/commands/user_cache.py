@@ -67,9 +67,15 @@ def _keep_nothing() -> None:
 
 
 def caption_folder(choice: str | None) -> Path | None:
-    """Returns where caption features are kept: the folder of that name, else in the user's cache; None for ``off``."""
+    """Returns where caption features are kept: the folder of that name, else in the user's cache; None for ``off``.
+
+    Raises:
+      OSError: the folder that was asked for cannot be written.
+    """
     if choice == "off":
         return None
+    if choice:
+        files.refuse_unwritable(choice)
     return Path(choice) if choice else _user_cache("captions")
 
 

@@ -36,12 +36,14 @@ FLOAT_BYTES = 4
 class ByLogits:
     """Dense while the logits take at most ``dense_bytes``, else in chunks of that size.
 
-    Where they take more than ``kernel_bytes``, the first of ``kernels`` that can do it comes before both.
+    Where they take more than ``kernel_bytes``, the first of ``kernels`` that can do it comes before both.  ``unrolled`` as in
+    `Chunked`.
     """
 
     dense_bytes: int
     kernels: tuple[Attention, ...] = ()
     kernel_bytes: int = 0
+    unrolled: bool = False
 
     def __call__(
         self,
@@ -63,7 +65,7 @@ class ByLogits:
             except NotImplementedError:
                 continue
         at_once = self.queries(*shape)
-        form = DENSE if at_once == shape[2] else Chunked(at_once)
+        form = DENSE if at_once == shape[2] else Chunked(at_once, unrolled=self.unrolled)
         return form(q_BNSK, k_BNLK, v_BNLK, **options)
 
     def asked(self, batch: int, heads: int, queries: int, keys: int) -> tuple[Attention, ...]:

@@ -4,7 +4,9 @@ Invariant: a package runs only while all its files have the recorded bytes: cons
 are looked at before every call.  Nothing runs on Apple hardware.
 """
 
-from collections.abc import Mapping
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,9 @@ from sora_jax.export.opening import Runner, refuse_other_name, refuse_other_tens
 def open_function(contents: Contents, stage: StageEntry, function: FunctionEntry) -> Runner:
     """Returns a saved function, run by the interpreter; see `opening.Opener`."""
     require("coreml", "coremltools")
-    from sora_jax.export import mil_check
-    from sora_jax.export.mil_package import MilError
+    with _without_notes():
+        from sora_jax.export import mil_check
+        from sora_jax.export.mil_package import MilError
 
     artefact = function["artefact"]
     called, suffix = artefact.get("function", "main"), artefact.get("output_suffix", "")
@@ -35,10 +38,24 @@ def open_function(contents: Contents, stage: StageEntry, function: FunctionEntry
 
     def run(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         contents.package(artefact["file"])
-        values = program.run(called, {name: np.asarray(given[name]) for name in inputs})
+        try:
+            values = program.run(called, {name: np.asarray(given[name]) for name in inputs})
+        except MilError as error:  # inputs are the manifest's, so the program is at fault
+            raise ExportFileError(f"{path} cannot be run ({error}); export again.") from error
         return {name.removesuffix(suffix): value for name, value in values.items()}
 
     return run
+
+
+@contextlib.contextmanager
+def _without_notes() -> Iterator[None]:
+    """Silences what coremltools logs when it is imported away from Apple's systems: eight lines that change nothing here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _tensors(tensors: Mapping[str, Any], suffix: str = "") -> dict[str, tuple[str, tuple[int, ...]]]:

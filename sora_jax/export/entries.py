@@ -139,6 +139,22 @@ class ArtefactEntry(TypedDict):
     output_suffix: NotRequired[str]
 
 
+class ChunkedEntry(TypedDict):
+    """An attention that is computed in chunks of at most ``queries`` queries."""
+
+    part: str
+    size: str
+    attention: str
+    queries: int
+
+
+class AttentionEntry(TypedDict):
+    """From how many bytes of logits on attention is chunked, and which is."""
+
+    logits_limit_bytes: int
+    chunked: list[ChunkedEntry]
+
+
 class FunctionEntry(TypedDict):
     """A function of fixed shapes."""
 
@@ -182,6 +198,7 @@ class UnsealedManifest(TypedDict):
     tokens: TokensEntry
     sizes: list[SizeEntry]
     sampling: SamplingEntry
+    attention: NotRequired[AttentionEntry]
     phases: list[PhaseEntry]
     stages: list[StageEntry]
     sampler: SamplerEntry | None

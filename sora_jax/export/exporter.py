@@ -21,6 +21,7 @@ from typing import IO, Any
 from sora_jax import files
 from sora_jax.config import ModelConfig
 from sora_jax.export import capture, describe, manifest, worker
+from sora_jax.export.attention import LOGITS_LIMIT, attention_entry
 from sora_jax.export.check import CheckError
 from sora_jax.export.entries import (
     ExportManifest,
@@ -45,6 +46,7 @@ from sora_jax.pipeline.model_file import model_path, tokenizer_path
 from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.pipeline.settings import Settings
 from sora_jax.storage import directory as model_directory
+from sora_jax.streaming.budget import AUTO, parse_budget
 
 GROUP_BYTES = 256_000_000  # float32 weights that one process exports; a stage of a large model has more
 _SPARE_BYTES = 200_000_000
@@ -71,6 +73,7 @@ def export(
     settings: Mapping[str, Any] | None = None,
     licence: str | None = None,
     fuse_attention: bool = True,
+    logits_limit: str | int | float = LOGITS_LIMIT,
     overwrite: bool = False,
     progress: Callable[[Progress], Any] | None = None,
 ) -> ExportManifest:
@@ -91,6 +94,7 @@ def export(
       settings: numbers of the loop in place of the model's defaults: num_steps, guidance, merge_steps, leap, fps, ...
       licence: the weights' licence, for the manifest and Core ML packages; None: not stated.
       fuse_attention: Core ML only: use the converter's fused attention.
+      logits_limit: bytes, such as ``"500MB"``; where one attention's logits would take more (in float32) it is chunked.
       overwrite: replace an existing folder, once the new one is complete.
       progress: called about twice a second; what it raises ends the export.
 
@@ -106,8 +110,16 @@ def export(
     pipeline = Pipeline.from_pretrained(directory)
     chosen = pipeline.resolve({"num_frames": num_frames, "height": height, "width": width, **(settings or {})})
     metadata = {"model": pipeline.model_id, "licence": licence or "not stated"}
-    options = Options(precision=precision, weights=weights, fuse_attention=fuse_attention, metadata=metadata)
+    options = Options(
+        precision=precision,
+        weights=weights,
+        fuse_attention=fuse_attention,
+        logits_limit=_parsed_limit(logits_limit),
+        metadata=metadata,
+    )
     target_module(target).check_options(options)
+    if not fuse_attention and target != "coreml":
+        raise ValueError(f"fuse_attention (--no-fused-attention) is Core ML's; leave it out for {target}.")
     sizes = (Size(num_frames=chosen.num_frames, height=chosen.height, width=chosen.width), *further_sizes)
     job = Job(
         directory=str(model_path(directory).resolve()),
@@ -162,6 +174,13 @@ def _order(job: Job, pipeline: Pipeline, settings: Settings, licence: str | None
     )
     manifest.refuse_numbers(job.target, sampling=order.sampling, sizes=order.sizes, tokens=order.tokens)
     return order
+
+
+def _parsed_limit(limit: str | int | float) -> int:
+    try:
+        return parse_budget("" if limit == AUTO else limit)
+    except ValueError:
+        raise ValueError(f"logits limit is {limit!r}; expected a size such as 500MB, or bytes.") from None
 
 
 def _refuse_target(out: Path, overwrite: bool) -> None:
@@ -298,6 +317,7 @@ def _manifest(order: _Order, stages: list[StageEntry], sampler: SamplerEntry | N
         "tokens": tokens,
         "sizes": order.sizes,
         "sampling": order.sampling,
+        "attention": attention_entry(pipeline.config, job.sizes, job.parts, job.options.logits_limit),
         "phases": phases([entry["name"] for entry in stages]),
         "stages": stages,
         "sampler": sampler,

@@ -267,12 +267,20 @@ class ExportedModel:
         """Returns the frame mask as an input: all ones unless the caller passes frames."""
         if mask_BT is None:
             return np.ones(shape, np.float32)
+        self.refuse_frames(loop)
+        return np.asarray(mask_BT, np.float32)
+
+    def refuse_frames(self, loop: str) -> None:
+        """Refuses a loop, or an export, that takes no frames; loads nothing.
+
+        Raises:
+          ValueError: says what would take them.
+        """
         if loop == "sampler":
             raise ValueError("the sampler program takes no frames; run loop 'stages'.")
         front = self._find_phase("step")["stages"][0]
         if "frame_mask_BT" not in {tensor["name"] for tensor in self.stages[front]["functions"][0]["inputs"]}:
             raise ValueError(f"{self.folder} cannot take frames; export it with the stage vae_encoder.")
-        return np.asarray(mask_BT, np.float32)
 
     def _find_phase(self, name: str) -> PhaseEntry:
         found = [phase for phase in self.manifest["phases"] if phase["name"] == name]

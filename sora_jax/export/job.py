@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from sora_jax.config import FLOAT32, NETWORKS, ModelConfig
+from sora_jax.export.attention import export_forms
 from sora_jax.export.entries import TargetName
 from sora_jax.export.size import Size
 from sora_jax.export.stages import PARTS, Stage, list_stages
@@ -72,7 +73,8 @@ class Job:
 
     def reference_stages(self, config: ModelConfig) -> list[Stage]:
         """Returns the stages to run, in float32 as the pipeline runs them."""
-        return list_stages(config, self.sizes, parts=self.needed_parts, policy=FLOAT32)
+        forms = export_forms(self.options.logits_limit, "stablehlo")  # with loops: it compiles sooner
+        return list_stages(config, self.sizes, parts=self.needed_parts, policy=FLOAT32, forms=forms)
 
     def exported_stages(self, config: ModelConfig) -> dict[str, Stage]:
         """Returns the stages to write by name, with the dtypes of the target."""
@@ -83,8 +85,9 @@ class Job:
         return {name: stage for name, stage in made.items() if self.writes(stage)}
 
     def _with_policy(self, config: ModelConfig, options: Options) -> dict[str, Stage]:
-        policy = target_module(self.target).policy(options)
-        return {stage.name: stage for stage in list_stages(config, self.sizes, parts=self.needed_parts, policy=policy)}
+        policy, forms = target_module(self.target).policy(options), export_forms(options.logits_limit, self.target)
+        listed = list_stages(config, self.sizes, parts=self.needed_parts, policy=policy, forms=forms)
+        return {stage.name: stage for stage in listed}
 
 
 def load_values(folder: Path, size: Size) -> dict[str, np.ndarray]:

@@ -109,6 +109,9 @@ class Program:
 
     def _argument(self, name: str, argument: Any, known: Values) -> Any:
         bindings = argument.arguments
+        for binding in bindings:
+            if binding.WhichOneof("binding") == "name" and binding.name not in known:
+                raise MilError(f"an operation reads {binding.name!a}, which nothing computes.")
         values = [known[b.name] if b.WhichOneof("binding") == "name" else _held(self.package.value(b.value)) for b in bindings]
         return values if name in _LISTS else values[0]
 

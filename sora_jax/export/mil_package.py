@@ -94,7 +94,17 @@ class Package:
         return {name: tensor_type(types[name]) for name in block.outputs}
 
     def value(self, value: Any) -> Any:
-        """Returns a constant: an array, or a Python string."""
+        """Returns a constant: an array, or a Python string.
+
+        Raises:
+          MilError: its weight file is missing, or does not hold what the program declares.
+        """
+        try:
+            return self._value(value)
+        except (ValueError, IndexError, RuntimeError, OverflowError) as error:  # of the reader, or of NumPy
+            raise MilError(f"{self.path.name} has a constant that cannot be read ({error}); export it again.") from error
+
+    def _value(self, value: Any) -> Any:
         kind = value.type.tensorType.dataType
         if kind == _KINDS.Value("STRING"):
             return value.immediateValue.tensor.strings.values[0]
@@ -112,7 +122,7 @@ class Package:
         if file_name not in self._readers:
             path = self.path / _WEIGHTS / file_name
             if not path.is_file():
-                raise MilError(f"{self.path.name} lacks its weight file {file_name}; export it again.")
+                raise MilError(f"{self.path.name} lacks its weight file {file_name!a}; export it again.")
             self._readers[file_name] = BlobReader(str(path))
         return self._readers[file_name]
 

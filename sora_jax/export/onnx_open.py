@@ -60,9 +60,13 @@ def _session(path: Path, contents: Contents, weights: str, stage: str) -> Any:
         raise ExportFileError(f"{path} is no ONNX graph ({type(error).__name__}); export again.") from error
     others = sorted({entry.value for tensor in _tensors_of(model.graph) for entry in _locations(tensor)} - {weights})
     if others or model.functions:
-        raise ExportFileError(f"{path} reads {', '.join(others) or 'functions'} besides {weights}; export again.")
+        raise ExportFileError(f"{path} reads {', '.join(map(ascii, others)) or 'functions'} besides {weights}; export again.")
     with contents.reading(weights) as weights_path:
-        refuse_other_name(weights_path, "weights of stage", weight_file.index(weights_path).stage, stage)
+        found = weight_file.index(weights_path)
+        refuse_other_name(weights_path, "weights of stage", found.stage, stage)
+        for tensor in _tensors_of(model.graph):
+            if tensor.external_data and not _is_of(tensor, found):
+                raise ExportFileError(f"{path} has {tensor.name!a} where {weights} has something else; export again.")
         values = weights_path.read_bytes()
     options = onnxruntime.SessionOptions()
     options.add_external_initializers_from_files_in_memory([weights], [values], [len(values)])
@@ -85,6 +89,16 @@ def _tensors_of(graph: Any) -> Iterator[Any]:
 
 def _locations(tensor: Any) -> Iterator[Any]:
     return (entry for entry in tensor.external_data if entry.key == "location")
+
+
+def _is_of(tensor: Any, found: weight_file.Index) -> bool:
+    """Returns whether a constant is the array of its name, by the header of the weights: its shape, and where it lies."""
+    entry = found.entries.get(tensor.name.partition("/")[2])
+    if entry is None or list(tensor.dims) != entry["shape"]:
+        return False
+    begin, end = entry["data_offsets"]
+    place = {one.key: one.value for one in tensor.external_data}
+    return (place.get("offset"), place.get("length")) == (str(found.start + begin), str(end - begin))
 
 
 def _tensors(values: Any) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from sora_jax.export.resident import sampler_name
 from sora_jax.export.size import Size
 from sora_jax.export.stablehlo import SUFFIX, serialise
 from sora_jax.export.stages import MERGE, Function, Stage
+from sora_jax.networks.forms import WHOLE, Forms
 from sora_jax.networks.stdit3 import STDiT3, with_null_caption
 from sora_jax.pipeline.velocity import Velocity
 from sora_jax.sampling.leap import LeapRule, Mode
@@ -43,13 +44,13 @@ CAPACITY = capacity(1)
 
 
 def sampler_functions(
-    config: ModelConfig, sizes: Sequence[Size], stages: Sequence[Stage], *, policy: DTypePolicy
+    config: ModelConfig, sizes: Sequence[Size], stages: Sequence[Stage], *, policy: DTypePolicy, forms: Forms = WHOLE
 ) -> list[Function]:
     """Returns the sampler of every leap mode and size, as a function of ``<stage>/<local name>`` parameters.
 
     ``stages`` are those of the transformer, of the same policy; the sampler takes no reference frames.
     """
-    shell = jax.eval_shape(lambda: STDiT3(config.stdit3, policy=policy, rngs=nnx.Rngs(0)))
+    shell = jax.eval_shape(lambda: STDiT3(config.stdit3, policy=policy, forms=forms, rngs=nnx.Rngs(0)))
     flat_names = {f"{stage.name}/{local}": flat for stage in stages for local, flat in stage.parameters.items()}
     functions = []
     for size in sizes:

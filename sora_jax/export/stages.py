@@ -24,6 +24,7 @@ from sora_jax.config import FLOAT32, DTypePolicy, ModelConfig
 from sora_jax.export import forwards
 from sora_jax.export.size import Size
 from sora_jax.networks import merging
+from sora_jax.networks.forms import WHOLE, Forms
 from sora_jax.networks.layers import RMSNorm
 from sora_jax.networks.stdit3 import Embed, Final, STDiT3Block
 from sora_jax.networks.t5 import T5Block, T5Embed
@@ -127,6 +128,7 @@ def list_stages(
     *,
     parts: Sequence[str] = DEFAULT_PARTS,
     policy: DTypePolicy = FLOAT32,
+    forms: Forms = WHOLE,
 ) -> list[Stage]:
     """Returns the stages of ``parts`` in execution order: text, transformer, decoder, encoder.
 
@@ -138,7 +140,7 @@ def list_stages(
     check_parts(parts)
     for size in sizes:
         check_multiple(config.vae, config.stdit3.patch_size[1], size.height, size.width)
-    builder = _Builder(config, sizes, policy=policy, frame_mask="vae_encoder" in parts)
+    builder = _Builder(config, sizes, policy=policy, forms=forms, frame_mask="vae_encoder" in parts)
     stages: list[Stage] = []
     for part, build in zip(PARTS, (builder.t5, builder.stdit3, builder.vae_decoder, builder.vae_encoder), strict=True):
         stages += build() if part in parts else []
@@ -159,8 +161,8 @@ def check_parts(parts: Sequence[str]) -> None:
 class _Builder:
     """What the stages of one export have in common."""
 
-    def __init__(self, config: ModelConfig, sizes: Sequence[Size], *, policy: DTypePolicy, frame_mask: bool):
-        self.config, self.sizes, self.policy = config, sizes, policy
+    def __init__(self, config: ModelConfig, sizes: Sequence[Size], *, policy: DTypePolicy, forms: Forms, frame_mask: bool):
+        self.config, self.sizes, self.policy, self.forms = config, sizes, policy, forms
         self.frame_mask = frame_mask
         self.length = config.stdit3.model_max_length
 
@@ -172,7 +174,7 @@ class _Builder:
         ids = jax.ShapeDtypeStruct((1, self.length), jnp.int32)
         shells = {
             "t5_embed": _shell(lambda rngs: T5Embed(config, policy=self.policy, rngs=rngs)),
-            "t5_block": _shell(lambda rngs: T5Block(config, policy=self.policy, rngs=rngs)),
+            "t5_block": _shell(lambda rngs: T5Block(config, policy=self.policy, forms=self.forms, rngs=rngs)),
             "t5_final": _shell(lambda _: RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, policy=self.policy)),
         }
         inputs: dict[str, dict[str, jax.ShapeDtypeStruct]] = {
@@ -197,11 +199,11 @@ class _Builder:
 
     def stdit3(self) -> list[Stage]:
         """Returns front, pairs of blocks and final layer of the transformer."""
-        config, policy = self.config.stdit3, self.policy
+        config, policy, forms = self.config.stdit3, self.policy, self.forms
         embed = _shell(lambda rngs: Embed(config, policy=policy, rngs=rngs))
         blocks = {
-            "spatial": _shell(lambda rngs: STDiT3Block(config, temporal=False, policy=policy, rngs=rngs)),
-            "temporal": _shell(lambda rngs: STDiT3Block(config, temporal=True, policy=policy, rngs=rngs)),
+            "spatial": _shell(lambda rngs: STDiT3Block(config, temporal=False, policy=policy, forms=forms, rngs=rngs)),
+            "temporal": _shell(lambda rngs: STDiT3Block(config, temporal=True, policy=policy, forms=forms, rngs=rngs)),
         }
         last = _shell(lambda rngs: Final(config, policy=policy, rngs=rngs))
         front = _program(
@@ -282,7 +284,7 @@ class _Builder:
 
     def _vae(self, name: str, layers: tuple[str, ...], variants: Sequence[_Variant]) -> Stage:
         def build(rngs: nnx.Rngs) -> VAE:
-            vae = VAE(self.config.vae, policy=self.policy, rngs=rngs)
+            vae = VAE(self.config.vae, policy=self.policy, forms=self.forms, rngs=rngs)
             for layer in self.config.vae.layers:
                 if layer not in layers:
                     delattr(vae, layer)

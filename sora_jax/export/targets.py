@@ -15,6 +15,7 @@ from typing import Protocol, cast, get_args, runtime_checkable
 import numpy as np
 
 from sora_jax.config import DTypePolicy
+from sora_jax.export.attention import LOGITS_LIMIT
 from sora_jax.export.entries import ArtefactEntry, Precision, TargetName, Weights
 from sora_jax.export.stages import Stage
 
@@ -27,12 +28,14 @@ class Options:
       precision: ``float32`` or ``float16`` arithmetic; stages marked ``keep_float32`` stay float32.
       weights: how matrices are stored.
       fuse_attention: Core ML only: let the converter use its fused attention operation.
+      logits_limit: bytes of float32 logits beyond which an attention is chunked.
       metadata: texts that an artefact carries where its format has a place for them (model, licence).
     """
 
     precision: Precision = "float32"
     weights: Weights = "float"
     fuse_attention: bool = True
+    logits_limit: int = LOGITS_LIMIT
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

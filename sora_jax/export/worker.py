@@ -22,6 +22,7 @@ import numpy as np
 
 from sora_jax.config import ModelConfig
 from sora_jax.export import capture, check, describe, resident, stablehlo_open, stablehlo_sampler
+from sora_jax.export.attention import export_forms
 from sora_jax.export.contents import Contents
 from sora_jax.export.entries import SamplerEntry, SamplingEntry, StageEntry
 from sora_jax.export.host_program import guided
@@ -159,7 +160,8 @@ def _export_sampler(
     tell(SAMPLER, 0.0)
     stages = [stage for stage in exported.values() if stage.network == "stdit3"]
     contents, policy = Contents(folder, None), target_module(job.target).policy(job.options)
-    functions = stablehlo_sampler.sampler_functions(config, job.sizes, stages, policy=policy)
+    forms = export_forms(job.options.logits_limit, job.target)
+    functions = stablehlo_sampler.sampler_functions(config, job.sizes, stages, policy=policy, forms=forms)
     artefacts = stablehlo_sampler.save(functions, stages, folder, int8=job.options.weights == "int8")
     entries = [describe.function_entry(function, artefacts[function.name]) for function in functions]
     limits = check.limits(job.options.precision, job.options.weights).relaxed(check.WHOLE_NETWORK_DB)

@@ -100,13 +100,15 @@ class Chunked:
     """The logits of ``queries`` queries at a time, at most: a loop over blocks of them, each of which is dense.
 
     Blocks are equally long and no shorter than `LEAST_QUERIES`; the last may overlap the one before, whose rows it computes
-    again.  Every row is reduced whole, so on a CPU the bits are those of the dense form.
+    again.  Every row is reduced whole, so on a CPU the bits are those of the dense form.  With ``unrolled`` they are written
+    one after the other, for export targets that have no loops.
 
     Raises:
       ValueError: ``queries`` is below `LEAST_QUERIES`.
     """
 
     queries: int = 256
+    unrolled: bool = False
 
     def __post_init__(self) -> None:
         if self.queries < LEAST_QUERIES:
@@ -132,15 +134,18 @@ class Chunked:
         size = max(LEAST_QUERIES, -(-length // count))
         starts = [min(i * size, length - size) for i in range(count)]
 
-        def blocks(rows: Array | None) -> Array | None:
-            """Returns what belongs to the queries of each block; a single row belongs to all."""
-            if rows is None:
-                return None
-            return jnp.stack([rows if rows.shape[2] == 1 else rows[:, :, start : start + size] for start in starts])
+        def block(rows: dict[str, Array]) -> Array:
+            return dense(rows["q"], k_BNLK, v_BNLK, bias=rows.get("bias"), mask=rows.get("mask"))
 
-        def block(rows: tuple[Array, Array | None, Array | None]) -> Array:
-            return dense(rows[0], k_BNLK, v_BNLK, bias=rows[1], mask=rows[2])
-
-        out = jax.lax.map(block, (blocks(q_BNSK), blocks(bias), blocks(mask)))
+        given = {name: rows for name, rows in (("q", q_BNSK), ("bias", bias), ("mask", mask)) if rows is not None}
+        parts = [  # what belongs to the queries of each block; a single row belongs to all
+            {name: rows if rows.shape[2] == 1 else rows[:, :, start : start + size] for name, rows in given.items()}
+            for start in starts
+        ]
+        done = (count - 1) * size  # rows before the last block, which computes some of them again
+        if self.unrolled:
+            *before, last = [block(part) for part in parts]
+            return jnp.concatenate([*before, last[:, :, done - length :]], axis=2)
+        out = jax.lax.map(block, jax.tree.map(lambda *rows: jnp.stack(rows), *parts))
         whole = rearrange(out[:-1], "c b n s k -> b n (c s) k")
-        return jnp.concatenate([whole, out[-1][:, :, whole.shape[2] - length :]], axis=2)
+        return jnp.concatenate([whole, out[-1][:, :, done - length :]], axis=2)

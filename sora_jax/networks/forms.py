@@ -15,7 +15,8 @@ class Forms:
     Attributes:
       attention: the form of every attention.
       hidden_bytes: most bytes of the hidden units of a transformer block's MLP, its widest array; with more tokens than that
-        the block takes a portion at a time (see ``portions``).  None: all tokens at once.
+        the block takes a portion at a time (see ``portions``).  Also most bytes of the features of decoded frames; with more
+        the decoder computes bands of rows (see ``vae.bands``).  None: everything at once.
     """
 
     attention: Attention = DENSE

@@ -17,11 +17,13 @@ import jax
 
 from sora_jax.config import ModelConfig, policy_of
 from sora_jax.devices.attention_choice import choose_forms
+from sora_jax.devices.compute_dtype import choose_dtype
 from sora_jax.devices.names import check_attention
 from sora_jax.networks import registry
 from sora_jax.networks.forms import Forms
 from sora_jax.networks.layers import precision_chosen
 from sora_jax.pipeline.caption_cache import CaptionCache
+from sora_jax.pipeline.settings import Settings
 from sora_jax.process import Timings
 from sora_jax.storage.checkpoint import load_parameters, unflatten
 from sora_jax.storage.directory import Manifest, ModelDirectoryError
@@ -99,6 +101,10 @@ class Networks:
         for stream in self._streams.values():
             stream.retention.budget = budget
         self._budget = budget
+
+    def decide(self, settings: Settings) -> Settings:
+        """Returns the settings with the compute dtype that they have on this machine's device."""
+        return dataclasses.replace(settings, dtype=choose_dtype(settings.dtype, platform=jax.default_backend()))
 
     def forms(self, dtype: str) -> Forms:
         """Returns how networks compute in ``dtype`` on this machine.

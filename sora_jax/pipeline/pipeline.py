@@ -21,7 +21,7 @@ from sora_jax.pipeline.latents_file import check_latents_target, load_latents, s
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.open_model import Networks
 from sora_jax.pipeline.recipe_file import CALIBRATED, PlanFile
-from sora_jax.pipeline.run import Callback, Generation
+from sora_jax.pipeline.run import Callback, Generation, planned
 from sora_jax.pipeline.samples import Sample, read_samples
 from sora_jax.pipeline.settings import Options, Settings
 from sora_jax.pipeline.workload import attention_used
@@ -147,21 +147,23 @@ class Pipeline:
         return self.generate(samples, settings, latents_path=latents_path, overwrite=overwrite, callback=callback)
 
     def resolve(self, options: Mapping[str, Any]) -> Settings:
-        """Returns complete settings from options (see `Options`), with a size that this model can make.
+        """Returns complete settings from options (see `Options`), with a size that this model and a dtype that this device has.
 
         Raises:
           ValueError: an option is wrong or without effect.
         """
-        return self.model.resolve(options)
+        return self.networks.decide(self.model.resolve(options))
 
     def check(self, settings: Settings, num_clips: int = 1) -> None:
-        """Refuses settings that this machine or this model cannot do, before anything is loaded.
+        """Refuses settings that this machine, the budget or this model cannot do, before anything is loaded.
 
         Raises:
-          ValueError: says how much memory there is, which numbers of frames can be merged, or where the attention runs.
+          ValueError: says how much memory there is, or is needed, which numbers of frames can be merged, or where the
+            attention runs.
         """
         settings.check_room(num_clips)
         self.networks.forms(settings.dtype)
+        planned(self.networks, settings, num_clips)
         if settings.merge_steps:
             num_latents, _, _ = latent_size(self.config.vae, settings.num_frames, settings.height, settings.width)
             merging.check_frames(num_latents, settings.merge.odd)
@@ -240,9 +242,8 @@ class Pipeline:
         """
         settings = self.resolve({}) if settings is None else settings
         settings.check_calibration(evaluations, half_from)
-        self.check(settings)
         texts = _texts("prompts", prompts)
-        settings.check_room(len(texts))
+        self.check(settings, len(texts))
         samples = self.read(texts, settings)
         generation = Generation(self.networks, self.tokenizer, settings, Timings(), callback)
         measured = generation.calibrate(samples, keep)
@@ -265,7 +266,7 @@ class Pipeline:
         """
         latents, parameters = load_latents(path)
         try:
-            settings = Settings.from_dict(parameters[0])
+            settings = self.networks.decide(Settings.from_dict(parameters[0]))
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"{path} lacks the settings of its samples ({error}); expected a file of --save-latents."

@@ -76,6 +76,18 @@ class Sampled:
     videos: Sequence[Pixels]
 
 
+def planned(networks: Networks, settings: Settings, num_samples: int, *, encodes: bool = False) -> MemoryPlan | None:
+    """Returns the memory plan of a generation, None without a budget; ``encodes``: there are references.
+
+    Raises:
+      ValueError: the budget is too small; the message says how much is needed, and what would fit.
+    """
+    if networks.budget is None:
+        return None
+    workload = workload_of(settings, num_samples, attention=networks.attention, encodes=encodes)
+    return plan_memory(networks.manifests, workload, networks.budget)
+
+
 class Generation:
     """The open networks, the settings and the clock of one generation."""
 
@@ -150,10 +162,7 @@ class Generation:
 
     def _begin(self, num_samples: int, encodes: bool) -> None:
         """Plans the memory if there is a budget, and refuses one that is too small before anything is loaded."""
-        networks, settings = self.networks, self.settings
-        if networks.budget is not None:
-            workload = workload_of(settings, num_samples, attention=networks.attention, encodes=encodes)
-            self._plan = plan_memory(networks.manifests, workload, networks.budget)
+        self._plan = planned(self.networks, self.settings, num_samples, encodes=encodes)
 
     @property
     def _coders(self) -> Coders:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Union, no_type_chec
 
 import numpy as np
 
+from sora_jax.devices.names import AUTO, DTYPES
 from sora_jax.inputs import sizes
 from sora_jax.networks.merge_rule import Merge
 from sora_jax.pipeline.frame_size import MAX_FRAMES, MAX_SIDE_PX, frame_size
@@ -135,7 +136,10 @@ class ClipOptions(TypedDict, total=False):
             default=5,
         ),
     ]
-    dtype: Annotated[str | None, Option("Compute dtype.", choices=("float32", "bfloat16"), default="float32")]
+    dtype: Annotated[
+        str | None,
+        Option("Compute dtype; auto: bfloat16 on a GPU or TPU, float32 on a CPU.", choices=DTYPES, default=AUTO),
+    ]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -220,8 +224,9 @@ _SCORES = ("aes", "flow", "camera_motion")
 class Settings:
     """One clip's settings: every option of `Options` but those that name others (size by name, preset), decided.
 
-    What is off is None.  ``height`` and ``width`` are the pixels that the model is conditioned on; frames have
-    ``height // 8 * 8`` rows and ``width // 8 * 8`` columns.  Sample b of a batch uses ``seed + b``.
+    What is off is None.  ``dtype`` is ``auto`` until the device is known (`Networks.decide`).  ``height`` and ``width`` are
+    the pixels that the model is conditioned on; frames have ``height // 8 * 8`` rows and ``width // 8 * 8`` columns.  Sample b
+    of a batch uses ``seed + b``.
     """
 
     num_steps: int
@@ -346,6 +351,9 @@ class Settings:
         settings = cls(**{**fields, "save_fps": fields["fps"] if fields["save_fps"] is None else fields["save_fps"]})
         if "merge" in asked and not settings.merge_steps:
             raise ValueError("merge says what merged steps merge, but merge_steps is 0; set it as well, or leave merge out.")
+        idle = [name for name in ("condition_frame_length", "condition_frame_edit") if name in asked and settings.loop == 1]
+        if idle:
+            raise ValueError(f"{idle[0]} says how clips of a loop go on, but loop is 1; set loop as well, or leave it out.")
         return settings
 
     @classmethod

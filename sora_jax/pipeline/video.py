@@ -24,6 +24,7 @@ from sora_jax import files
 FORMATS = ("mp4", "gif", "png", "npz")
 PARAMETERS = "parameters"  # PNG text key and npz field; mp4 and GIF have one comment
 _MAX_JSON_BYTES = 1 << 20  # of parameters: a prompt has at most 20,000 characters
+_VALUES_AT_A_TIME = 1 << 22  # that become pixels, so that a long clip is not in memory several times
 _BT709 = 1  # ISO/IEC 23091-2 code of colour primaries, transfer function and matrix
 # The macroblock tree reads memory that nothing has written at sides below about 100, so equal frames gave unequal files.
 _X264 = {"crf": "16", "preset": "medium", "mbtree": "0"}
@@ -37,12 +38,16 @@ def quantise(video: Float[np.ndarray, "*axes"]) -> UInt8[np.ndarray, "*axes"]:
     Raises:
       ValueError: the video holds NaN or infinity.
     """
-    video = np.asarray(video, np.float32)
-    if not np.isfinite(video).all():
-        share = 1 - np.isfinite(video).mean()
-        raise ValueError(f"{share:.1%} of the decoded values are NaN or infinite; no picture can be written from them.")
-    unit = (np.clip(video, -1.0, 1.0) + np.float32(1.0)) / np.float32(2.0)
-    return np.clip(unit * np.float32(255.0) + np.float32(0.5), 0.0, 255.0).astype(np.uint8)
+    values = np.ascontiguousarray(video, np.float32).reshape(-1)
+    pixels = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), _VALUES_AT_A_TIME):
+        part = values[start : start + _VALUES_AT_A_TIME]
+        if not np.isfinite(part).all():
+            share = 1 - np.isfinite(values).mean()
+            raise ValueError(f"{share:.1%} of the decoded values are NaN or infinite; no picture can be written from them.")
+        unit = (np.clip(part, -1.0, 1.0) + np.float32(1.0)) / np.float32(2.0)
+        pixels[start : start + _VALUES_AT_A_TIME] = np.clip(unit * np.float32(255.0) + np.float32(0.5), 0.0, 255.0)
+    return pixels.reshape(np.shape(video))
 
 
 def save(

@@ -5,6 +5,9 @@ Invariant: the plan that is shown, the plan that is followed and the record desc
 
 from typing import Any
 
+import numpy as np
+
+from sora_jax.config import policy_of
 from sora_jax.devices.attention_choice import form_name
 from sora_jax.networks.vae.codec import chunks, latent_size
 from sora_jax.pipeline.coders import frame_batch
@@ -25,6 +28,7 @@ def workload_of(settings: Settings, batch: int, *, attention: str = "auto", enco
         guided=settings.guided,
         dtype=settings.dtype,
         attention=attention,
+        merge=settings.merge if settings.merge_steps else None,
         num_steps=settings.num_steps,
         encodes=encodes or settings.loop > 1,
     )
@@ -42,7 +46,7 @@ def attention_used(networks: Networks, settings: Settings, batch: int) -> dict[s
     def name(shape: tuple[int, int, int, int], head_size: int, **options: bool) -> str:
         return form_name(forms.attention, shape, head_size=head_size, dtype=settings.dtype, **options)
 
-    pair = attention_shapes(config.stdit3, *tokens, forms)
+    pair = attention_shapes(config.stdit3, *tokens, forms, itemsize=np.dtype(policy_of(settings.dtype).compute).itemsize)
     frames, places = _frames_and_places(networks, settings, batch)
     return {
         "asked": networks.attention,

@@ -8,6 +8,7 @@ files afterwards changes nothing.  Saving is atomic (``writer``).
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
@@ -85,9 +86,12 @@ def load_parameters(manifest: Manifest, *, dtype: str | None = None) -> dict[str
     Raises:
       ModelDirectoryError: the network is damaged, or no longer the one that the manifest describes.
     """
-    reader, flat = Reader(manifest), {}
-    for layer in manifest.layers:
-        flat.update(read_layer(reader, layer, dtype=dtype))
+    reader = Reader(manifest)
+    flat: dict[str, np.ndarray] = {}
+    # Two at a time: one is read while the checksums of the other's last blocks are computed.
+    with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
+        for layer in pool.map(lambda name: read_layer(reader, name, dtype=dtype), manifest.layers):
+            flat.update(layer)
     return flat
 
 

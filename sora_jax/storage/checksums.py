@@ -111,7 +111,7 @@ def blocks_of(array: np.ndarray, parameter: Parameter) -> list[np.ndarray]:
 def _begin(data: np.ndarray) -> Future[str]:
     raw = data.reshape(-1).view(np.uint8).data
     if len(raw) > _SMALL_BYTES:
-        return _threads().submit(_sha256, raw)
+        return hashing_threads().submit(_sha256, raw)
     done: Future[str] = Future()
     done.set_result(_sha256(raw))
     return done
@@ -122,12 +122,13 @@ def _sha256(raw: memoryview) -> str:
 
 
 @functools.cache
-def _threads() -> ThreadPoolExecutor:
+def hashing_threads() -> ThreadPoolExecutor:
+    """Returns the threads of this process that compute checksums, one for each core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return ThreadPoolExecutor(min(_MAX_THREADS, cores), thread_name_prefix="checksum")
 
 
-os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of its parent's threads
+os.register_at_fork(after_in_child=hashing_threads.cache_clear)  # a child has none of its parent's threads
 
 _LOCK = threading.Lock()
 _KNOWN: dict[Path, tuple[Identity, tuple[str, ...], set[int]]] = {}

@@ -16,9 +16,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from sora_jax.storage.arrays import Parameter, shard_index
 from sora_jax.storage.checksums import blocks_of
 from sora_jax.storage.directory import Manifest, damaged
+from sora_jax.storage.in_order import is_in_order
 from sora_jax.storage.place import Identity
 from sora_jax.storage.reader import DIFFERS, Reader
 
@@ -93,7 +93,7 @@ class MappedLayer:
         parameter = self._reader.manifest.parameters[name]
         try:
             with open(self._reader.manifest.chunk_path(name), "rb", buffering=0) as file:
-                if not _is_in_order(file.fileno(), parameter):
+                if not is_in_order(file.fileno(), parameter):
                     return
                 status = os.fstat(file.fileno())
                 self._maps[name] = mapping = mmap.mmap(file.fileno(), parameter.nbytes, access=mmap.ACCESS_READ)
@@ -137,19 +137,11 @@ def are_mappable(manifest: Manifest, names: Iterable[str], map_from_bytes: int =
         if parameter.nbytes >= map_from_bytes:
             try:
                 with open(manifest.chunk_path(name), "rb", buffering=0) as file:
-                    if not _is_in_order(file.fileno(), parameter):
+                    if not is_in_order(file.fileno(), parameter):
                         return False
             except OSError as error:
                 raise damaged(manifest, name, error) from error
     return True
-
-
-def _is_in_order(descriptor: int, parameter: Parameter) -> bool:
-    """Returns whether a file begins with the bytes of its array, as its index says; in format 1 it always does."""
-    if parameter.rows is None:
-        return True
-    index = shard_index(parameter.nbytes, len(parameter.checksums))
-    return os.pread(descriptor, len(index), parameter.nbytes) == index
 
 
 def can_map() -> bool:

@@ -91,6 +91,9 @@ class StoredArray:
         store = self._store[piece.block * rows : (piece.block + 1) * rows] if shape else self._store
         return ts.array(block).write(store)
 
+    def close(self) -> None:
+        """Does nothing: tensorstore opens files for each read."""
+
 
 class _Bytes:
     """A read of bytes, which tensorstore hands over in memory of its own."""
@@ -106,7 +109,9 @@ class _Bytes:
 
 
 def problem_of(error: Exception) -> str | OSError:
-    """Returns what tensorstore says of a failed read: the system's error if there was one."""
+    """Returns what went wrong with a read: the system's error if there was one, also where tensorstore reports it."""
+    if isinstance(error, OSError):
+        return error
     found = _SYSTEM_ERROR.search(str(error))
     if found:
         return OSError(int(found[1]), os.strerror(int(found[1])))

@@ -1,9 +1,10 @@
-"""The only way from stored files to arrays: through tensorstore into memory of the caller, compared with the manifest.
+"""The only way from stored files to arrays: into memory of the caller, compared with the manifest.
 
 Invariant: no value leaves this module that was not compared with its sha256, or its block's, for the file as it is: once a
-process (`checksums`), again whenever the file changed. Reads are asynchronous, a few at a time; nothing is cached. Reading
-needs memory for a few blocks besides the caller's. Large local files may be mapped instead (`maps`) and are compared alike.
-Other modules decide which array is read when.
+process (`checksums`), again whenever the file changed. A local file that begins with its array is read by the system itself
+(`in_order`), any other through tensorstore (`pieces`), a few reads at a time; nothing is cached. Reading needs memory for a few
+blocks besides the caller's. Large local files may be mapped instead (`maps`) and are compared alike. Other modules decide which
+array is read when.
 """
 
 import collections
@@ -21,6 +22,7 @@ from sora_jax.storage.arrays import Parameter, chunk_name
 from sora_jax.storage.buffers import Buffer, group_bytes
 from sora_jax.storage.checksums import Comparison, Mismatch, blocks_of
 from sora_jax.storage.directory import Manifest, ModelDirectoryError, array_location, damaged
+from sora_jax.storage.in_order import FileInOrder, open_in_order
 from sora_jax.storage.pieces import Piece, Reading, StoredArray, pieces_of, problem_of
 from sora_jax.storage.place import Folder, Identity
 from sora_jax.storage.quantisation import SCALE_SUFFIX, dequantise
@@ -230,10 +232,11 @@ class Reader:
           Stopped: ``stop`` returned True.
         """
         ahead: collections.deque[tuple[Request, Reading]] = collections.deque()
-        in_flight, stored, opened = 0, None, ""
+        in_flight, opened = 0, ""
+        stored: StoredArray | FileInOrder | None = None
         try:
             for request in requests:
-                name, piece, target = request
+                name, piece, _ = request
                 while ahead and (in_flight + piece.nbytes > IN_FLIGHT_BYTES or len(ahead) >= _MAX_IN_FLIGHT):
                     done = self._finished(*ahead.popleft())
                     in_flight -= done[1].nbytes
@@ -241,15 +244,26 @@ class Reader:
                 if stop():
                     raise Stopped
                 if stored is None or opened != name:
+                    if stored is not None:
+                        stored.close()
+                        stored = None
                     stored, opened = self._open(name), name
-                ahead.append((request, stored.read(piece, target)))
+                ahead.append((request, self._begun(stored, request)))
                 in_flight += piece.nbytes
             while ahead:
                 yield self._finished(*ahead.popleft())
         finally:
+            if stored is not None:
+                stored.close()
             for _, reading in ahead:  # they write into memory that may be used again
                 with contextlib.suppress(Exception):
                     reading.result()
+
+    def _begun(self, stored: StoredArray | FileInOrder, request: Request) -> Reading:
+        try:
+            return stored.read(*request[1:])
+        except (OSError, ValueError) as error:
+            raise self._fault(request[0], error) from error
 
     def _finished(self, request: Request, reading: Reading) -> Request:
         try:
@@ -262,9 +276,14 @@ class Reader:
         self.check([name])  # missing, or cut short during the read
         return damaged(self.manifest, name, problem_of(error))
 
-    def _open(self, name: str) -> StoredArray:
-        location = array_location(name, self.manifest.layers)
-        return StoredArray(self.manifest.parameters[name], self._place.store(location.as_posix()))
+    def _open(self, name: str) -> StoredArray | FileInOrder:
+        parameter = self.manifest.parameters[name]
+        try:
+            if in_order := open_in_order(self._place.locate(self._file(name)), parameter):
+                return in_order
+        except OSError as error:
+            raise self._fault(name, error) from error
+        return StoredArray(parameter, self._place.store(array_location(name, self.manifest.layers).as_posix()))
 
     def _file(self, name: str) -> str:
         location = array_location(name, self.manifest.layers)

@@ -32,6 +32,7 @@ from sora_jax.storage.arrays import (
     rows_of_a_block,
     shard_index,
 )
+from sora_jax.storage.checksums import hashing_threads
 from sora_jax.storage.directory import (
     FORMAT_VERSION,
     MODEL_FILE,
@@ -331,27 +332,35 @@ def _holds(path: Path, parameter: Parameter) -> bool:
 
 
 class _Digests:
-    """The checksums of an array and of its blocks, from its bytes as they come."""
+    """The checksums of an array and of its blocks, from its bytes as they come.
+
+    The first block's is the array's up to there; those of the others are computed on a thread while the array's goes on.
+    """
 
     def __init__(self, parameter: Parameter):
-        self._count = num_blocks(parameter.shape, parameter.rows or 1)
-        self._size = parameter.nbytes // self._count
+        self._size = parameter.nbytes // num_blocks(parameter.shape, parameter.rows or 1)
         self.whole, self.count = hashlib.sha256(), 0
         self.blocks: list[str] = []
         self._block = hashlib.sha256()
 
     def update(self, raw: memoryview) -> None:
         """Takes the next bytes."""
-        self.whole.update(raw)
-        while len(raw):
+        first, rest = raw[: max(self._size - self.count, 0)], raw[max(self._size - self.count, 0) :]
+        self.whole.update(first)
+        self.count += len(first)
+        if first and self.count == self._size:
+            self.blocks.append(self.whole.hexdigest())
+        if rest:
+            others = hashing_threads().submit(self._update_blocks, rest)
+            self.whole.update(rest)
+            others.result()
+
+    def _update_blocks(self, raw: memoryview) -> None:
+        while raw:
             piece = raw[: self._size - self.count % self._size]
+            self._block.update(piece)
             self.count += len(piece)
             raw = raw[len(piece) :]
-            if self._count == 1:
-                if self.count == self._size:
-                    self.blocks.append(self.whole.hexdigest())
-                continue
-            self._block.update(piece)
             if self.count % self._size == 0:
                 self.blocks.append(self._block.hexdigest())
                 self._block = hashlib.sha256()

@@ -10,12 +10,14 @@ import math
 from sora_jax.config import SpatialVAEConfig, STDiT3Config, T5Config, TemporalVAEConfig
 from sora_jax.devices.attention_choice import queries_at_once
 from sora_jax.networks.forms import WHOLE, Forms
+from sora_jax.networks.merge_rule import Merge
 from sora_jax.networks.portions import portions
 
 FLOAT_BYTES = 4
 LOGIT_COPIES = 2.2  # of attention logits inside the fused kernel, for each row it works on
 ROWS_AT_A_TIME = 2  # rows of a batch whose attention is computed at the same time
-CARRIED = 3.2  # arrays of tokens beside a block: its input and output, and those of the velocity (measured)
+ATTENDED = 6  # arrays of tokens in a block's attention: its input, normed, queries, keys, values, output
+CARRIED = 2.4  # arrays of tokens beside a block: its input and output, and those of the velocity (measured at 480p and 720p)
 
 
 def text_bytes(config: T5Config, batch: int, length: int) -> int:
@@ -48,57 +50,70 @@ def block_bytes(config: STDiT3Config, rows: int, frames: int, places: int, forms
     return int(FLOAT_BYTES * max(hidden, crossed))
 
 
-def denoise_bytes(config: STDiT3Config, rows: int, frames: int, places: int, forms: Forms = WHOLE) -> int:
+def denoise_bytes(
+    config: STDiT3Config, rows: int, frames: int, places: int, forms: Forms = WHOLE, merge: Merge | None = None
+) -> int:
     """Returns the bytes of an evaluation without parameters: a block, what its attention hides, tokens and caption.
 
-    A block computes the tokens that ``forms`` lets it, so the tokens into and out of it may be most of this.
+    A block computes the tokens that ``forms`` lets it, so the tokens into and out of it may be most of this.  Frames that
+    are merged stay together: a portion of them is at least two frames, or three.
     """
     tokens = rows * frames * places
     caption = rows * config.model_max_length * (config.caption_channels + 3 * config.hidden_size)
-    widest = max(
-        _portion_bytes(config, *_portion(config, (rows, frames, places), forms, temporal=temporal), forms, temporal=temporal)
-        for temporal in (False, True)
-    )
+    widest = 0.0
+    for temporal in (False, True):
+        portion = _portion(config, (rows, frames, places), forms, temporal=temporal, merge=merge)
+        widest = max(widest, _portion_bytes(config, portion, forms, temporal=temporal))
     return int(widest + FLOAT_BYTES * (CARRIED * tokens * config.hidden_size + caption))
 
 
 def attention_shapes(
-    config: STDiT3Config, rows: int, frames: int, places: int, forms: Forms = WHOLE
+    config: STDiT3Config, rows: int, frames: int, places: int, forms: Forms = WHOLE, *, itemsize: int = FLOAT_BYTES
 ) -> dict[str, tuple[int, int, int, int]]:
     """Returns entries, heads, queries and keys of the attentions of a pair of blocks, over the tokens computed at once."""
     shapes = {}
     for temporal, name in ((False, "spatial"), (True, "temporal")):
-        portion = _portion(config, (rows, frames, places), forms, temporal=temporal)
-        shapes[name], shapes[f"{name} cross"] = _own_and_cross(config, *portion, temporal=temporal)
+        portion = _portion(config, (rows, frames, places), forms, temporal=temporal, itemsize=itemsize)
+        shapes[name], shapes[f"{name} cross"] = _own_and_cross(config, portion, temporal=temporal)
     return shapes
 
 
 def _own_and_cross(
-    config: STDiT3Config, rows: int, frames: int, places: int, *, temporal: bool
+    config: STDiT3Config, portion: tuple[int, int, int], *, temporal: bool
 ) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     """Returns entries, heads, queries and keys of a block's self attention and of its cross attention."""
-    heads = config.num_heads
+    (rows, frames, places), heads = portion, config.num_heads
     own = (rows * places, heads, frames, frames) if temporal else (rows * frames, heads, places, places)
     return own, (rows, heads, frames * places, config.model_max_length)
 
 
-def _portion(config: STDiT3Config, shape: tuple[int, int, int], forms: Forms, *, temporal: bool) -> tuple[int, int, int]:
+def _portion(
+    config: STDiT3Config,
+    shape: tuple[int, int, int],
+    forms: Forms,
+    *,
+    temporal: bool,
+    merge: Merge | None = None,
+    itemsize: int = FLOAT_BYTES,
+) -> tuple[int, int, int]:
     """Returns the rows, frames and places that a block computes at once."""
     if forms.hidden_bytes is None:
         return shape
-    most_tokens = forms.hidden_bytes // (FLOAT_BYTES * config.mlp_size)
-    divided = portions((*shape, config.hidden_size), most_tokens, temporal=temporal, merge=None)
+    most_tokens = forms.hidden_bytes // (itemsize * config.mlp_size)
+    divided = portions((*shape, config.hidden_size), most_tokens, temporal=temporal, merge=merge)
     if divided is None:
         return shape
     largest = max(divided.length, divided.rest)
     return (1, shape[1], largest) if temporal else (1, largest, shape[2])
 
 
-def _portion_bytes(config: STDiT3Config, rows: int, frames: int, places: int, forms: Forms, *, temporal: bool) -> float:
-    """Returns the bytes of a block over so many tokens, with the logits that a CPU's products hide."""
-    own, cross = _own_and_cross(config, rows, frames, places, temporal=temporal)
-    hidden = max(_hidden_logits(forms, LOGIT_COPIES, *own), _hidden_logits(forms, LOGIT_COPIES - 1, *cross))
-    return block_bytes(config, rows, frames, places, forms) + FLOAT_BYTES * hidden
+def _portion_bytes(config: STDiT3Config, portion: tuple[int, int, int], forms: Forms, *, temporal: bool) -> float:
+    """Returns the bytes of a block over so many tokens: of its MLP, or of an attention and the logits that a product hides."""
+    own, cross = _own_and_cross(config, portion, temporal=temporal)
+    tokens = math.prod(portion) * config.hidden_size
+    attending = ATTENDED * tokens + _hidden_logits(forms, LOGIT_COPIES, *own)
+    crossing = ATTENDED * tokens + _hidden_logits(forms, LOGIT_COPIES, *cross)
+    return max(block_bytes(config, *portion, forms), FLOAT_BYTES * max(attending, crossing))
 
 
 def _hidden_logits(forms: Forms, copies: float, batch: int, heads: int, queries: int, keys: int) -> float:
@@ -149,14 +164,18 @@ def temporal_flops(config: TemporalVAEConfig, batch: int, frames: int, cells: in
 def spatial_bytes(config: SpatialVAEConfig, frames: int, pixels: int, *, decoder: bool, forms: Forms = WHOLE) -> int:
     """Returns the bytes of the spatial encoder or decoder over ``frames`` frames of ``pixels`` pixels.
 
-    The decoder is widest where its last level begins, the encoder in its first; attention is at the smallest size.
+    The decoder is widest where its last level begins, the encoder in its first; attention is at the smallest size.  In bands
+    of rows the decoder holds the input of a convolution and two outputs, but no normalised input.
     """
-    widths = config.block_out_channels
-    wide = 2 * widths[min(1, len(widths) - 1)] + widths[0] if decoder else 3 * widths[0]
+    widths, banded = config.block_out_channels, 0
+    before = widths[min(1, len(widths) - 1)]
+    wide = 2 * before + widths[0] if decoder else 3 * widths[0]
+    if decoder and forms.hidden_bytes is not None and FLOAT_BYTES * frames * pixels * before > forms.hidden_bytes:
+        wide, banded = before + 2 * widths[0], forms.hidden_bytes // FLOAT_BYTES
     places = pixels // config.downsampling**2
     at_once = queries_at_once(forms.attention, frames, 1, places, places)
     attention = LOGIT_COPIES * at_once * places * min(ROWS_AT_A_TIME, frames) + 5 * frames * places * widths[-1]
-    return int(FLOAT_BYTES * (1.01 * max(frames * pixels * wide, attention) + 2**14))  # statistics of the norms
+    return int(FLOAT_BYTES * (1.01 * max(frames * pixels * wide + banded, attention) + 2**14))  # statistics of the norms
 
 
 def spatial_flops(config: SpatialVAEConfig, frames: int, pixels: int, *, decoder: bool) -> float:
@@ -176,5 +195,5 @@ def spatial_flops(config: SpatialVAEConfig, frames: int, pixels: int, *, decoder
 
 
 def video_bytes(batch: int, frames: int, pixels: int) -> int:
-    """Returns the bytes of a decoded video on the host: its chunks, the whole, and the frames as bytes."""
-    return math.prod((batch, frames, pixels, 3)) * (2 * FLOAT_BYTES + 1)
+    """Returns the bytes of a decoded video on the host: its values, and the frames as bytes."""
+    return math.prod((batch, frames, pixels, 3)) * (FLOAT_BYTES + 1)

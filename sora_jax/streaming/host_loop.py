@@ -49,7 +49,7 @@ def decode(loop: SegmentLoop, z_BTHWC: Float[np.ndarray, "B T H W C"], num_frame
         *over_time, by_frame = VAE.decode_segments(config, chunk.num_frames)
         clips.append(np.asarray(loop.run("decode", over_time, z_BTHWC[:, chunk.latents])))
     pixels = config.spatial.downsampling**2 * z_BTHWC.shape[2] * z_BTHWC.shape[3]
-    return np.concatenate(_frame_by_frame(loop, "decode", by_frame, clips, pixels), axis=1)
+    return _frame_by_frame(loop, "decode", by_frame, clips, pixels)
 
 
 def encode(loop: SegmentLoop, video_Bthw3: Float[np.ndarray, "B t h w 3"]) -> Float[np.ndarray, "B T H W C"]:
@@ -60,9 +60,10 @@ def encode(loop: SegmentLoop, video_Bthw3: Float[np.ndarray, "B t h w 3"]) -> Fl
     """
     config = loop.manifest.config
     by_frame, *over_time = VAE.encode_segments(config)
-    clips = [video_Bthw3[:, chunk.frames] for chunk in chunks(config, video_Bthw3.shape[1])]
-    clips = _frame_by_frame(loop, "encode", by_frame, clips, video_Bthw3.shape[2] * video_Bthw3.shape[3])
-    return np.concatenate([np.asarray(loop.run("encode", over_time, clip)) for clip in clips], axis=1)
+    parts = [chunk.frames for chunk in chunks(config, video_Bthw3.shape[1])]
+    pixels = video_Bthw3.shape[2] * video_Bthw3.shape[3]
+    x_BtHWC = _frame_by_frame(loop, "encode", by_frame, [video_Bthw3[:, frames] for frames in parts], pixels)
+    return np.concatenate([np.asarray(loop.run("encode", over_time, x_BtHWC[:, frames])) for frames in parts], axis=1)
 
 
 def frame_batches(num_frames: int, frame_pixels: int) -> list[slice]:
@@ -75,13 +76,21 @@ def frame_batches(num_frames: int, frame_pixels: int) -> list[slice]:
 
 def _frame_by_frame(
     loop: SegmentLoop, stage: str, segment: Segment, clips: Sequence[np.ndarray], frame_pixels: int
-) -> list[np.ndarray]:
-    """Returns the clips [B, t, ...] after a segment that treats each frame apart; it is read once for all of them."""
-    out = []
+) -> np.ndarray:
+    """Returns the clips [B, t, ...], one after the other in time, after a segment that treats each frame apart.
+
+    The segment is read once for all of them, and each frame is written where it belongs: there is no second copy of a video.
+    """
+    whole, first = np.empty(0), 0
     with loop.held(stage, segment) as apply:
         for clip in clips:
-            frames = clip.reshape(1, -1, *clip.shape[2:])
-            batches = frame_batches(frames.shape[1], frame_pixels)
-            coded = np.concatenate([np.asarray(apply(frames[:, batch])) for batch in batches], axis=1)
-            out.append(coded.reshape(*clip.shape[:2], *coded.shape[2:]))
-    return out
+            rows, length = clip.shape[:2]
+            frames = clip.reshape(1, rows * length, *clip.shape[2:])
+            for batch in frame_batches(rows * length, frame_pixels):
+                coded = np.asarray(apply(frames[:, batch]))[0]
+                if not whole.size:
+                    whole = np.empty((rows, sum(each.shape[1] for each in clips), *coded.shape[1:]), coded.dtype)
+                for i, frame in enumerate(coded, start=batch.start):
+                    whole[i // length, first + i % length] = frame
+            first += length
+    return whole

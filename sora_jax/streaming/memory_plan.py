@@ -12,6 +12,7 @@ from typing import Any
 from sora_jax.config import ModelConfig
 from sora_jax.devices.attention_choice import choose_forms
 from sora_jax.networks.forms import Forms
+from sora_jax.networks.merge_rule import Merge
 from sora_jax.networks.segment import Segment
 from sora_jax.networks.t5 import T5Encoder
 from sora_jax.networks.vae.codec import VAE, chunks, latent_size
@@ -39,6 +40,7 @@ class Workload:
     guided: bool = True
     dtype: str = "float32"
     attention: str = "auto"
+    merge: Merge | None = None  # of some evaluations
     num_steps: int = 30
     encodes: bool = False  # references or loops
 
@@ -190,7 +192,10 @@ def _denoise(
         baseline=baseline,
         compiler=COMPILER_BYTES["denoise"],
         parameters=4 * sum(_numbers(manifest, layer) for layer in ENDS) + max(blocks),
-        activations=activations.denoise_bytes(config.stdit3, rows, frames, places, _forms(workload)),
+        activations=max(
+            activations.denoise_bytes(config.stdit3, rows, frames, places, _forms(workload), merge)
+            for merge in (None, workload.merge)
+        ),
         staging=max(blocks) + wide,  # the block read ahead; the one in use, as the program takes it
         needs_staging=True,
         num_layers=len(blocks),

@@ -2,11 +2,12 @@
 
 An accident changes bytes.  Who means to fool writes the manifest anew, with right checksums of the files and of itself; what
 such a manifest says without contradicting itself, its programs and its weights (another guidance, other weights of the right
-stage) is another export, and no mutant here.
+stage) is another export, and no mutant here.  What only one target's programs can say is in `export_programs`.
 
 Invariant: a mutation depends on its own seed and on the folder alone, so that a mutant can be made again.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.adversarial import export_programs
+from tests.adversarial.export_programs import Change
 from tests.support.exports import rewrite
 
 Mutation = Callable[[Path, random.Random], None]
@@ -24,31 +27,52 @@ BAD_NUMBERS = [float("nan"), float("inf"), 1e30, -1e30, 2**62, -(2**62), "3", []
 PAGES = (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", b"<!DOCTYPE html><html>404</html>\n")
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The names of a target's files: of weights, of programs, and of those of two pairs that have the same shapes."""
+
+    weights: str
+    programs: str
+    pair_weights: str
+    pair_programs: str
+
+
+LAYOUTS = {
+    "stablehlo": Layout("*.safetensors", "*.jaxexport", "*pair_0?.safetensors", "*pair.*.jaxexport"),
+    "onnx": Layout("*.safetensors", "*.onnx", "*pair_0?.safetensors", "*pair_0?.*.onnx"),
+    "coreml": Layout(
+        "*/Data/*/weights/*", "*/Data/*/*.mlmodel", "stdit3_pair_0?.*/Data/*/weights/*", "stdit3_pair_0?.*/Data/*/*.mlmodel"
+    ),
+}
+
+
 class Folder:
     """An exported folder that is put back as it was after every mutant, times of change included."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.files = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in path.iterdir()}
+        self.files = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files_of(path)}
 
     def restore(self) -> None:
         """Puts every file back that is no longer as it was."""
-        for file in self.path.iterdir():
-            if file.name not in self.files or file.is_symlink() or not file.is_file():
-                file.rmdir() if file.is_dir() and not file.is_symlink() else file.unlink()
-        for name, (data, modified_ns) in self.files.items():
-            file = self.path / name
+        folders = {folder for file in self.files for folder in file.parents}
+        for path in [*self.path.rglob("*")]:
+            if path.is_symlink() or not (path in folders if path.is_dir() else path in self.files and path.is_file()):
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        for file, (data, modified_ns) in self.files.items():
             if not file.exists() or file.stat().st_mtime_ns != modified_ns or file.read_bytes() != data:
                 file.write_bytes(data)
                 os.utime(file, ns=(modified_ns, modified_ns))
 
 
-def mutations() -> Iterator[tuple[str, Mutation]]:
-    """Yields all kinds of mutants by name; each may be made with any seed."""
+def mutations(target: str) -> Iterator[tuple[str, Mutation]]:
+    """Yields all kinds of mutants of a target's exports by name; each may be made with any seed."""
+    names = LAYOUTS[target]
+    own = {"stablehlo": no_mutations, "onnx": export_programs.of_onnx, "coreml": export_programs.of_coreml}[target]
     yield from {
-        **{f"a bit of {kind} flipped": flipped(kind) for kind in ("*.safetensors", "*.jaxexport", "*.json", "manifest.json")},
-        **{f"values of {kind} set to zero": zeroed(kind) for kind in ("*.safetensors", "*.jaxexport")},
-        **{f"two {kind} swapped": swapped(kind) for kind in ("*pair_0?.safetensors", "*pair.*.jaxexport", "*.safetensors")},
+        **{f"a bit of {kind} flipped": flipped(kind) for kind in (names.weights, names.programs, "*.json", "manifest.json")},
+        **{f"values of {kind} set to zero": zeroed(kind) for kind in (names.weights, names.programs)},
+        **{f"two {kind} swapped": swapped(kind) for kind in (names.pair_weights, names.pair_programs, names.weights)},
         "a file cut": cut,
         "a file emptied": lambda folder, rng: any_file(folder, rng).write_bytes(b""),
         "a file deleted": lambda folder, rng: any_file(folder, rng).unlink(),
@@ -70,13 +94,24 @@ def mutations() -> Iterator[tuple[str, Mutation]]:
         "a tensor declared otherwise": retold(other_tensor),
         "stages, phases or functions otherwise": retold(other_structure),
         "a field missing or more": retold(other_fields),
-        "a header of weights that lies": lying_header,
-        "a program that is none": no_program,
+        "a program that is none": no_program(names.programs),
+        **({} if target == "coreml" else {"a header of weights that lies": lying_header}),
     }.items()
+    for kind, change in own().items():
+        yield kind, listed_change(names.programs if "program" in kind else names.weights, change)
+
+
+def no_mutations() -> dict[str, Change]:
+    return {}
+
+
+def files_of(folder: Path, pattern: str = "*") -> list[Path]:
+    """Returns the files of a folder whose paths in it match a pattern, in order; ``*`` matches all, those of packages too."""
+    return sorted(path for path in (folder.rglob("*") if pattern == "*" else folder.glob(pattern)) if not path.is_dir())
 
 
 def any_file(folder: Path, rng: random.Random, pattern: str = "*") -> Path:
-    return rng.choice(sorted(folder.glob(pattern)))
+    return rng.choice(files_of(folder, pattern))
 
 
 def flipped(pattern: str) -> Mutation:
@@ -102,7 +137,7 @@ def zeroed(pattern: str) -> Mutation:
 
 def swapped(pattern: str) -> Mutation:
     def mutate(folder: Path, rng: random.Random) -> None:
-        one, other = rng.sample(sorted(folder.glob(pattern)), 2)
+        one, other = rng.sample(files_of(folder, pattern), 2)
         first, second = one.read_bytes(), other.read_bytes()
         one.write_bytes(second)
         other.write_bytes(first)
@@ -130,7 +165,7 @@ def pipe_instead(folder: Path, rng: random.Random) -> None:
 def linked_outside(folder: Path, rng: random.Random) -> None:
     path = any_file(folder, rng)
     outside = folder.with_name(f"outside {path.name}")
-    path.rename(outside)
+    path.replace(outside)
     path.symlink_to(outside)
 
 
@@ -170,7 +205,8 @@ def swap_weights(made: Manifest, rng: random.Random) -> None:
     one, other = pairs(made)
     for first, second in zip(one["functions"], other["functions"], strict=True):
         first, second = first["artefact"], second["artefact"]
-        first["weights"], second["weights"] = second["weights"], first["weights"]
+        key = "weights" if "weights" in first else "file"
+        first[key], second[key] = second[key], first[key]
         if rng.random() < 0.5:
             break
 
@@ -268,14 +304,14 @@ def listed_anew(folder: Path, path: Path, data: bytes) -> None:
     entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def change(made: Manifest) -> None:
-        made["files"][path.name] = entry
+        made["files"][str(path.relative_to(folder))] = entry
         made["total_bytes"] = sum(one["bytes"] for one in made["files"].values())
 
     rewrite(folder, change)
 
 
 def lying_header(folder: Path, rng: random.Random) -> None:
-    path = any_file(folder, rng, "*.safetensors")
+    path = any_file(folder, rng, LAYOUTS["onnx"].weights)
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header, values = json.loads(data[8 : 8 + length]), data[8 + length :]
@@ -304,8 +340,19 @@ def lying_header(folder: Path, rng: random.Random) -> None:
     return listed_anew(folder, path, len(text).to_bytes(8, "little") + text + values)
 
 
-def no_program(folder: Path, rng: random.Random) -> None:
-    path = any_file(folder, rng, "*.jaxexport")
-    data = path.read_bytes()
-    others = [other.read_bytes() for other in sorted(folder.glob("*.jaxexport")) if other != path]
-    listed_anew(folder, path, rng.choice((b"", rng.randbytes(2000), data[: len(data) // 3], b"\0" * 64, *PAGES, *others)))
+def no_program(pattern: str) -> Mutation:
+    def mutate(folder: Path, rng: random.Random) -> None:
+        path = any_file(folder, rng, pattern)
+        data = path.read_bytes()
+        others = [other.read_bytes() for other in files_of(folder, pattern) if other != path]
+        listed_anew(folder, path, rng.choice((b"", rng.randbytes(2000), data[: len(data) // 3], b"\0" * 64, *PAGES, *others)))
+
+    return mutate
+
+
+def listed_change(pattern: str, change: Change) -> Mutation:
+    def mutate(folder: Path, rng: random.Random) -> None:
+        path = any_file(folder, rng, pattern)
+        listed_anew(folder, path, change(path.read_bytes(), rng))
+
+    return mutate

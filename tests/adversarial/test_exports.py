@@ -8,6 +8,7 @@ import dataclasses
 import random
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +16,25 @@ import pytest
 
 from sora_jax.export import ExportedModel
 from sora_jax.export.contents import ExportFileError
+from sora_jax.export.entries import TargetName
 from sora_jax.inputs.tokenizer import Tokenizer
 from sora_jax.process import resident_bytes, status_bytes
 from sora_jax.shell import describe
-from tests.adversarial.exports import Folder, mutations
+from tests.adversarial.exports import Folder, Mutation, mutations
 from tests.support.exports import PROMPT, save_export
 from tests.support.tiny_model import CONFIG
 
 pytest.importorskip("jsonschema", reason="manifests are validated with jsonschema (extra stablehlo, onnx or coreml)")
-pytest.importorskip("flatbuffers", reason="the stablehlo extra is not installed")
+NEEDED = {
+    "stablehlo": ("flatbuffers",),
+    "onnx": ("jax2onnx", "onnx", "onnxruntime"),
+    "coreml": ("coremltools", "stablehlo_coreml"),
+}
 
 REFUSED, EQUAL, OTHER = "refused cleanly", "accepted, every value equal", "accepted, other values"
 UNCLEAN, TRACEBACK, SLOW, LARGE = "refused, not in one line that names a file", "traceback", "over 10 CPU seconds", "over 1 GB"
 CLASSES = (REFUSED, EQUAL, OTHER, UNCLEAN, TRACEBACK, SLOW, LARGE)
 CPU_S, MEMORY_BYTES = 10.0, 10**9
-KINDS = dict(mutations())
 # Two pairs, so that their weights can be swapped.
 CONFIG_2 = dataclasses.replace(CONFIG, stdit3=dataclasses.replace(CONFIG.stdit3, depth=2))
 
@@ -45,11 +50,25 @@ def values(folder: Path) -> np.ndarray:
     return np.concatenate([array.ravel() for array in (text["caption_BLE"], *steps)])
 
 
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """An export, its kinds of mutants, and what it makes."""
+
+    folder: Folder
+    kinds: Mapping[str, Mutation]
+    expected: np.ndarray
+
+
+def _export(target: TargetName, path: Path) -> Export:
+    for module in NEEDED[target]:
+        pytest.importorskip(module, reason=f"the {target} extra is not installed")
+    save_export(path, target, CONFIG_2)
+    return Export(Folder(path), dict(mutations(target)), values(path))
+
+
 @pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folder, np.ndarray]:
-    path = tmp_path_factory.mktemp("exports") / "tiny"
-    save_export(path, "stablehlo", CONFIG_2)
-    return Folder(path), values(path)
+def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    return _export("stablehlo", tmp_path_factory.mktemp("exports") / "tiny")
 
 
 def verdict(folder: Path, expected: np.ndarray) -> tuple[str, str]:
@@ -72,36 +91,39 @@ def verdict(folder: Path, expected: np.ndarray) -> tuple[str, str]:
     return (LARGE, found[1]) if (status_bytes("VmHWM") or 0) - before > MEMORY_BYTES else found
 
 
-def attacked(folder: Folder, expected: np.ndarray, seeds: range) -> Counter[str]:
+def attacked(export: Export, seeds: range) -> Counter[str]:
     """Returns the counts of all classes, for every kind of mutant with each seed."""
     counts, faults = Counter(dict.fromkeys(CLASSES, 0)), []
-    for kind, mutate in KINDS.items():
+    for kind, mutate in export.kinds.items():
         for seed in seeds:
-            mutate(folder.path, random.Random(f"{kind} {seed}"))
-            found, seen = verdict(folder.path, expected)
-            folder.restore()
+            mutate(export.folder.path, random.Random(f"{kind} {seed}"))
+            found, seen = verdict(export.folder.path, export.expected)
+            export.folder.restore()
             counts[found] += 1
             if found not in (REFUSED, EQUAL):
                 faults.append(f"{found}: {kind}, seed {seed}: {seen}")
     print("\n".join(f"{count:5d}  {name}" for name, count in counts.items()))  # noqa: T201  # the count is the result
     assert not faults, "\n".join(faults)
+    assert counts[EQUAL] <= 0.2 * sum(counts.values()), "mutants that change nothing attack nothing"
     return counts
 
 
 def test_no_mutant_is_run(export):
-    counts = attacked(*export, range(5))
-    assert sum(counts.values()) == 5 * len(KINDS) >= 120
-    assert counts[EQUAL] <= 0.2 * sum(counts.values()), "mutants that change nothing attack nothing"
+    assert sum(attacked(export, range(5)).values()) == 5 * len(export.kinds) >= 120
 
 
 @pytest.mark.slow
 def test_no_mutant_of_many_is_run(export):
-    counts = attacked(*export, range(5, 45))
-    assert sum(counts.values()) >= 960
+    assert sum(attacked(export, range(5, 45)).values()) >= 960
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx", "coreml"])
+def test_no_mutant_of_another_target_is_run(target, tmp_path):
+    assert sum(attacked(_export(target, tmp_path / "tiny"), range(5)).values()) >= 120
 
 
 def test_what_is_restored_is_run_again(export):
-    folder, expected = export
-    KINDS["a file cut"](folder.path, random.Random(0))
-    folder.restore()
-    assert verdict(folder.path, expected) == (EQUAL, "")
+    export.kinds["a file cut"](export.folder.path, random.Random(0))
+    export.folder.restore()
+    assert verdict(export.folder.path, export.expected) == (EQUAL, "")

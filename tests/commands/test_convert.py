@@ -119,6 +119,13 @@ def test_unusable_sources_are_one_clear_line(
     assert not (tmp_path / "model").exists()
 
 
+def test_a_section_of_a_source_without_any_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = sources.write_source(tmp_path / "source", "t5")
+    assert _run("t5", source, tmp_path / "model", "--section", "ema", "--quiet") == BAD_INPUT
+    assert "holds no state dicts to choose from; leave --section out" in _one_line(capsys)
+    assert not (tmp_path / "model" / "t5").exists()
+
+
 def test_shards_must_hold_what_the_index_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = sources.write_shards(tmp_path / "source", "t5", shards=2)
     index = source / "model.safetensors.index.json"

@@ -63,12 +63,18 @@ REFUSED = [
     (("generate", PROMPT, "--num-frames", "1000000", "--height", "32768", "--width", "32768"), "the decoded frames alone take"),
     (("calibrate", "-o", "a.json", "--evaluations", "99", "--prompt", "a"), "cannot have 99 evaluations"),
     (("calibrate", "-o", "a.json", "--evaluations", "2", "--prompt", "a", "--half-from", "99"), "half_from is 99"),
+    (
+        ("generate", PROMPT, "--condition-frame-edit", "0.5"),
+        "condition_frame_edit says how clips of a loop go on, but loop is 1",
+    ),
+    (("calibrate", "-o", "a.json", "--evaluations", "2", "--prompt", "a", "--memory-budget", "-3GB"), "budget is '-3GB'"),
     (("export", "pocket", "out", "--target", "onnx", "--steps", "0"), "--steps is 0"),
     (("export", "pocket", "out", "--target", "onnx", "--size", "x"), "size 'x' is not frames x height x width"),
     (("run-exported", "gone", PROMPT, "--steps", "0"), "--steps is 0"),
     (("run-exported", "gone", PROMPT, "--guidance", "nan"), "--guidance is nan"),
     (("inspect", "gone.mp4"), "gone.mp4 does not exist"),
     (("inspect", "--gflops", "inf", "gone"), "--gflops is inf"),
+    (("convert", "verify", "gone", "--section", "x"), "--section says how a source is read; give --source as well"),
     (("convert", "t5"), "the following arguments are required: SOURCE, MODEL_DIR"),
 ]
 

@@ -24,11 +24,29 @@ pytest.importorskip("jsonschema", reason="manifests are validated with jsonschem
         (("-o", "clip.avi"), "avi"),
         (("--steps", "0"), "--steps"),
         (("--guidance", "nan"), "--guidance"),
+        (("--reference-path", "first.png"), "cannot take frames; export it with the stage vae_encoder."),
+        (("--reference-path", "first.png", "--sampler"), "the sampler program takes no frames; run loop 'stages'."),
     ],
 )
 def test_an_exported_folder_that_cannot_make_the_clip_says_why(tmp_path, capsys, arguments, message):
     write_folder(tmp_path, complete_manifest(tokenizer="a" if arguments else None))
     assert main.main(["run-exported", str(tmp_path), "a red circle", *arguments]) == main.BAD_INPUT
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("|0| a |1| b", "has a segment from clip 1 on, but an export makes one clip"),
+        ("|0| a |one| b", "expected |0| text |2| text"),
+        ('a {"reference_path": "a.png"}', "the prompt's JSON has no effect on an export"),
+        ("a {curly} cat", "remove the braces if none is meant"),
+    ],
+)
+def test_a_prompt_that_asks_for_more_than_one_clip_is_refused_before_anything_is_opened(capsys, prompt, message):
+    assert main.main(["run-exported", "gone", prompt]) == main.BAD_INPUT
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]

@@ -8,27 +8,23 @@ after a random time.  The bytes are compared with those of an undisturbed conver
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from convert_weights import parameter_shapes
 from convert_weights.checkpoint import convert_checkpoint
 from convert_weights.to_torch import to_torch
 from sora_jax import files
 from sora_jax.config import T5Config
 from sora_jax.storage import writer as network_writer
+from sora_jax.storage.checkpoint import save_network
 from sora_jax.storage.directory import open_network, read_model_file
+from tests.support.killed import PUBLICATIONS, in_a_process_without_threads, in_child
 
 TRIALS = 50
-Action = Callable[[Path, Path], None]
 
 CONFIG = T5Config(
     vocab_size=16,
@@ -66,10 +62,6 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-EVERYTHING = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
-PUBLICATIONS = ("os.rename", "os.link", "os.remove", "os.rmdir", "shutil.rmtree")
-
-
 def _convert(source: Path, model: Path) -> None:
     convert_checkpoint("t5", source, model, overwrite=True)
 
@@ -78,53 +70,11 @@ def _write_back(model: Path, out: Path) -> None:
     to_torch(open_network(model, "t5"), out)
 
 
-def _act_and_die(act: Action, source: Path, target: Path, operation: int, delay_s: float, events: Sequence[str]) -> int:
-    """Acts and returns the number of audited operations, unless the process is killed at one of them or by the time."""
-    count = 0
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal count
-        of_a_tree = event in ("os.remove", "os.rmdir") and arguments[1] != -1  # one of many, by a descriptor
-        if event in events and not (of_a_tree and events is PUBLICATIONS):
-            count += 1
-            if count == operation:
-                die()
-
-    timer = threading.Timer(delay_s, die)
-    timer.daemon = True
-    timer.start()
-    sys.addaudithook(audit)
-    act(source, target)
-    return count
-
-
-def _in_child(
-    act: Action,
-    source: Path,
-    target: Path,
-    *,
-    operation: int = 0,
-    delay_s: float = 600.0,
-    events: Sequence[str] = EVERYTHING,
-) -> tuple[bool, int]:
-    """Returns whether a forked process was killed, and its operations if it was not."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.write(writer, str(_act_and_die(act, source, target, operation, delay_s, events)).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        text = pipe.read()
-    killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    if not killed and not text:
-        raise RuntimeError("the converter failed before it was killed")
-    return killed, int(text or 0)
+def _save(_: Path, model: Path) -> None:
+    """Replaces a network by arrays in memory, as training does."""
+    shapes = parameter_shapes("t5", CONFIG)
+    flat = {name: np.full(shape, number, np.float32) for number, (name, shape) in enumerate(shapes.items())}
+    save_network(model, "t5", CONFIG, flat, overwrite=True)
 
 
 def run_trials(folder: Path) -> dict[str, int]:
@@ -136,7 +86,7 @@ def run_trials(folder: Path) -> dict[str, int]:
     convert_checkpoint("t5", source, folder / "old", dtype="bfloat16")
     new, old, whole = _contents(folder / "new" / "t5"), _contents(folder / "old" / "t5"), _contents(folder / "new")
     started = time.monotonic()
-    _, operations = _in_child(_convert, source, folder / "undisturbed")
+    _, operations = in_child(_convert, source, folder / "undisturbed")
     duration_s = time.monotonic() - started
     seed = int.from_bytes(os.urandom(4), "little")
     draw = np.random.default_rng(seed)
@@ -149,7 +99,7 @@ def run_trials(folder: Path) -> dict[str, int]:
             {"delay_s": draw.uniform(0, duration_s)} if trial % 5 == 4 else {"operation": int(draw.integers(1, operations + 1))}
         )
         where = f"seed {seed}, trial {trial}, {moment}"
-        seen["killed"] += _in_child(_convert, source, model, **moment)[0]
+        seen["killed"] += in_child(_convert, source, model, **moment)[0]
         found = _contents(model / "t5")
         state = "absent" if not (model / "t5").exists() else "new" if found == new else "old"
         assert state != "old" or (replaces and found == old), where
@@ -177,16 +127,19 @@ def _skip_the_disk() -> None:
 
 
 def run_publications(folder: Path) -> dict[str, int]:
-    """Kills at each publication of a conversion, of one that replaces, and of the way back; returns how many there were."""
+    """Kills at each publication of a conversion, of one that replaces, of a save, and of the way back; returns how many."""
     _skip_the_disk()
     source = _write_source(folder / "source")
     convert_checkpoint("t5", source, folder / "new")
     convert_checkpoint("t5", source, folder / "old", dtype="bfloat16")
-    _in_child(_write_back, folder / "new", folder / "back")  # tensorstore, once used here, would forbid to fork
+    in_child(_write_back, folder / "new", folder / "back")  # tensorstore, once used here, would forbid to fork
+    shutil.copytree(folder / "old", folder / "saved")
+    in_child(_save, source, folder / "saved")
     new, back, counts = _contents(folder / "new"), _contents(folder / "back"), {}
     for name, act, begin, expected in (
         ("converted", _convert, None, new),
         ("replaced", _convert, folder / "old", new),
+        ("saved", _save, folder / "old", _contents(folder / "saved")),
         ("written back", _write_back, None, back),
     ):
         given = folder / "new" if act is _write_back else source
@@ -195,18 +148,17 @@ def run_publications(folder: Path) -> dict[str, int]:
             operation += 1
             if begin:
                 shutil.copytree(begin, target)
-            killed, _ = _in_child(act, given, target, operation=operation, events=PUBLICATIONS)
+            killed, _ = in_child(act, given, target, operation=operation, events=PUBLICATIONS)
             where = f"{name}, before publication {operation}"
-            if act is _convert:
-                assert _contents(target / "t5") in ({}, _contents(folder / "old" / "t5"), _contents(folder / "new" / "t5")), (
-                    where
-                )
+            if act is not _write_back:
+                whole = [_contents(folder / model / "t5") for model in ("old", "new", "saved")]
+                assert _contents(target / "t5") in ({}, *whole), where
                 _expect_whole(target, where)
             files.remove_leftovers.cache_clear()
-            if act is _convert:
+            if act is not _write_back:
                 act(given, target)
             elif not (target / "model.safetensors").exists():
-                _in_child(act, given, target)
+                in_child(act, given, target)
             else:
                 files.remove_leftovers(target)
             assert _contents(target) == expected, where
@@ -215,28 +167,15 @@ def run_publications(folder: Path) -> dict[str, int]:
     return counts
 
 
-def _in_a_process_without_threads(function: str, folder: Path) -> dict[str, int]:
-    program = f"import json, pathlib, sys; from tests.convert_weights.test_convert_killed import {function}"
-    program += f"; print(json.dumps({function}(pathlib.Path(sys.argv[1]))))"
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(folder)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    seen = _in_a_process_without_threads("run_trials", tmp_path)
+    seen = in_a_process_without_threads(__name__, "run_trials", tmp_path)
     assert seen["killed"] >= TRIALS * 0.8, seen
     assert min(seen["absent"], seen["old"], seen["new"], seen["journal"]) >= 1, seen
 
 
 def test_killed_between_any_two_publications(tmp_path: Path) -> None:
-    counts = _in_a_process_without_threads("run_publications", tmp_path)
+    counts = in_a_process_without_threads(__name__, "run_publications", tmp_path)
     assert counts["converted"] >= 5, counts  # journal, tokenizer, index, network, index again, and what is cleared up
     assert counts["replaced"] > counts["converted"], counts
+    assert counts["saved"] >= 4, counts  # the old network goes, the new one comes, the index, and what is cleared up
     assert counts["written back"] >= 3, counts  # configuration, tokenizer, weights

@@ -1,5 +1,7 @@
 """A model exported to Core ML goes through one full step from its manifest: text, both rows of the transformer, the decoder."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +43,16 @@ def test_one_step_is_the_pipelines(tiny_model: Path, tmp_path: Path, precision: 
         psnr_db, _ = check.difference(np.asarray(expected.latents, np.float64), result.latents_BTHWC.astype(np.float64))
         assert psnr_db >= LATENTS_DB[precision]
         assert np.isfinite(result.frames_Bthw3).all()
+
+
+@pytest.mark.slow
+def test_what_coremltools_logs_on_import_reaches_no_user() -> None:
+    lines = """if True:
+        import logging
+        from sora_jax.export import coreml_open
+        with coreml_open._without_notes():
+            import coremltools
+        assert logging.root.manager.disable == logging.NOTSET
+    """
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from sora_jax import Pipeline
+from sora_jax.commands import main
 from sora_jax.export import ExportedModel, check, exporter, stablehlo, stablehlo_sampler, weight_file
 from sora_jax.export.contents import Contents
 from sora_jax.export.entries import FunctionEntry, StageEntry
@@ -145,3 +146,6 @@ def test_an_image_that_is_given_stays_the_first_frame(tiny_model, tmp_path, in_p
     mask = np.ones(z.shape[:2], np.float32)
     mask[:, 0] = 0
     assert psnr_db(clip.frames, frames_of(model, pipeline, seed=3, noise_BTHWC=z, frame_mask_BT=mask)) >= EQUAL_DB
+    command = ["run-exported", str(tmp_path / "out"), PROMPT, "--seed", "3", "--reference-path", str(tmp_path / "first.png")]
+    assert main.main([*command, "-o", str(tmp_path / "clip.npz")]) == main.OK
+    assert psnr_db(clip.frames, np.load(tmp_path / "clip.npz")["frames"][None]) >= EQUAL_DB

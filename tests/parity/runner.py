@@ -20,7 +20,6 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from tests.parity import limits
 from tests.parity.fixtures import (
@@ -172,6 +171,8 @@ def orphans(suite: str, folder: Path, cases: list[Case]) -> list[Row]:
 
 def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    from safetensors.numpy import save_file
+
     save_file({key: np.asarray(value, order="C") for key, value in tensors.items()}, path)
 
 

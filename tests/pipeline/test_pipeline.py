@@ -299,7 +299,7 @@ def test_several_samples_get_numbered_files(pipe: Pipeline, tmp_path: Path) -> N
         ({"loop": 2, "num_frames": 1}, "cannot extend a single image"),
         ({"condition_frame_edit": 1.5}, "condition_frame_edit is 1.5; expected 0"),
         ({"align": 0}, "align is 0"),
-        ({"dtype": "float16"}, "dtype is 'float16'; expected float32 or bfloat16"),
+        ({"dtype": "float16"}, "dtype is 'float16'; expected auto, float32 or bfloat16"),
         ({"num_samples": 0}, "num_samples is 0"),
         ({"mask_strategies": "0,x"}, "mask strategy '0,x' is malformed"),
         ({"mask_strategies": "0,0,0,0,1,7"}, "edit ratio 7.0; expected 0"),

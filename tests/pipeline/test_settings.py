@@ -70,6 +70,8 @@ def test_the_ends_of_a_range_are_in_it_and_nothing_beyond(name: str) -> None:
         ({"leap": 30}, "leap index 30 is beyond the last of 30 steps"),
         ({"plan": "plan.json"}, "plan is 'plan.json'; expected a sora_jax.Plan, or a file"),
         ({"loop": 2, "num_frames": 34, "condition_frame_length": 10}, "num_frames above 34 or condition_frame_length 5"),
+        ({"condition_frame_length": 5}, "says how clips of a loop go on, but loop is 1; set loop as well"),
+        ({"condition_frame_edit": 0.0}, "says how clips of a loop go on, but loop is 1"),
         ({"colour": 3}, "option 'colour' is unknown; expected some of num_steps, "),
         ({"num_step": 3}, "option 'num_step' is unknown; did you mean num_steps"),
         ({"resolution": "240p", "aspect_ratio": "5:7"}, "aspect ratio '5:7' is unknown"),

@@ -1,4 +1,4 @@
-"""Reading arrays: the right bytes through tensorstore, each compared once for every state of its file, faults that name it."""
+"""Reading arrays: the right bytes by either way, each compared once for every state of its file, faults that name it."""
 
 import dataclasses
 import errno
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from sora_jax.storage import arrays, checksums, pieces
+from sora_jax.storage import arrays, checksums, in_order, pieces
 from sora_jax.storage import reader as reader_module
 from sora_jax.storage.buffers import ALIGNMENT, Buffer, group_bytes
 from sora_jax.storage.checkpoint import save_network
@@ -58,6 +58,15 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     return sizes
 
 
+@pytest.fixture(params=["by the system", "through tensorstore"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The class that reads: files in order are read by the system; here also through tensorstore, as others are."""
+    if request.param == "by the system":
+        return in_order.FileInOrder
+    monkeypatch.setattr(reader_module, "open_in_order", lambda *_: None)
+    return pieces.StoredArray
+
+
 def stored(manifest: Manifest, format_version: int) -> Manifest:
     return as_format_1(manifest) if format_version == 1 else manifest
 
@@ -69,7 +78,7 @@ def read(manifest: Manifest, names: list[str] = GROUP) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("format_version", FORMATS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_arrays_have_the_stored_bits_in_memory_of_their_own(
-    tmp_path: Path, flat: dict[str, np.ndarray], small_blocks: None, dtype: str, format_version: int
+    tmp_path: Path, flat: dict[str, np.ndarray], small_blocks: None, way: Any, dtype: str, format_version: int
 ) -> None:
     written = save_network(tmp_path, "t5", CONFIG.t5, flat, dtype=dtype)
     manifest = stored(written, format_version)
@@ -91,13 +100,13 @@ def test_blocks_are_the_largest_divisors_within_the_limit() -> None:
 
 
 def test_memory_besides_the_callers_is_a_few_blocks(
-    tmp_path: Path, flat: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, flat: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, way: Any
 ) -> None:
     """No more pieces are being read at a time than fit into the limit, whatever the size of the array."""
     monkeypatch.setattr(arrays, "BLOCK_BYTES", 64)
     monkeypatch.setattr(reader_module, "IN_FLIGHT_BYTES", 256)
     manifest = save_network(tmp_path, "t5", CONFIG.t5, flat)
-    under_way, most, begin = 0, 0, pieces.StoredArray.read
+    under_way, most, begin = 0, 0, way.read
 
     class Watched:
         def __init__(self, reading: pieces.Reading, size: int):
@@ -108,13 +117,13 @@ def test_memory_besides_the_callers_is_a_few_blocks(
             self.reading.result()
             under_way -= self.size
 
-    def watched(self: pieces.StoredArray, piece: pieces.Piece, target: np.ndarray) -> Watched:
+    def watched(self: Any, piece: pieces.Piece, target: np.ndarray) -> Watched:
         nonlocal under_way, most
         under_way += piece.nbytes
         most = max(most, under_way)
         return Watched(begin(self, piece, target), piece.nbytes)
 
-    monkeypatch.setattr(pieces.StoredArray, "read", watched)
+    monkeypatch.setattr(way, "read", watched)
     read(manifest, [TABLE])
     assert (most, under_way) == (256, 0)
     for _ in Reader(manifest).pieces(TABLE):
@@ -170,8 +179,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("way", ["whole", "rows", "verified"])
-def test_a_faulty_file_is_named_with_its_layer_in_one_line(manifest: Manifest, fault: str, way: str) -> None:
+@pytest.mark.parametrize("what", ["whole", "rows", "verified"])
+def test_a_faulty_file_is_named_with_its_layer_in_one_line(manifest: Manifest, way: Any, fault: str, what: str) -> None:
     damage, message = FAULTS[fault]
     path = manifest.chunk_path(TABLE)
     damage(path)
@@ -182,7 +191,7 @@ def test_a_faulty_file_is_named_with_its_layer_in_one_line(manifest: Manifest, f
         "verified": lambda: reader.verify(TABLE),
     }
     with pytest.raises(ModelDirectoryError, match=message) as raised:
-        ways[way]()
+        ways[what]()
     assert str(raised.value).startswith("t5 layer embed: parameter file ")
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -198,13 +207,17 @@ ADVICE = {
 
 @pytest.mark.parametrize(("code", "advice"), ADVICE.items())
 def test_an_error_of_the_system_is_repeated_and_conversion_not_advised(
-    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, code: int, advice: str
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, way: Any, code: int, advice: str
 ) -> None:
     class Failing:
         def result(self) -> None:
             raise ValueError(f"UNKNOWN: Failed to read: \"/x\" [os_error_code='{code}']")
 
+    def preadv(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
     monkeypatch.setattr(pieces.StoredArray, "read", lambda *_: Failing())
+    monkeypatch.setattr(os, "preadv", preadv)
     with pytest.raises(ModelDirectoryError) as raised:
         read(manifest)
     assert f"cannot be read ({os.strerror(code)}); {advice}" in str(raised.value)
@@ -292,19 +305,21 @@ def test_only_the_blocks_of_the_rows_asked_for_are_read(
     flat: dict[str, np.ndarray],
     small_blocks: None,
     monkeypatch: pytest.MonkeyPatch,
+    way: Any,
     dtype: str,
     format_version: int,
 ) -> None:
     manifest = stored(save_network(tmp_path, "t5", CONFIG.t5, flat, dtype=dtype), format_version)
     monkeypatch.setattr(checksums, "_CLOCK_NS", 0)
-    table, ids, starts, begin = flat[TABLE], np.array([[3, 127, 3], [0, 5, 127]]), [], pieces.StoredArray.read
+    table, ids, starts, begin = flat[TABLE], np.array([[3, 127, 3], [0, 5, 127]]), [], Reader._begun
 
-    def counting(self: pieces.StoredArray, piece: pieces.Piece, target: np.ndarray) -> pieces.Reading:
-        if self._parameter.shape == table.shape:
+    def counting(self: Reader, stored: Any, request: reader_module.Request) -> pieces.Reading:
+        name, piece, _ = request
+        if name == TABLE:
             starts.append((piece.start, piece.stop))
-        return begin(self, piece, target)
+        return begin(self, stored, request)
 
-    monkeypatch.setattr(pieces.StoredArray, "read", counting)
+    monkeypatch.setattr(Reader, "_begun", counting)
     reader = Reader(manifest)
     for time in ("first", "second"):
         starts.clear()
@@ -346,11 +361,13 @@ def test_a_reading_nobody_waits_for_ends_at_the_next_piece(manifest: Manifest) -
         Reader(manifest).read(Buffer(group_bytes(parameters)).arrays(parameters), stop=lambda: next(answers))
 
 
-def test_a_failed_read_writes_into_the_callers_memory_no_more(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_read_writes_into_the_callers_memory_no_more(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, way: Any
+) -> None:
     """What is still under way is waited for, because the memory will be used again."""
     parameters = Reader(manifest).parameters([TABLE])
     arrays_of = Buffer(group_bytes(parameters)).arrays(parameters)
-    begin, pending = pieces.StoredArray.read, []
+    begin, pending = way.read, []
 
     class Counted:
         def __init__(self, reading: pieces.Reading, fails: bool):
@@ -363,9 +380,7 @@ def test_a_failed_read_writes_into_the_callers_memory_no_more(manifest: Manifest
             if self.fails:
                 raise ValueError("DATA_LOSS: torn")
 
-    monkeypatch.setattr(
-        pieces.StoredArray, "read", lambda self, piece, target: Counted(begin(self, piece, target), piece.start == 0)
-    )
+    monkeypatch.setattr(way, "read", lambda self, piece, target: Counted(begin(self, piece, target), piece.start == 0))
     with pytest.raises(ModelDirectoryError, match=r"cannot be read \(DATA_LOSS: torn\)"):
         Reader(manifest).read(arrays_of)
     assert not pending
@@ -388,6 +403,20 @@ def test_what_tensorstore_wrote_in_another_order_is_read_too(manifest: Manifest,
     ids = np.array([0, rows, 127])
     np.testing.assert_array_equal(Reader(manifest).rows(TABLE, ids), flat[TABLE][ids])
     Reader(manifest).verify(TABLE)
+
+
+def test_files_are_closed(manifest: Manifest) -> None:
+    def count() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    read(manifest)
+    before = count()
+    read(manifest)
+    answers = iter([False, False, True])
+    parameters = Reader(manifest).parameters(GROUP)
+    with pytest.raises(Stopped):
+        Reader(manifest).read(Buffer(group_bytes(parameters)).arrays(parameters), stop=lambda: next(answers))
+    assert count() == before
 
 
 def test_threads_read_the_same_arrays_at_once(manifest: Manifest, flat: dict[str, np.ndarray]) -> None:

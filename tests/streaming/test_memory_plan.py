@@ -108,13 +108,14 @@ def test_the_widest_stretch_of_the_temporal_autoencoder_is_planned(name: str) ->
     check(activations.temporal_bytes(config, 1, 17, 144), widest)
 
 
-@pytest.mark.parametrize("decoder", [True, False])
-def test_the_spatial_autoencoder_is_planned(decoder: bool) -> None:
-    network = jax.eval_shape(lambda: VAE(pocket.vae, rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize(("decoder", "hidden_bytes"), [(True, None), (True, 2**20), (False, None)])
+def test_the_spatial_autoencoder_is_planned(decoder: bool, hidden_bytes: int | None) -> None:
+    forms = Forms(hidden_bytes=hidden_bytes)
+    network = jax.eval_shape(lambda: VAE(pocket.vae, forms=forms, rngs=nnx.Rngs(0)))
     x = zeros(2, 16, 16, 4) if decoder else zeros(2, 128, 128, 3)
     module = network.spatial_decoder if decoder else network.spatial_encoder
     measured = temporary_bytes(lambda module, x: module(x), module, x)
-    check(activations.spatial_bytes(pocket.vae.spatial, 2, 128 * 128, decoder=decoder), measured)
+    check(activations.spatial_bytes(pocket.vae.spatial, 2, 128 * 128, decoder=decoder, forms=forms), measured)
 
 
 def test_operations_are_those_that_xla_counts() -> None:

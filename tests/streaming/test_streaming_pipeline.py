@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sora_jax.commands import main
+from sora_jax.pipeline import pipeline
 from sora_jax.pipeline.clip import Clip
 from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.pipeline.run import Progress
@@ -53,6 +54,15 @@ def test_a_callback_may_lower_the_budget(pipe, clip):
 def test_a_budget_that_is_too_small_names_what_is_needed(tiny_model):
     with pytest.raises(ValueError, match=r"memory budget of 0.01 GB is too small: .* needs [\d.]+ GB"):
         Pipeline.from_pretrained(tiny_model, memory_budget="10MB")(PROMPT)
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_read(tiny_model, monkeypatch):
+    pipe = Pipeline.from_pretrained(tiny_model, memory_budget="300MB")
+    monkeypatch.setattr(pipeline, "read_samples", lambda *_: pytest.fail("references were looked for"))
+    with pytest.raises(ValueError, match=r"memory budget of 0.3 GB is too small"):
+        pipe(PROMPT, references="missing.png")
+    with pytest.raises(ValueError, match=r"memory budget of 0.3 GB is too small"):
+        pipe.calibrate(PROMPT, evaluations=2)
 
 
 def test_without_a_budget_none_can_be_set(tiny_model):

@@ -7,6 +7,7 @@ their frames, which CPUs run faster than a three-dimensional one and every expor
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -114,23 +115,37 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "N *inner C"]) -> Float[Array, "N *inner C"]:
         """Returns the normed array; each entry of the first axis has its own statistics."""
-        wide = x.astype(jnp.float32)
-        inner = tuple(range(1, x.ndim - 1))
-        scale_1C, bias_1C = (lifted(param[...].astype(jnp.float32), 2) for param in (self.scale, self.bias))
+        if not self.half_range:
+            return self.folded(x)(x)
+        wide, inner = x.astype(jnp.float32), _inner(x)
+        scale_1C, bias_1C = self._scale_and_bias()
         mean_NG = self._over_group(jnp.mean(wide, axis=inner))
-        if self.half_range:
-            centred = wide - jnp.expand_dims(self._by_channel(mean_NG), inner)
-            normed = self._unit_power(centred) * jnp.expand_dims(scale_1C, inner) + jnp.expand_dims(bias_1C, inner)
-            return normed.astype(x.dtype)
+        centred = wide - jnp.expand_dims(self._by_channel(mean_NG), inner)
+        normed = self._unit_power(centred) * jnp.expand_dims(scale_1C, inner) + jnp.expand_dims(bias_1C, inner)
+        return normed.astype(x.dtype)
+
+    def folded(self, x: Float[Array, "N *inner C"]) -> Callable[[Array], Array]:
+        """Returns the norm as a function of any part of ``x``, with the statistics of the whole; not with ``half_range``."""
+        wide, inner = x.astype(jnp.float32), _inner(x)
+        scale_1C, bias_1C = self._scale_and_bias()
+        mean_NG = self._over_group(jnp.mean(wide, axis=inner))
         square_NG = self._over_group(jnp.mean(wide * wide, axis=inner))
         inverse_NG = jax.lax.rsqrt(jnp.maximum(square_NG - mean_NG * mean_NG, 0) + self.epsilon)
         gain_NC = self._by_channel(inverse_NG) * scale_1C
         offset_NC = bias_1C - self._by_channel(mean_NG) * gain_NC
-        normed = wide * jnp.expand_dims(gain_NC, inner) + jnp.expand_dims(offset_NC, inner)
-        return normed.astype(x.dtype)
+
+        def normed(part: Array) -> Array:
+            values = part.astype(jnp.float32) * jnp.expand_dims(gain_NC, inner) + jnp.expand_dims(offset_NC, inner)
+            return values.astype(part.dtype)
+
+        return normed
+
+    def _scale_and_bias(self) -> tuple[Array, Array]:
+        scale_1C, bias_1C = (lifted(param[...].astype(jnp.float32), 2) for param in (self.scale, self.bias))
+        return scale_1C, bias_1C
 
     def _unit_power(self, centred: Float[Array, "N *inner C"]) -> Float[Array, "N *inner C"]:
-        inner = tuple(range(1, centred.ndim - 1))
+        inner = _inner(centred)
         per_channel_NC = jnp.max(jnp.abs(centred), axis=inner)
         largest_NG = magnitude(jnp.max(per_channel_NC.reshape(len(centred), self.groups, -1), axis=-1))
         scaled = centred / jnp.expand_dims(self._by_channel(largest_NG), inner)
@@ -143,6 +158,11 @@ class GroupNorm(nnx.Module):
 
     def _by_channel(self, x_NG: Float[Array, "N G"]) -> Float[Array, "N C"]:
         return jnp.repeat(x_NG, self.scale.shape[0] // self.groups, axis=-1)
+
+
+def _inner(x: jax.Array) -> tuple[int, ...]:
+    """Returns the axes between the first and the last."""
+    return tuple(range(1, x.ndim - 1))
 
 
 def _conv2d(x: jax.Array, kernel_HWIO: jax.Array, *, stride: int, padding: tuple[int, int]) -> jax.Array:

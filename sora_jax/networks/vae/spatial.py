@@ -1,13 +1,15 @@
 """Autoencoder of single frames: pixels in [-1, 1] to eight times smaller latents and back.
 
-Invariant: frames are independent; the batch axis N may hold any of them.  Latents here are unscaled: the factor
-``scaling_factor`` and the micro-frame chunks belong to ``codec``.
+Invariant: frames are independent; the batch axis N may hold any of them.  Where a frame's features would take more than
+``forms.hidden_bytes``, the decoder computes them in bands of rows (see ``bands``), to the same numbers.  Latents here are
+unscaled: the factor ``scaling_factor`` and the micro-frame chunks belong to ``codec``.
 
 Source: diffusers AutoencoderKL with the configuration of SDXL's autoencoder.
 """
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from einops import rearrange
@@ -17,15 +19,29 @@ from jaxtyping import Array, Float
 from sora_jax.config import FLOAT32, DTypePolicy, SpatialVAEConfig
 from sora_jax.networks.forms import WHOLE, Forms
 from sora_jax.networks.layers import Linear
+from sora_jax.networks.vae.bands import Bands, bands, in_bands
 from sora_jax.networks.vae.layers import Conv2D, GroupNorm
 
 _EPSILON = 1e-6
 
 
 class ResnetBlock(nnx.Module):
-    """Two normed convolutions and a shortcut, which is a 1x1 convolution where the width changes."""
+    """Two normed convolutions and a shortcut, which is a 1x1 convolution where the width changes.
 
-    def __init__(self, in_channels: int, out_channels: int, *, groups: int, policy: DTypePolicy, rngs: nnx.Rngs):
+    With ``band_bytes``, in bands of rows where the features take more.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int,
+        policy: DTypePolicy,
+        rngs: nnx.Rngs,
+        band_bytes: int | None = None,
+    ):
+        self.band_bytes = band_bytes
         self.norm1 = GroupNorm(in_channels, groups=groups, epsilon=_EPSILON, policy=policy)
         self.conv1 = Conv2D(in_channels, out_channels, kernel_size=3, policy=policy, rngs=rngs)
         self.norm2 = GroupNorm(out_channels, groups=groups, epsilon=_EPSILON, policy=policy)
@@ -36,9 +52,21 @@ class ResnetBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "N h w I"]) -> Float[Array, "N h w O"]:
         """Returns the frames' features after the block."""
+        divided = bands(x.shape, self.band_bytes, x.dtype.itemsize)
+        if divided is not None:
+            return self._in_bands(x, divided)
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return y + self._shortcut(x)
+
+    def _in_bands(self, x: Array, divided: Bands) -> Array:
+        norm1 = self.norm1.folded(x)
+        y = in_bands(lambda x: self.conv1(jax.nn.silu(norm1(x))), divided, x)
+        norm2 = self.norm2.folded(y)
+        return in_bands(lambda y, x: self.conv2(jax.nn.silu(norm2(y))) + self._shortcut(x), divided, y, x)
+
+    def _shortcut(self, x: Array) -> Array:
+        return x if self.conv_shortcut is None else self.conv_shortcut(x)
 
 
 class AttentionBlock(nnx.Module):
@@ -91,20 +119,38 @@ class DownBlock(nnx.Module):
 class UpBlock(nnx.Module):
     """Resnet blocks of the given widths, then nearest-neighbour doubling and a convolution (except at the last level)."""
 
-    def __init__(self, widths: Sequence[int], *, groups: int, double: bool, policy: DTypePolicy, rngs: nnx.Rngs):
-        self.resnets = _resnets(widths, groups=groups, policy=policy, rngs=rngs)
+    def __init__(
+        self,
+        widths: Sequence[int],
+        *,
+        groups: int,
+        double: bool,
+        policy: DTypePolicy,
+        rngs: nnx.Rngs,
+        band_bytes: int | None = None,
+    ):
+        self.band_bytes = band_bytes
+        self.resnets = _resnets(widths, groups=groups, policy=policy, rngs=rngs, band_bytes=band_bytes)
         self.upsampler = Conv2D(widths[-1], widths[-1], kernel_size=3, policy=policy, rngs=rngs) if double else None
 
     def __call__(self, x: Float[Array, "N h w I"]) -> Float[Array, "N H W O"]:
         """Returns the frames' features one level finer."""
         for resnet in self.resnets:
             x = resnet(x)
-        return x if self.upsampler is None else self.upsampler(x.repeat(2, axis=1).repeat(2, axis=2))
+        upsampler = self.upsampler
+        if upsampler is None:
+            return x
+        images, rows, columns, channels = x.shape
+        divided = bands((images, rows, 4 * columns, channels), self.band_bytes, x.dtype.itemsize)
+        doubled = lambda x: upsampler(x.repeat(2, axis=1).repeat(2, axis=2))  # noqa: E731
+        return doubled(x) if divided is None else in_bands(doubled, divided, x, factor=2)
 
 
-def _resnets(widths: Sequence[int], *, groups: int, policy: DTypePolicy, rngs: nnx.Rngs) -> nnx.List[ResnetBlock]:
-    pairs = itertools.pairwise(widths)
-    return nnx.List([ResnetBlock(before, after, groups=groups, policy=policy, rngs=rngs) for before, after in pairs])
+def _resnets(
+    widths: Sequence[int], *, groups: int, policy: DTypePolicy, rngs: nnx.Rngs, band_bytes: int | None = None
+) -> nnx.List[ResnetBlock]:
+    keywords: dict[str, Any] = {"groups": groups, "policy": policy, "rngs": rngs, "band_bytes": band_bytes}
+    return nnx.List([ResnetBlock(before, after, **keywords) for before, after in itertools.pairwise(widths)])
 
 
 def _level_widths(widths: Sequence[int], num_blocks: int) -> list[tuple[int, ...]]:
@@ -146,13 +192,17 @@ class SpatialDecoder(nnx.Module):
 
     def __init__(self, config: SpatialVAEConfig, *, policy: DTypePolicy = FLOAT32, forms: Forms = WHOLE, rngs: nnx.Rngs):
         self.policy = policy
+        self.band_bytes = None if policy.half_range else forms.hidden_bytes
         groups, widths = config.norm_num_groups, tuple(reversed(config.block_out_channels))
         self.post_quant_conv = Conv2D(config.latent_channels, config.latent_channels, kernel_size=1, policy=policy, rngs=rngs)
         self.conv_in = Conv2D(config.latent_channels, widths[0], kernel_size=3, policy=policy, rngs=rngs)
         self.mid_block = MidBlock(widths[0], groups=groups, policy=policy, forms=forms, rngs=rngs)
         levels = list(enumerate(_level_widths(widths, config.layers_per_block + 1), start=1))
         self.up_blocks = nnx.List(
-            [UpBlock(level, groups=groups, double=i < len(levels), policy=policy, rngs=rngs) for i, level in levels]
+            [
+                UpBlock(level, groups=groups, double=i < len(levels), policy=policy, rngs=rngs, band_bytes=self.band_bytes)
+                for i, level in levels
+            ]
         )
         self.conv_norm_out = GroupNorm(widths[-1], groups=groups, epsilon=_EPSILON, policy=policy)
         self.conv_out = Conv2D(widths[-1], config.out_channels, kernel_size=3, policy=policy, rngs=rngs)
@@ -163,4 +213,8 @@ class SpatialDecoder(nnx.Module):
         x = self.mid_block(x)
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        divided = bands(x.shape, self.band_bytes, x.dtype.itemsize)
+        if divided is None:
+            return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        norm = self.conv_norm_out.folded(x)
+        return in_bands(lambda x: self.conv_out(jax.nn.silu(norm(x))), divided, x)

@@ -19,6 +19,8 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from sora_jax.config import policy_of
+from sora_jax.devices.compute_dtype import choose_dtype
+from sora_jax.devices.names import AUTO
 from sora_jax.inputs.sizes import FRAMES_PER_CHUNK, LATENTS_PER_CHUNK
 from sora_jax.networks.vae.codec import VAE
 from sora_jax.pipeline import video
@@ -155,7 +157,7 @@ def reconstructed(model: ModelPath, asked: Sequence[Asked], *, dtype: str | None
       ModelDirectoryError: the codec is missing or damaged.
     """
     config, flat = load_network(model_path(model), "vae")
-    policy = policy_of(dtype or "float32")
+    policy = policy_of(choose_dtype(dtype or AUTO, platform=jax.default_backend()))
     vae = unflatten(jax.eval_shape(lambda: VAE(config, policy=policy, rngs=nnx.Rngs(0))), flat)
     vae = jax.device_put(vae)
     for start in range(0, len(asked), BATCH):
