@@ -213,8 +213,7 @@ def _rehearse(network: str, asked: Conversion, source: Path, dtype: str, reading
     from convert_weights.rehearsal import rehearse
 
     plan = rehearse(network, source, asked.directory, dtype=dtype, overwrite=asked.overwrite, options=reading)
-    if not asked.quiet:
-        _note_source(plan.source)
+    _check_source(asked, plan.source)
     tokenizer = ", with its tokenizer" if plan.tokenizer else ", without a tokenizer" if network == "t5" else ""
     shell.result(
         f"would write {plan.target}: {counted(plan.arrays, 'array')}, {plan.nbytes / 1e9:.3f} GB as {dtype}{tokenizer}; "
