@@ -87,7 +87,7 @@ def test_eight_bit_checkpoints_are_merged_as_numbers(tmp_path: Path) -> None:
     np.testing.assert_allclose(flat["block.2.attn.o.kernel"], expected.T, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("scale", "root"), [(1.0, False), (-0.5, True)])
+@pytest.mark.parametrize(("scale", "root"), [pytest.param(1.0, False, marks=pytest.mark.slow), (-0.5, True)])
 def test_an_adapter_is_added_in_float32(tmp_path: Path, scale: float, root: bool) -> None:
     arrays = {f"module.{name}": array for name, array in sources.state_dict("stdit3").items()}
     source = sources.write_source(tmp_path / "source", "stdit3", sources.halved(arrays, "bfloat16"))

@@ -90,6 +90,7 @@ def test_the_newer_spelling_of_scales_and_int8_from_them(tmp_path: Path) -> None
     assert {n: p.sha256 for n, p in manifest.parameters.items()} == {n: p.sha256 for n, p in other.parameters.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_eight_bit_floats_are_those_of_torch(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")

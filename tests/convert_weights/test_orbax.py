@@ -29,7 +29,7 @@ def _checksums(manifest: Manifest) -> dict[str, str]:
     return {name: parameter.sha256 for name, parameter in manifest.parameters.items()}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16", "int8"])
 def test_there_and_back_is_the_same_network(tmp_path: Path, dtype: str) -> None:
     manifest = _network(tmp_path / "model", dtype)
     assert main(["to-orbax", str(tmp_path / "model"), str(tmp_path / "out")]) == 0
