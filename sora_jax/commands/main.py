@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "convert": ("convert PyTorch checkpoints into a model directory", "sora_jax.commands.convert"),
     "export": ("write a model as StableHLO, ONNX or Core ML", "sora_jax.commands.export"),
     "run-exported": ("make a clip with an exported model", "sora_jax.commands.run_exported"),
+    "plan": ("compile a model for hardware that is not here", "sora_jax.commands.plan"),
     "inspect": ("show what a clip or a model directory holds", "sora_jax.commands.inspect"),
 }
 

@@ -81,14 +81,14 @@ class Coders:
         with self._networks.use("vae", self._dtype, self._timings) as vae:
             for chunk in chunks(config, num_frames):
                 given = (chunk.num_frames, batch), vae, z_BTHWC[:, chunk.latents]
-                clips.append(np.asarray(call("decode", self._timings, _decode_chunk, *given)))
+                clips.append(np.asarray(call("decode", self._timings, decode_chunk, *given)))
         return np.concatenate(clips, axis=1)
 
     def _encode_text(self, ids_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
         if self._plan is not None:
             return host_loop.encode_text(self._loop("t5", "text"), ids_BL, mask_BL)
         with self._networks.use("t5", self._dtype, self._timings) as t5:
-            return np.asarray(call("text", self._timings, _encode_text, (), t5, ids_BL, mask_BL))
+            return np.asarray(call("text", self._timings, encode_text, (), t5, ids_BL, mask_BL))
 
     def _encode_video(self, vae: VAE, video_Bthw3: np.ndarray) -> np.ndarray:
         batch = frame_batch(*video_Bthw3.shape[2:4])
@@ -115,7 +115,8 @@ def frame_batch(height: int, width: int) -> int:
     return max(1, FRAME_PIXELS // (height * width))
 
 
-def _encode_text(t5: T5Encoder, ids_BL: Int[Array, "B L"], mask_BL: Bool[Array, "B L"]) -> Float[Array, "B L E"]:
+def encode_text(t5: T5Encoder, ids_BL: Int[Array, "B L"], mask_BL: Bool[Array, "B L"]) -> Float[Array, "B L E"]:
+    """Returns the features of captions; the program of the stage ``text``."""
     return t5(ids_BL, mask_BL)
 
 
@@ -123,5 +124,6 @@ def _encode_chunk(frame_batch: int, vae: VAE, video_Bthw3: Float[Array, "B t h w
     return vae.encode_chunk(video_Bthw3, frame_batch=frame_batch)
 
 
-def _decode_chunk(num_frames: int, frame_batch: int, vae: VAE, z_BTHWC: Float[Array, "B T H W C"]) -> Float[Array, "B t h w 3"]:
+def decode_chunk(num_frames: int, frame_batch: int, vae: VAE, z_BTHWC: Float[Array, "B T H W C"]) -> Float[Array, "B t h w 3"]:
+    """Returns the frames of one chunk of latents; the program of the stage ``decode``."""
     return vae.decode_chunk(z_BTHWC, num_frames, frame_batch=frame_batch)
