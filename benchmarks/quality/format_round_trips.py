@@ -78,12 +78,13 @@ def _half(dtype: Any) -> Callable[[Path, Path], None]:
 def _original_vae(torch: Path, model: Path) -> None:
     arrays = load_file(torch / "vae" / "model.safetensors")
     spatial = formats.original_names(arrays, len(pocket.vae.spatial.block_out_channels), "first_stage_model.")
-    save_file(spatial, torch / "vae" / "sdxl_vae.safetensors")
+    (torch / "spatial").mkdir()
+    save_file(spatial, torch / "spatial" / "sdxl_vae.safetensors")
     folder = torch / "temporal"
     folder.mkdir()
     shutil.copyfile(torch / "vae" / "config.json", folder / "config.json")
     save_file({n: a for n, a in arrays.items() if not n.startswith("spatial_vae.")}, folder / "model.safetensors")
-    convert_checkpoint("vae", folder, model, options=Options(spatial=torch / "vae" / "sdxl_vae.safetensors"))
+    convert_checkpoint("vae", folder, model, options=Options(spatial=torch / "spatial" / "sdxl_vae.safetensors"))
 
 
 def _orbax(network: str) -> Callable[[Path, Path], None]:
