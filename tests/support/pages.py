@@ -3,7 +3,7 @@
 Invariant: a page is read as it stands; nothing is corrected on the way.  A fence that must not run has the comment
 ``<!-- not-run: reason -->`` on the line before it.
 
-    python -m tests.support.pages        writes the generated parts anew: the table of options, the tables of modules
+    python -m tests.support.pages        writes the generated parts anew: options, modules, compiled programs
 """
 
 import ast
@@ -20,6 +20,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from benchmarks.memory import compiled_ahead
 from sora_jax.commands import options_table
 from sora_jax.commands.main import main as sora_jax_main
 from tests.test_walls import ORDER
@@ -167,6 +168,7 @@ def _first_line(path: Path) -> str:
 GENERATED = {
     "options": (ROOT / "docs" / "options.md", options_table.table),
     "modules": (ROOT / "docs" / "architecture.md", modules_table),
+    "compiled": (ROOT / "docs" / "devices.md", compiled_ahead.page_table),
 }
 
 
