@@ -36,6 +36,8 @@ ROWS: tuple[tuple[TargetName, Precision, Weights], ...] = (
     ("onnx", "float32", "float"),
     ("onnx", "float16", "float"),
     ("onnx", "float32", "int8"),
+    ("coreai", "float32", "float"),
+    ("coreai", "float32", "int8"),
     ("coreml", "float32", "float"),
     ("coreml", "float16", "float"),
     ("coreml", "float16", "int8"),
@@ -111,7 +113,7 @@ def main() -> None:
     """Measures and prints, or writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a model directory (default: pocket)")
-    parser.add_argument("--targets", default="stablehlo,onnx,coreml")
+    parser.add_argument("--targets", default="stablehlo,onnx,coreai,coreml")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--scratch", type=new_folder, required=True, help="a folder that does not exist; removed afterwards")
     parser.add_argument("--json", type=Path)

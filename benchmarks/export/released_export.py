@@ -18,13 +18,13 @@ import resource
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks._support.machine import environment, new_folder, write_report
 from benchmarks._support.random_network import RandomParameters
 from sora_jax.config import ModelConfig, open_sora_1_2
 from sora_jax.export import export
-from sora_jax.export.entries import ExportManifest, FileEntry, StageEntry
+from sora_jax.export.entries import ExportManifest, FileEntry, StageEntry, TargetName
 from sora_jax.export.progress import Progress
 from sora_jax.networks.registry import CLASSES
 from sora_jax.pocket.world.vocabulary import write_tokenizer
@@ -121,7 +121,7 @@ def main() -> None:
     """Measures, prints and writes what the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--scratch", type=new_folder, required=True, help="a folder that does not exist; removed afterwards")
-    parser.add_argument("--target", choices=("stablehlo", "onnx", "coreml"), default="coreml")
+    parser.add_argument("--target", choices=get_args(TargetName), default="coreml")
     parser.add_argument("--precision", choices=("float32", "float16"), default="float32")
     parser.add_argument("--weights", choices=("float", "int8", "lut6", "int4"), default="float")
     parser.add_argument("--stages", default="t5,stdit3,vae_decoder")

@@ -9,10 +9,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 from sora_jax import files, shell
 from sora_jax.commands import options
+from sora_jax.export.entries import TargetName
 from sora_jax.pipeline import command_line
 from sora_jax.pipeline.option import Option, declared
 from sora_jax.pipeline.settings import OPTIONS, Options
@@ -41,7 +42,7 @@ class Arguments(options.Writing):
 
     model: Annotated[str, Option("Model directory, or pocket: the embedded model.", metavar="MODEL_DIR", positional=True)]
     out: Annotated[Path, Option("Folder to make.", metavar="OUT", positional=True)]
-    target: Annotated[str, Option("Format of the programs.", choices=("stablehlo", "onnx", "coreml"))]
+    target: Annotated[str, Option("Format of the programs.", choices=get_args(TargetName))]
     size: Annotated[
         tuple[str, ...], Option("A further size, for example 51x240x320; repeatable.", metavar="FxHxW", repeats=True)
     ] = ()
@@ -58,6 +59,9 @@ class Arguments(options.Writing):
         str,
         Option("Attention whose logits would take more than this (in float32) is computed in chunks.", metavar="SIZE"),
     ] = "256MiB"
+    vectors: Annotated[
+        str, Option("Test vectors beside the programs, with which a host or a device is proven.", choices=("on", "off"))
+    ] = "on"
     clip: Options
 
 
@@ -127,6 +131,7 @@ def _export(asked: Arguments, sizes: Sequence[tuple[int, int, int]], stop: threa
             licence=asked.licence,
             fuse_attention=not asked.no_fused_attention,
             logits_limit=asked.logits_limit,
+            vectors=asked.vectors == "on",
             overwrite=asked.overwrite,
             progress=progress,
         )

@@ -17,6 +17,7 @@ from sora_jax.inputs import prompt
 from sora_jax.pipeline import command_line, video
 from sora_jax.pipeline.option import Option, declared
 from sora_jax.pipeline.settings import Options
+from sora_jax.process import peak_bytes
 from sora_jax.shell import counted, note
 
 LOOP = command_line.of_clip("num_steps", "guidance", "merge_steps", "leap", leap=LEAP)
@@ -28,13 +29,14 @@ class Arguments(options.Writing):
     """What the command line asks for."""
 
     folder: Annotated[Path, Option("What sora-jax export has written.", metavar="FOLDER", positional=True)]
-    prompt: Annotated[str, Option("Caption.", metavar="PROMPT", positional=True)]
+    prompt: Annotated[str | None, Option("Caption.", metavar="PROMPT", positional=True)] = None
     output: Annotated[Path, Option("Output file.", flags=("-o", "--output"), metavar="FILE")] = Path("clip.mp4")
     size: Annotated[str | None, Option("One of the exported sizes (default: the first).", metavar="FxHxW")] = None
     reference_path: Annotated[
         Path | None, Option("Image that becomes the first frame; needs an export of vae_encoder.", metavar="FILE")
     ] = None
     sampler: Annotated[bool, Option("StableHLO: run the whole loop as one program.")] = False
+    check_vectors: Annotated[bool, Option("Run the test vectors of the export instead of a prompt.")] = False
     unload: Annotated[bool, Option("Unload every stage when the manifest says that it may be.")] = False
     clip: Options
 
@@ -55,10 +57,35 @@ def run(asked: Arguments) -> None:
     Raises:
       ValueError: the folder is not a finished export, or lacks what the clip needs.
     """
+    if asked.check_vectors and asked.prompt is not None:
+        raise ValueError("--check-vectors takes no prompt; it runs the export's own.")
+    if asked.check_vectors:
+        shell.interruptibly(lambda: _check(asked), lambda: None)
+        return
+    if asked.prompt is None:
+        raise ValueError("no prompt; give a text to make a clip of, or --check-vectors.")
     if str(asked.output) == "-":
         raise ValueError("--output - is no file, and standard output holds paths only; name a file.")
     _check_prompt(asked.prompt)
     shell.interruptibly(lambda: _make(asked), lambda: files.remove_partial(asked.output.parent))
+
+
+def _check(asked: Arguments) -> None:
+    """Prints a line for every test vector.
+
+    Raises:
+      CheckError: one did not pass.
+    """
+    from sora_jax.export import CheckError, ExportedModel, check_vectors
+
+    failed = passed = 0
+    for row in check_vectors.rows(ExportedModel(asked.folder, keep=False)):
+        shell.result(f"{'pass' if row.passed else 'FAIL'}  {row.name:40}  {row.measured}  (limit {row.expected})")
+        passed, failed = passed + row.passed, failed + (not row.passed)
+    if failed:
+        raise CheckError(f"{counted(failed, 'test vector')} of {passed + failed} did not pass.")
+    if not asked.quiet:
+        note(f"all {passed} test vectors passed")
 
 
 def _make(asked: Arguments) -> None:
@@ -79,7 +106,7 @@ def _make(asked: Arguments) -> None:
     if asked.reference_path is not None:
         model.refuse_frames(loop)
     image = _image(asked.reference_path, size)
-    text = prompt.prompt_at_loop(prompt.prepare_prompt(asked.prompt, **tokens["scores"]), 0)
+    text = prompt.prompt_at_loop(prompt.prepare_prompt(asked.prompt or "", **tokens["scores"]), 0)
     ids, mask = Tokenizer.from_file(tokenizer).encode([text], tokens["length"])
     began = time.perf_counter()
     with files.claimed(asked.output):
@@ -92,7 +119,9 @@ def _make(asked: Arguments) -> None:
         frames = video.quantise(result.frames_Bthw3)[0]
         video.save(frames, asked.output, fps=size["conditions"]["fps_B"], parameters=parameters, overwrite=asked.overwrite)
     if not asked.quiet:
-        note(f"{counted(result.evaluations, 'evaluation')}, {time.perf_counter() - began:.1f} s")
+        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in model.timings.items())
+        peak = f"peak memory {peak_bytes() / 1e9:.2f} GB"
+        note(f"{counted(result.evaluations, 'evaluation')}, {time.perf_counter() - began:.1f} s ({times}), {peak}")
     shell.result(asked.output)
 
 

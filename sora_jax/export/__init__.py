@@ -1,4 +1,4 @@
-"""Export of a model directory to StableHLO, ONNX and Core ML, checked numerically before it is finished.
+"""Export of a model directory to StableHLO, ONNX, Core ML and Core AI, checked numerically before it is finished.
 
 ``export`` writes a folder of artefacts with a manifest, ``ExportedModel`` runs one.  A name is loaded when it is first used.
 """

@@ -46,6 +46,9 @@ def _check_files(manifest: ExportManifest) -> None:
         raise ContradictionError(str(error)) from None
     total = sum(entry["bytes"] for entry in manifest["files"].values())
     _refuse(total != manifest["total_bytes"], f"total_bytes is {manifest['total_bytes']}, its files have {total}.")
+    vectors = manifest.get("vectors")
+    for proof in (vectors["host"], vectors["clip"]) if vectors else ():
+        _refuse(proof is not None and proof not in manifest["files"], f"the vectors {proof!r} are not in files.")
     tokenizer = manifest["tokens"]["file"]
     _refuse(tokenizer is not None and tokenizer not in manifest["files"], f"the tokenizer {tokenizer!r} is not in files.")
 
@@ -128,6 +131,8 @@ def _check_functions(manifest: ExportManifest, functions: Sequence[FunctionEntry
 
 def _check_artefact(manifest: ExportManifest, function: FunctionEntry, at: str) -> None:
     files, file, weights = manifest["files"], function["artefact"]["file"], function["artefact"].get("weights")
+    proof = function.get("vectors")
+    _refuse(proof is not None and proof not in files, f"{at} has vectors {proof!r}, which are not in files.")
     listed = file in files or any(name.startswith(file + "/") for name in files)
     _refuse(not listed, f"{at} is in {file!r}, which is not in files.")
     if at.startswith("sampler "):

@@ -6,7 +6,7 @@ is read or computed here.
 
 from typing import Any, Literal, NotRequired, TypedDict
 
-TargetName = Literal["stablehlo", "onnx", "coreml"]
+TargetName = Literal["stablehlo", "onnx", "coreml", "coreai"]
 Precision = Literal["float32", "float16"]
 Weights = Literal["float", "int8", "lut6", "int4"]
 Unload = Literal["after_use", "after_phase"]
@@ -165,6 +165,7 @@ class FunctionEntry(TypedDict):
     inputs: list[TensorEntry]
     outputs: list[TensorEntry]
     checks: list[CheckEntry]
+    vectors: NotRequired[str]
 
 
 class StageEntry(TypedDict):
@@ -186,6 +187,13 @@ class SamplerEntry(TypedDict):
     functions: list[FunctionEntry]
 
 
+class VectorsEntry(TypedDict):
+    """Test vectors of what a host does itself; those of functions stand with them."""
+
+    host: str
+    clip: str | None
+
+
 class UnsealedManifest(TypedDict):
     """The whole file, as its content is put together."""
 
@@ -202,6 +210,7 @@ class UnsealedManifest(TypedDict):
     phases: list[PhaseEntry]
     stages: list[StageEntry]
     sampler: SamplerEntry | None
+    vectors: NotRequired[VectorsEntry]
     files: dict[str, FileEntry]
     total_bytes: int
     notes: list[str]

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from sora_jax import files
 from sora_jax.config import ModelConfig
-from sora_jax.export import capture, describe, manifest, worker
+from sora_jax.export import capture, describe, host_vectors, manifest, on_mac, worker
 from sora_jax.export.attention import LOGITS_LIMIT, attention_entry
 from sora_jax.export.check import CheckError
 from sora_jax.export.entries import (
@@ -41,6 +41,7 @@ from sora_jax.export.progress import Meter, Progress, work_of
 from sora_jax.export.size import Size
 from sora_jax.export.stages import DEFAULT_PARTS, Stage, check_parts
 from sora_jax.export.targets import Options, target_module
+from sora_jax.export.vectors import CLIP_FILE, HOST_FILE
 from sora_jax.networks import merging
 from sora_jax.pipeline.model_file import model_path, tokenizer_path
 from sora_jax.pipeline.pipeline import Pipeline
@@ -49,6 +50,7 @@ from sora_jax.storage import directory as model_directory
 from sora_jax.streaming.budget import AUTO, parse_budget
 
 GROUP_BYTES = 256_000_000  # float32 weights that one process exports; a stage of a large model has more
+CLIP_BYTES = 2_000_000_000  # weights of a model that makes a clip for its test vectors
 _SPARE_BYTES = 200_000_000
 _BYTES_PER_VALUE = {"float32": 4, "float16": 2}
 _WAIT_S = 0.5  # between two looks at a process that says nothing: how soon a raising ``progress`` ends an export
@@ -74,6 +76,7 @@ def export(
     licence: str | None = None,
     fuse_attention: bool = True,
     logits_limit: str | int | float = LOGITS_LIMIT,
+    vectors: bool = True,
     overwrite: bool = False,
     progress: Callable[[Progress], Any] | None = None,
 ) -> ExportManifest:
@@ -82,7 +85,7 @@ def export(
     Args:
       directory: a complete model directory.
       out: folder to create.
-      target: ``stablehlo``, ``onnx`` or ``coreml``.
+      target: ``stablehlo``, ``onnx``, ``coreml`` or ``coreai``.
       num_frames: length of the video, a number or a duration such as ``2s``; None: the model's default, as for height and
         width.
       height: pixels, a multiple of 16.
@@ -95,6 +98,7 @@ def export(
       licence: the weights' licence, for the manifest and Core ML packages; None: not stated.
       fuse_attention: Core ML only: use the converter's fused attention.
       logits_limit: bytes, such as ``"500MB"``; where one attention's logits would take more (in float32) it is chunked.
+      vectors: write test vectors for hosts and devices; with a clip of four steps where the model fits in 2 GB.
       overwrite: replace an existing folder, once the new one is complete.
       progress: called about twice a second; what it raises ends the export.
 
@@ -129,6 +133,7 @@ def export(
         sizes=tuple(dict.fromkeys(sizes)),
         guidance=chosen.guidance,
         sampler=target == "stablehlo" and "stdit3" in stages,
+        vectors=vectors,
     )
     order = _order(job, pipeline, chosen, licence)
     listed = _checked_stages(job, pipeline.config, chosen)
@@ -200,7 +205,16 @@ def _fill(folder: Path, order: _Order, listed: Sequence[Stage], progress: Callab
         save_values(folder, size, capture.start(pipeline.config, pipeline.tokenizer, size, order.settings))
     stages, sampler = _run_groups(job, listed, folder, progress)
     shutil.rmtree(folder / WORK)
+    if job.vectors:
+        host_vectors.write(folder, pipeline, order.settings, order.tokens, order.sizes[0], clip=_makes_clip(job))
+        on_mac.write(folder, job.target)
     manifest.write(folder, _manifest(order, stages, sampler, folder))
+
+
+def _makes_clip(job: Job) -> bool:
+    """Returns whether vectors have a clip: a whole model is exported, which is small enough to run here at once."""
+    whole = set(DEFAULT_PARTS) <= set(job.parts)
+    return whole and sum(network.nbytes for network in job.networks().values()) <= CLIP_BYTES
 
 
 def _checked_stages(job: Job, config: ModelConfig, chosen: Settings) -> list[Stage]:
@@ -307,7 +321,7 @@ def _manifest(order: _Order, stages: list[StageEntry], sampler: SamplerEntry | N
     networks = job.networks()
     tokens = _copy_tokenizer(order, folder)
     found = describe.file_entries(folder)
-    return {
+    entry: UnsealedManifest = {
         "format_version": manifest.FORMAT_VERSION,
         "target": job.target,
         "precision": job.options.precision,
@@ -325,6 +339,9 @@ def _manifest(order: _Order, stages: list[StageEntry], sampler: SamplerEntry | N
         "total_bytes": sum(entry["bytes"] for entry in found.values()),
         "notes": [target_module(job.target).NOTE],
     }
+    if job.vectors:
+        entry["vectors"] = {"host": HOST_FILE, "clip": CLIP_FILE if CLIP_FILE in found else None}
+    return entry
 
 
 def _copy_tokenizer(order: _Order, folder: Path) -> TokensEntry:

@@ -1,6 +1,7 @@
 """The reference host program of an exported model: token ids in, frames out, from the manifest and the artefacts alone.
 
-Port this file to Swift (or to C++): it is all that a phone's program has to do, apart from cleaning and splitting the prompt.
+This is all that a phone's program has to do, apart from cleaning and splitting the prompt; ``docs/host_program.md`` says the
+same for other languages.
 It keeps one dictionary of named arrays, loads stages in the manifest's order, runs them, unloads them, and does the
 loop's arithmetic itself: schedule, guidance, leap and merge switch, in NumPy.  These rules stand in the sampler too; they are
 written a second time on purpose, as its independent check, and a test holds the two against each other.
@@ -24,6 +25,7 @@ from sora_jax.export.contents import Contents
 from sora_jax.export.entries import ChunkEntry, LeapEntry, PhaseEntry, SamplingEntry, SizeEntry
 from sora_jax.export.opening import Runner, open_function
 from sora_jax.export.phases import stage_function
+from sora_jax.process import Timings
 
 TINY = 1e-8
 MAX_STEPS = 100_000
@@ -46,6 +48,7 @@ class ExportedModel:
     """An exported folder, opened.
 
     ``keep`` keeps stages loaded between steps; without it every stage is unloaded as soon as the manifest allows it.
+    ``timings`` has the seconds so far: of loading, of every phase, and of the sampler program.
 
     Raises:
       ExportFileError: the folder is no finished export, a file is missing, or the manifest was changed or is wrong.
@@ -57,6 +60,7 @@ class ExportedModel:
         self.contents = Contents(self.folder, self.manifest["files"])
         self.stages = {stage["name"]: stage for stage in self.manifest["stages"]}
         self.loaded: dict[tuple[str, str], Runner] = {}
+        self.timings = Timings()
         for size in self.manifest["sizes"]:
             self._check_times(size)
 
@@ -242,7 +246,8 @@ class ExportedModel:
         stages = [self.stages[name] for name in self._find_phase("step")["stages"]]
         times, first = self.times(at, sampling["num_steps"]), first_comparison(sampling["leap"], sampling["num_steps"])
         numbers = resident.sampler_numbers(times, resident.capacity(matching[0]), sampling, first=first)
-        made = resident.run(self.contents, matching[0], stages, values | {"z_BTHWC": z} | numbers)
+        with self.timings.measure("sampler"):
+            made = resident.run(self.contents, matching[0], stages, values | {"z_BTHWC": z} | numbers)
         return made["z_BTHWC"], int(made["evaluations_B"][0])
 
     def _phase(self, name: str, size: str, values: Values, variant: str = "main") -> Values:
@@ -252,8 +257,10 @@ class ExportedModel:
             function = stage_function(self.stages[stage], size, variant)
             key = (stage, function["name"])
             if key not in self.loaded:
-                self.loaded[key] = open_function(self.manifest["target"], self.contents, self.stages[stage], function)
-            values = values | self.loaded[key]({tensor["name"]: values[tensor["name"]] for tensor in function["inputs"]})
+                with self.timings.measure("load"):
+                    self.loaded[key] = open_function(self.manifest["target"], self.contents, self.stages[stage], function)
+            with self.timings.measure(name):
+                values = values | self.loaded[key]({tensor["name"]: values[tensor["name"]] for tensor in function["inputs"]})
             if phase["unload"] == "after_use" and not self.keep:
                 del self.loaded[key]
         return values

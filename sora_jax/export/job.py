@@ -34,6 +34,7 @@ class Job:
       sizes: sizes of the videos; the functions of the first have plain names.
       guidance: guidance scale of the captured step.
       sampler: whether the target's sampler program is written.
+      vectors: whether test vectors are written.
     """
 
     directory: str
@@ -43,6 +44,7 @@ class Job:
     sizes: tuple[Size, ...]
     guidance: float
     sampler: bool
+    vectors: bool = False
 
     def write(self, folder: Path) -> None:
         """Writes the job where its processes find it."""

@@ -46,24 +46,34 @@ def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: 
     """Writes the stage's weights and a graph for each function; see `targets.Target`."""
     import onnx
 
-    half = options.precision_of(stage) == "float16"
     weights = folder / f"{stage.name}.safetensors"
-    dtype = np.float16 if half else np.float32
-    stored = weight_file.stored_arrays(params, int8=options.weights_of(stage) == "int8")
-    weight_file.write(weights, {name: _narrowed(array, dtype) for name, array in stored.items()}, stage=stage.name)
+    write_weights(stage, params, weights, options)
     artefacts: dict[str, ArtefactEntry] = {}
     for function in stage.functions:
-        model = _graph(stage, function)
-        if half:
-            model = _to_float16(model)
-        _attach(model, weights)
-        for key, text in options.metadata.items():
-            model.metadata_props.add(key=key, value=text)
+        model = function_graph(stage, function, weights, options)
         file = f"{stage.name}.{function.name}.onnx"
         onnx.save_model(model, folder / file)
         onnx.checker.check_model(str(folder / file))
         artefacts[function.name] = {"file": file, "weights": weights.name, "output_suffix": OUTPUT_SUFFIX}
     return artefacts
+
+
+def write_weights(stage: Stage, params: Mapping[str, np.ndarray], path: Path, options: Options) -> None:
+    """Writes the stage's weights as its graphs read them."""
+    dtype = np.float16 if options.precision_of(stage) == "float16" else np.float32
+    stored = weight_file.stored_arrays(params, int8=options.weights_of(stage) == "int8")
+    weight_file.write(path, {name: _narrowed(array, dtype) for name, array in stored.items()}, stage=stage.name)
+
+
+def function_graph(stage: Stage, function: Function, weights: Path, options: Options) -> Any:
+    """Returns the graph of a function, which reads its weights from a file that `write_weights` wrote."""
+    model = _graph(stage, function)
+    if options.precision_of(stage) == "float16":
+        model = _to_float16(model)
+    _attach(model, weights)
+    for key, text in options.metadata.items():
+        model.metadata_props.add(key=key, value=text)
+    return model
 
 
 def _graph(stage: Stage, function: Function) -> Any:

@@ -20,7 +20,8 @@ import numpy as np
 from sora_jax.export.contents import ExportFileError
 from sora_jax.storage.quantisation import SCALE_SUFFIX, is_quantised, quantise, scale_axis
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8}
+# The last two stand in test vectors only: token ids and pixels.
+DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "I32": np.int32, "U8": np.uint8}
 _MAX_HEADER_BYTES = 100_000_000
 
 

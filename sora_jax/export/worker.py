@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from sora_jax.config import ModelConfig
-from sora_jax.export import capture, check, describe, resident, stablehlo_open, stablehlo_sampler
+from sora_jax.export import capture, check, describe, resident, stablehlo_open, stablehlo_sampler, vectors
 from sora_jax.export.attention import export_forms
 from sora_jax.export.contents import Contents
 from sora_jax.export.entries import SamplerEntry, SamplingEntry, StageEntry
@@ -130,6 +130,8 @@ def _export_stage(
         run = open_function(job.target, Contents(folder, None), entry, function_entry)
         name = function_entry["name"]
         function_entry["checks"] = [one.to_dict() for one in _checked(f"{stage.name} {name}", run, cases[name], limits)]
+        if job.vectors:
+            function_entry["vectors"] = vectors.write_function(folder, stage.name, name, *cases[name]["captured"])
     entry["peak_rss_bytes"] = peak_bytes()
     tell(stage.name, 1.0)
     return entry

@@ -2,7 +2,10 @@
 
 import json
 import math
-from typing import Any, get_type_hints
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -135,12 +138,29 @@ def test_types_and_schema_have_the_same_fields():
         entries.SamplingEntry: schema["properties"]["sampling"],
         entries.LeapEntry: schema["properties"]["sampling"]["properties"]["leap"],
         entries.TokensEntry: schema["properties"]["tokens"],
+        entries.VectorsEntry: schema["properties"]["vectors"],
         entries.PhaseEntry: schema["properties"]["phases"]["items"],
         entries.ArtefactEntry: schema["$defs"]["function"]["properties"]["artefact"],
     }
     for kind, place in places.items():
         assert get_type_hints(kind).keys() == place["properties"].keys(), kind
         assert kind.__required_keys__ == set(place["required"]), kind
+
+
+def test_every_target_has_what_the_page_says():
+    """Two modules, a line in the schema, an extra that `export` includes, a choice of the command, a row of the page."""
+    root = Path(__file__).parents[2]
+    extras = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    schema = json.loads(manifest.SCHEMA_FILE.read_text("utf-8"))
+    targets = list(get_args(entries.TargetName))
+    assert schema["properties"]["target"]["enum"] == targets
+    assert extras["export"] == [f"sora_jax[{','.join(targets)}]"]
+    rows = re.findall(r"^\| `(\w+)` \| .* \| .* \|$", (root / "docs" / "export.md").read_text("utf-8"), re.MULTILINE)
+    assert rows == targets
+    for target in targets:
+        assert target in extras
+        assert (root / "sora_jax" / "export" / f"{target}.py").is_file()
+        assert (root / "sora_jax" / "export" / f"{target}_open.py").is_file()
 
 
 @pytest.mark.parametrize("given", [{"leap": "released"}, {"solver": "ab2"}])

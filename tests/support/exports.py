@@ -127,7 +127,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def export_tiny(directory: Path | None, out: Path, target: TargetName, **options: Any) -> ExportManifest:
     """Exports a model for clips of two chunks' worth of frames at the least size."""
     size = {"num_frames": SMALL.num_frames, "height": SMALL.height, "width": SMALL.width}
-    return exporter.export(directory, out, target=target, **size, **options)
+    return exporter.export(directory, out, target=target, **{"vectors": False, **size, **options})
 
 
 def frames_of(

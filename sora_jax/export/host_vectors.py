@@ -1,0 +1,160 @@
+"""What a host of an export does itself, as pairs of input and output: text, noise, times, guidance, leap, pixels, one clip.
+
+Invariant: every value comes from the pipeline and the sampler, none from the reference host (`host_program`), which is tested
+by them as any other host is.  The JSON holds small things; arrays of the clip are in a safetensors file.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sora_jax.export import vectors, weight_file
+from sora_jax.export.entries import SizeEntry, TokensEntry
+from sora_jax.inputs import prompt
+from sora_jax.inputs.tokenizer import Tokenizer
+from sora_jax.pipeline import video
+from sora_jax.pipeline.pipeline import Pipeline
+from sora_jax.pipeline.run import Progress
+from sora_jax.pipeline.settings import Settings
+from sora_jax.sampling import noise
+from sora_jax.sampling.leap import Leap, latent_cosine
+from sora_jax.sampling.schedule import Schedule
+
+# Capitals, entities, tags, addresses, digits and signs: what cleaning is about.  The last ones are prepared for a clip.
+PROMPTS = (
+    "A RED circle moves right on a blue background",
+    "  two   squares &amp; <b>one</b> triangle, see https://example.com/a?b=1 (1080p)  ",
+    "caf\u00e9 \u2014 \u201cquoted\u201d 12345678 #hashtag @somebody file.jpg",
+    "",
+)
+CLIP_PROMPT = "  A red circle moves right on a BLUE background "
+CLIP_STEPS, CLIP_MERGED = 4, 2
+_ENDS = 8  # values of noise that are written, at each end
+
+
+def write(folder: Path, pipeline: Pipeline, settings: Settings, tokens: TokensEntry, size: SizeEntry, *, clip: bool) -> None:
+    """Writes ``host.json`` and, with ``clip``, the arrays of a clip of the size."""
+    (folder / vectors.FOLDER).mkdir(exist_ok=True)
+    scores = dict(tokens["scores"])
+    content = {
+        "captions": [{"prompt": text, "caption": _caption(text, scores)} for text in PROMPTS],
+        "tokens": [_token_entry(pipeline.tokenizer, _caption(text, scores), tokens["length"]) for text in PROMPTS],
+        "noise": [_noise_entry(seed, (1, *size["latents"])) for seed in (0, 1, 2**32 - 1)],
+        "times": [_time_entry(steps, shift) for steps in (1, 7, 30) for shift in (1.0, 2.5, size["shift"])],
+        "guidance": [_guidance_entry(scale) for scale in (0.0, 1.0, 7.0)],
+        "leap": [_leap_entry(0), _leap_entry(9)],
+        "pixels": _pixel_entry(),
+        "clip": _clip_entry(folder, pipeline, settings, size) if clip else None,
+    }
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    (folder / vectors.HOST_FILE).write_text(text, encoding="utf-8")
+
+
+def _caption(text: str, scores: Mapping[str, Any]) -> str:
+    return prompt.prompt_at_loop(prompt.prepare_prompt(text, **scores), 0)
+
+
+def _token_entry(tokenizer: Tokenizer, caption: str, length: int) -> dict[str, Any]:
+    ids, mask = tokenizer.encode([caption], length)
+    return {"caption": caption, "ids": ids[0].tolist(), "mask": mask[0].astype(int).tolist()}
+
+
+def _noise_entry(seed: int, shape: tuple[int, ...]) -> dict[str, Any]:
+    values = np.asarray(noise.initial_noise(seed, shape)).ravel()
+    return {"seed": seed, "shape": list(shape), "first": _floats(values[:_ENDS]), "last": _floats(values[-_ENDS:])}
+
+
+def _time_entry(num_steps: int, shift: float) -> dict[str, Any]:
+    times = Schedule.uniform(num_steps, shift=shift).visited
+    return {"num_steps": num_steps, "shift": shift, "times": _floats(times)}
+
+
+def _guidance_entry(scale: float) -> dict[str, Any]:
+    rows = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
+    guided = rows[1] + np.float32(scale) * (rows[0] - rows[1])
+    return {"guidance": scale, "conditional": _floats(rows[0]), "unconditional": _floats(rows[1]), "guided": _floats(guided)}
+
+
+def _leap_entry(merge_steps: int) -> dict[str, Any]:
+    """Returns velocities whose direction turns slower and slower and then faster, with the sampler's decisions about them."""
+    num_steps, leap = 14, Leap.dynamic()
+    turns = np.concatenate([np.linspace(0.5, 0.1, 10), np.linspace(0.2, 0.4, 4)])
+    angles = np.cumsum(turns)
+    velocities = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    rule = leap.rule(num_steps)
+    state, cosines, decisions = rule.start(1), [], []
+    for step, v in enumerate(velocities):
+        comparable = step > 0 and step != merge_steps
+        cosine_B = latent_cosine(jnp.asarray(v[None]), jnp.asarray(velocities[step - 1][None]), None)
+        state, leaps_B = rule.decide(
+            state,
+            cosine_B,
+            step=jnp.asarray(step),
+            comparable_B=jnp.asarray([comparable]),
+            may_leap_B=jnp.asarray([True]),
+            restart=jnp.asarray(step == merge_steps),
+        )
+        cosines.append(float(cosine_B[0]) if comparable else None)
+        decisions.append(bool(leaps_B[0]))
+    return {
+        "leap": {"mode": "dynamic", "index": None, "tolerance": 1e-4, "min_share": 0.5, "patience": 3},
+        "num_steps": num_steps,
+        "merge_steps": merge_steps,
+        "velocities": [_floats(v) for v in velocities],
+        "cosines": cosines,
+        "merged": [step < merge_steps for step in range(num_steps)],
+        "leaps_at": decisions.index(True) if True in decisions else None,
+    }
+
+
+def _pixel_entry() -> dict[str, Any]:
+    values = np.asarray([-2, -1, -0.999, -1 / 255, 0, 1 / 510, 0.5, 0.998, 1, 3], np.float32)
+    return {"values": _floats(values), "pixels": video.quantise(values).tolist()}
+
+
+def _clip_entry(folder: Path, pipeline: Pipeline, settings: Settings, size: SizeEntry) -> dict[str, Any]:
+    """Returns what the pipeline did for a clip of a few steps, and writes its arrays."""
+    merged = CLIP_MERGED if size["latents"][0] > 1 else 0
+    numbers: dict[str, Any] = {"num_steps": CLIP_STEPS, "guidance": settings.guidance, "merge_steps": merged}
+    seen: dict[int, np.ndarray] = {}
+
+    def keep(at: Progress) -> None:
+        if at.carry is not None:
+            seen[at.step] = np.asarray(at.carry.v)
+
+    shape = {name: size[name] for name in ("num_frames", "height", "width")}
+    scores = {"aes": settings.aes, "flow": settings.flow, "camera_motion": settings.camera_motion}
+    own = {"seed": 0, "leap": "off", "fps": settings.fps, "shift": settings.shift}
+    options: dict[str, Any] = {**own, **numbers, **shape, **scores}
+    clip = pipeline(CLIP_PROMPT, callback=keep, **options)
+    velocities = [seen[step] for step in sorted(seen)]
+    arrays = {
+        "noise_BTHWC": np.asarray(noise.initial_noise(0, (1, *size["latents"]))),
+        "v_0_BTHWC": velocities[0],
+        "v_1_BTHWC": velocities[1],
+        "z_BTHWC": np.asarray(clip.latents),
+        "frames_Bthw3": clip.frames,
+    }
+    weight_file.write(folder / vectors.CLIP_FILE, arrays, stage=vectors.CLIP)
+    trace = clip.trace
+    if trace is None:
+        raise RuntimeError("the pipeline sampled a clip without a trace")
+    cosines = np.asarray(trace.cosine_NB)[:CLIP_STEPS, 0]
+    return {
+        "prompt": CLIP_PROMPT,
+        "size": size["key"],
+        "seed": 0,
+        **numbers,
+        "leap": "off",
+        "times": _floats(np.asarray(trace.time_N)[:CLIP_STEPS]),
+        "merged": [step < merged for step in range(CLIP_STEPS)],
+        "cosines": [None if np.isnan(cosine) else float(cosine) for cosine in cosines],
+    }
+
+
+def _floats(values: np.ndarray | Sequence[float]) -> list[float]:
+    return [float(value) for value in np.asarray(values, np.float32)]
