@@ -113,7 +113,7 @@ def _portion_bytes(config: STDiT3Config, portion: tuple[int, int, int], forms: F
     tokens = math.prod(portion) * config.hidden_size
     attending = ATTENDED * tokens + _hidden_logits(forms, LOGIT_COPIES, *own)
     crossing = ATTENDED * tokens + _hidden_logits(forms, LOGIT_COPIES, *cross)
-    return max(block_bytes(config, *portion, forms), FLOAT_BYTES * max(attending, crossing))
+    return float(max(block_bytes(config, *portion, forms), FLOAT_BYTES * max(attending, crossing)))
 
 
 def _hidden_logits(forms: Forms, copies: float, batch: int, heads: int, queries: int, keys: int) -> float:
