@@ -56,9 +56,14 @@ class ByLogits:
         mask: Bool[Array, "#B #N #S L"] | None = None,
         half_range: bool = False,
     ) -> Float[Array, "B N S K"]:
-        """Returns the averages of the values, see `attention.Attention`; a form that refuses is passed over."""
+        """Returns the averages of the values, see `attention.Attention`; a form that refuses is passed over.
+
+        Where an export leaves lengths symbolic (captions), their logits cannot be counted, and the form is dense.
+        """
         options: dict[str, Any] = {"scale": scale, "bias": bias, "mask": mask, "half_range": half_range}
         shape = (*q_BNSK.shape[:3], k_BNLK.shape[2])
+        if not all(isinstance(size, int) for size in shape):
+            return DENSE(q_BNSK, k_BNLK, v_BNLK, **options)
         for kernel in self.asked(*shape):
             try:
                 return kernel(q_BNSK, k_BNLK, v_BNLK, **options)
