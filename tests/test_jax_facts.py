@@ -82,6 +82,7 @@ def steps(x: jax.Array, stack: Any) -> jax.Array:
     )[1]
 
 
+@pytest.mark.slow
 def test_an_nnx_module_is_a_pytree_for_plain_jax(blocks, tokens, conditioning):
     block = blocks[0]
     jitted = jax.jit(lambda block, *inputs: block(*inputs))(block, tokens, conditioning)

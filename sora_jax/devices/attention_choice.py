@@ -58,7 +58,7 @@ class ByLogits:
     ) -> Float[Array, "B N S K"]:
         """Returns the averages of the values, see `attention.Attention`; a form that refuses is passed over.
 
-        Where an export leaves lengths symbolic (captions), their logits cannot be counted, and the form is dense.
+        Where an export leaves lengths symbolic, their logits cannot be counted, and the form is dense.
         """
         options: dict[str, Any] = {"scale": scale, "bias": bias, "mask": mask, "half_range": half_range}
         shape = (*q_BNSK.shape[:3], k_BNLK.shape[2])

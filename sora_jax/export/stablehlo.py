@@ -72,10 +72,10 @@ def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: 
     weight_file.write(folder / weights, weight_file.stored_arrays(params, int8=int8), stage=stage.name)
     artefacts: dict[str, ArtefactEntry] = {}
     for function in stage.functions:
-        file = f"{stage.program.name}.{function.name}{SUFFIX}"
+        file, letters = f"{stage.program.name}.{function.name}{SUFFIX}", _any_lengths(stage, function)
         if not (folder / file).exists():
-            (folder / file).write_bytes(_export_function(stage, function, int8=int8))
-        artefacts[function.name] = {"file": file, "weights": weights, "symbolic": SYMBOLIC.get(stage.program.name, "")}
+            (folder / file).write_bytes(_export_function(stage, function, letters, int8=int8))
+        artefacts[function.name] = {"file": file, "weights": weights, "symbolic": letters}
     return artefacts
 
 
@@ -92,13 +92,20 @@ def serialise(
     return bytes(exported.serialize())
 
 
-def _export_function(stage: Stage, function: Function, *, int8: bool) -> bytes:
+def _any_lengths(stage: Stage, function: Function) -> str:
+    """Returns the axes that may have any length: none where attention is chunked, whose lengths say in how many chunks."""
+    letters = SYMBOLIC.get(stage.program.name, "")
+    traced = jax.make_jaxpr(lambda params, inputs: function.call(params, **inputs))
+    looped = letters and "scan[" in str(traced(dict(stage.program.abstract), dict(function.inputs)))
+    return "" if looped else letters
+
+
+def _export_function(stage: Stage, function: Function, letters: str, *, int8: bool) -> bytes:
     abstract = stage.program.abstract
 
     def call(stored: Mapping[str, jax.Array], inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return function.call(weight_file.restored(stored, abstract), **inputs)
 
-    letters = SYMBOLIC.get(stage.program.name, "")
     inputs = symbolic_inputs(function.inputs, letters) if letters else function.inputs
     return serialise(call, weight_file.stored_specs(abstract, int8=int8), inputs, name=f"{stage.program.name}.{function.name}")
 

@@ -87,6 +87,11 @@ def _own_and_cross(
     return own, (rows, heads, frames * places, config.model_max_length)
 
 
+def in_portions(config: STDiT3Config, shape: tuple[int, int, int], forms: Forms) -> bool:
+    """Returns whether a spatial block computes its rows, frames and places a portion at a time."""
+    return _portion(config, shape, forms, temporal=False) != shape
+
+
 def _portion(
     config: STDiT3Config,
     shape: tuple[int, int, int],

@@ -8,7 +8,7 @@ import pytest
 from tests.adversarial import checkpoints, directories, runner
 from tests.adversarial.verdicts import ALLOWED, Outcome, Verdict, table
 
-FEW = {"checkpoint": 2 * len(checkpoints.KINDS), "directory": 2 * len(directories.MUTATIONS), "command": 40}
+FEW = {"checkpoint": len(checkpoints.KINDS), "directory": len(directories.MUTATIONS), "command": 20}
 ALL = {"checkpoint": 12 * len(checkpoints.KINDS), "directory": 12 * len(directories.MUTATIONS), "command": 200}
 
 

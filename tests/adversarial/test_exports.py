@@ -109,12 +109,12 @@ def attacked(export: Export, seeds: range) -> Counter[str]:
 
 
 def test_no_mutant_is_run(export):
-    assert sum(attacked(export, range(5)).values()) == 5 * len(export.kinds) >= 120
+    assert sum(attacked(export, range(2)).values()) == 2 * len(export.kinds)
 
 
 @pytest.mark.slow
 def test_no_mutant_of_many_is_run(export):
-    assert sum(attacked(export, range(5, 45)).values()) >= 960
+    assert sum(attacked(export, range(45)).values()) >= 1080
 
 
 @pytest.mark.slow

@@ -209,6 +209,7 @@ def test_progress_names_step_time_and_remaining_time(run: Run, tiny_model: Path,
     assert all(stage in errors[-1] for stage in ("load", "compile", "text", "denoise", "decode", "write"))
 
 
+@pytest.mark.slow
 def test_the_compile_cache_is_filled_and_can_be_off(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "JAX_PLATFORMS": "cpu"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # where the tests keep theirs
@@ -380,7 +381,7 @@ def test_a_failure_that_nobody_foresaw_is_one_line_too(generate: Run, monkeypatc
     assert errors[-1] == "sora-jax: error: RuntimeError: several lines of text; --debug shows where"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_an_interrupt_at_any_time_ends_with_one_line_and_no_file(
     tiny_model: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

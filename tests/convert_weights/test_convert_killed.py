@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from convert_weights import parameter_shapes
@@ -167,6 +168,7 @@ def run_publications(folder: Path) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     seen = in_a_process_without_threads(__name__, "run_trials", tmp_path)
     assert seen["killed"] >= TRIALS * 0.8, seen

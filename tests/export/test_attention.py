@@ -94,13 +94,16 @@ def test_the_manifest_names_the_limit_and_what_it_cuts() -> None:
     assert all(64 <= one["queries"] < 1590 and one["size"] == at_480p.key for one in entry["chunked"])
 
 
+@pytest.mark.slow
 @pytest.mark.artefacts
 def test_an_export_with_a_limit_passes_its_checks(tiny_model: Path, tmp_path: Path) -> None:
     made = export(
         tiny_model, tmp_path / "out", target="stablehlo", height=160, width=192, stages=("stdit3",), logits_limit=LIMIT
     )
     assert made["attention"]["logits_limit_bytes"] == LIMIT
-    assert {one["attention"] for one in made["attention"]["chunked"]} == {"spatial", "spatial cross", "temporal cross"}
+    assert {one["attention"] for one in made["attention"]["chunked"]} == {"spatial"}
+    pair = next(stage for stage in made["stages"] if stage["name"] == "stdit3_pair_00")
+    assert not pair["functions"][0]["artefact"]["symbolic"]  # chunks are of a number
 
 
 @pytest.mark.parametrize("limit", ["auto", "much", "0"])

@@ -27,6 +27,8 @@ def temporary_bytes(folder: Path, depth: int) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.artefacts
 def test_deeper_transformers_need_no_more_memory_beside_their_weights(tmp_path):
     """XLA on a CPU would keep the caption's keys and values of every block, in both phases, from step to step."""
     caption_bytes = 4 * 2 * 2 * CONFIG.stdit3.model_max_length * CONFIG.stdit3.hidden_size  # float32, rows, keys and values

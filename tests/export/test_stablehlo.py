@@ -96,6 +96,8 @@ def positional(function: Function) -> Callable[..., Any]:
     return call
 
 
+@pytest.mark.slow
+@pytest.mark.artefacts
 def test_lengths_that_are_symbolic_may_be_others(tiny_model):
     """A pair of blocks, exported for one row of 2 x 4 tokens and 12 words, on three rows of 5 tokens and 7 words."""
     stage = next(stage for stage in list_stages(CONFIG, [SMALL], parts=("stdit3",)) if stage.name == "stdit3_pair_00")

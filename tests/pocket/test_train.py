@@ -151,6 +151,7 @@ def test_some_captions_are_empty_and_none_of_images_tells_of_motion(clips, tmp_p
     assert all((batch["fps"] == 120).all() == (batch["z"].shape[1] == 1) for batch in batches)
 
 
+@pytest.mark.slow
 def test_a_warm_start_begins_with_the_transformer_of_the_base(clips, tiny_model, tmp_path, monkeypatch):
     """Not with new weights; the learning rate climbs to the one that is given, 200 steps on."""
     stages = []
@@ -176,6 +177,7 @@ def test_a_warm_start_needs_a_base(option):
         train.parse([option])
 
 
+@pytest.mark.slow
 def test_a_warm_text_encoder_begins_with_that_of_the_base(tmp_path):
     tokenizer = shipped_tokenizer(tmp_path / "tokenizer.json")
     new = train_text.text_stage(pocket.t5, tokenizer, num_steps=99, batch_size=2, seed=0)

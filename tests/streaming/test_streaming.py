@@ -132,7 +132,7 @@ def test_the_portable_callback_delivers_the_same(directory, in_memory):
     assert np.linalg.norm(result.z - in_memory.z) <= ACROSS * np.linalg.norm(in_memory.z)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["mmap", pytest.param("host", marks=pytest.mark.slow)])
 def test_portion_by_portion_the_numbers_and_every_retention_are_the_same(directory, in_memory, monkeypatch, backend):
     """What many tokens do: a frame, or a place, of one row of the batch at a time."""
     monkeypatch.setattr(attention_choice, "STREAMED_BYTES", 1)
@@ -159,8 +159,15 @@ def test_the_profile_is_a_trace_of_every_block(stream, tmp_path):
         assert all(end <= later["ts"] + 0.01 for end, later in zip(ends[:-1], lane[1:], strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("stored", "backend"),
+    [
+        ("int8", "mmap"),
+        ("bfloat16", "host"),
+        pytest.param("int8", "host", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "mmap", marks=pytest.mark.slow),
+    ],
+)
 def test_stored_bfloat16_and_int8_stream_too(tmp_path, stored, backend):
     directory = streamed.write_transformer(tmp_path, dtype=stored)
     expected = np.asarray(streamed.sample(streamed.resident(directory)).z)
