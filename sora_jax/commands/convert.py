@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from sora_jax import shell
-from sora_jax.commands.convert_arguments import Conversion, FromOrbax, Orbax, Reversal, Upgrading, Verification
+from sora_jax.commands.convert_arguments import Conversion, FromOrbax, Orbax, Reading, Reversal, Upgrading, Verification
 from sora_jax.config import NETWORKS
 from sora_jax.pipeline import command_line
 from sora_jax.pipeline.model_file import model_path
