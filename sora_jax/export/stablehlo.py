@@ -95,9 +95,10 @@ def serialise(
 def _any_lengths(stage: Stage, function: Function) -> str:
     """Returns the axes that may have any length: none where attention is chunked, whose lengths say in how many chunks."""
     letters = SYMBOLIC.get(stage.program.name, "")
+    if not letters:
+        return ""
     traced = jax.make_jaxpr(lambda params, inputs: function.call(params, **inputs))
-    looped = letters and "scan[" in str(traced(dict(stage.program.abstract), dict(function.inputs)))
-    return "" if looped else letters
+    return "" if "scan[" in str(traced(dict(stage.program.abstract), dict(function.inputs))) else letters
 
 
 def _export_function(stage: Stage, function: Function, letters: str, *, int8: bool) -> bytes:
