@@ -5,7 +5,7 @@ are taken of the whole image before.  The result takes no more than the input an
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,16 @@ class Bands(NamedTuple):
     rows: int
 
 
-def bands(shape: tuple[int, ...], most_bytes: int | None, itemsize: int) -> Bands | None:
+def bands(shape: tuple[Any, ...], most_bytes: int | None, itemsize: int) -> Bands | None:
     """Returns how images [N, h, w, C] are divided so that a band has at most half of ``most_bytes``; None: not at all.
 
-    A single row may be more than that.
+    A single row may be more than that.  Lengths may be symbolic, as an export leaves them, where there is no limit.
     """
+    if most_bytes is None:
+        return None
     images, height, width, channels = shape
     row_bytes = images * width * channels * itemsize
-    if most_bytes is None or row_bytes * height <= most_bytes:
+    if row_bytes * height <= most_bytes:
         return None
     most = max(1, most_bytes // 2 // row_bytes)
     number = -(-height // most)
