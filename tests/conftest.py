@@ -7,6 +7,7 @@ environment keeps them for the next run too.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -23,7 +24,11 @@ import tests.support.typecheck  # noqa: F401  # the import hook finds the checke
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 pytest.register_assert_rewrite("tests.support.sources")
-jaxtyping.install_import_hook("sora_jax", "tests.support.typecheck.check")
+# Where arrays are computed, shapes and types are checked at every call.  Elsewhere mypy checks types, and a check of every call
+# that a reader or a command makes would be half of the time of their tests.
+COMPUTING = ("devices", "inputs", "metrics", "networks", "pipeline", "planning", "pocket", "sampling", "streaming")
+SHAPED = ["storage.quantisation", "export.host_program", *COMPUTING]
+jaxtyping.install_import_hook([f"sora_jax.{name}" for name in SHAPED], "tests.support.typecheck.check")
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers of pytest-xdist inherit it, as do other processes
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sora_jax-compiled-")
@@ -71,6 +76,12 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     import convert_weights.values
 
     monkeypatch.setattr(convert_weights.values, "_SLICE_BYTES", 16384)
+
+
+def pytest_collection_finish() -> None:
+    """Takes what was imported out of every later garbage collection, which would visit some million objects each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -2,7 +2,7 @@
 
 Fences of one page run in order in one empty folder, Python in one namespace, `sora-jax` in this process.  A fence under the
 comment `not-run` is only parsed: the shell splits it, and every option is one that the command has.  What must be typed into
-a fresh machine (the first two commands) is run by .ci/run, as is the code of the other pages, which is slow.
+a fresh machine (the first two commands) is run by .ci/run, which runs all other code of the pages too: that is slow.
 """
 
 import ast
@@ -37,10 +37,8 @@ def test_the_readme_opens_with_two_commands_complete_on_a_fresh_machine():
     assert first.not_run is second.not_run is None
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, id=page.stem, marks=[] if page.stem == "README" else pytest.mark.slow) for page in RUNNING],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs_and_prints_what_it_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -172,6 +172,7 @@ def test_latents_are_decoded_later_to_the_same_clip(generate: Run, tmp_path: Pat
         np.testing.assert_array_equal(again["frames"], clip["frames"])
 
 
+@pytest.mark.slow
 def test_clips_of_one_prompt_are_not_decoded_into_one_file(generate: Run, tmp_path: Path) -> None:
     assert generate(PROMPT, "--num-sample", 2, "--batch-size", 2, "--steps", 1, "--save-latents", "latents.npz")[0] == 0
     before = names(tmp_path)

@@ -233,6 +233,7 @@ class TestCodec:
 
 
 class TestWhole:
+    @pytest.mark.slow
     def test_every_parameter_has_a_gradient_but_those_that_cancel(self, vae: VAE) -> None:
         video, target = normal(1, 1, 4, 6, 3), normal(1, 1, 4, 6, 3, seed=9)
 

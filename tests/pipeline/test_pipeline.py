@@ -140,6 +140,7 @@ def test_an_edit_ratio_between_keeping_and_generating(pipe: Pipeline, tiny_model
     assert np.abs(edited - reference).max() > 0.1
 
 
+@pytest.mark.slow
 def test_an_extension_continues_with_the_end_of_the_clip_before(pipe: Pipeline, tiny_model: Path) -> None:
     made = pipe(f"|0|{PROMPT}|1|a green square", num_frames=34, loop=2, num_steps=2, seed=5)
     assert made.frames.shape == (1, 34 + 17, 32, 48, 3)

@@ -18,6 +18,8 @@ from sora_jax.planning.scanned import ScannedSTDiT3
 from sora_jax.storage.checkpoint import unflatten
 from tests.support.tiny_model import CONFIG, DEFAULTS, random_flat
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 
 def made(model: Path, platform: str = "tpu", **changes: object) -> dict[str, Program]:
     request = Request(model=str(model), target="v5e", programs=tuple(PROGRAMS), **changes)

@@ -57,6 +57,7 @@ def test_clips_of_a_batch_are_those_of_their_scenes():
         np.testing.assert_array_equal(clips[i], render_uint8(asked[i].scene, all_frames())[0])
 
 
+@pytest.mark.slow
 def test_a_clip_follows_its_own_seed_whatever_it_is_batched_with(tiny_model):
     asked = cases.captions(2, seed=3)
     together = list(cases.clips(tiny_model, asked, TWO_STEPS))
@@ -101,6 +102,7 @@ def test_a_sample_has_no_cosine_after_its_leap():
     assert np.isfinite(cosines).tolist() == [[True, True], [True, True], [False, True], [False, True]]
 
 
+@pytest.mark.slow
 def test_a_first_frame_fixes_the_beginning(tiny_model):
     asked = cases.captions(2, seed=4)
     rendered = list(cases.rendered(asked))

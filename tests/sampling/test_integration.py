@@ -59,6 +59,7 @@ def test_the_toy_flow_to_the_bit() -> None:
         np.testing.assert_array_equal(got, sample(velocity, noise, schedule, **options).z)
 
 
+@pytest.mark.slow
 def test_the_embedded_model_to_the_bit() -> None:
     pipe = Pipeline.from_pretrained()
     settings = pipe.resolve({"num_steps": 3, "num_frames": 17, "guidance": 3.0})

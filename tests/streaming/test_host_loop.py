@@ -22,6 +22,8 @@ from sora_jax.streaming.profile import Profile
 from sora_jax.streaming.segment_loop import SegmentLoop
 from tests.support.tiny_model import CONFIG, random_flat
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 T5 = dataclasses.replace(CONFIG.t5, num_layers=3)
 IDS = np.random.default_rng(0).integers(0, 128, (2, 12)).astype(np.int32)
 MASK = np.arange(12) < np.array([[5], [12]])
@@ -110,6 +112,7 @@ def test_decoding_is_that_of_the_decoder_in_memory_and_goes_chunk_by_chunk(vae: 
     assert error <= REL_L2, f"relative L2 {error:.2e}"
 
 
+@pytest.mark.slow
 def test_encoding_is_that_of_the_encoder_in_memory(vae: tuple[Manifest, VAE]) -> None:
     manifest, resident = vae
     video = np.random.default_rng(2).uniform(-1, 1, (1, 6, 16, 24, 3)).astype(np.float32)

@@ -49,7 +49,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [streamed.write_transformer(tmp_path_factory.mktemp("shapes"), seed=seed) for seed in (0, 1)]
 
 
-@pytest.mark.parametrize("backend", ["host", "mmap"])
+@pytest.mark.parametrize("backend", ["host", pytest.param("mmap", marks=pytest.mark.slow)])
 def test_a_second_stream_of_the_same_shapes_compiles_nothing_and_a_dropped_one_is_gone(
     directories: list[Path], backend: str
 ) -> None:

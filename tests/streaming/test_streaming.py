@@ -132,7 +132,8 @@ def test_the_portable_callback_delivers_the_same(directory, in_memory):
     assert np.linalg.norm(result.z - in_memory.z) <= ACROSS * np.linalg.norm(in_memory.z)
 
 
-@pytest.mark.parametrize("backend", ["mmap", pytest.param("host", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["mmap", "host"])
 def test_portion_by_portion_the_numbers_and_every_retention_are_the_same(directory, in_memory, monkeypatch, backend):
     """What many tokens do: a frame, or a place, of one row of the batch at a time."""
     monkeypatch.setattr(attention_choice, "STREAMED_BYTES", 1)
@@ -163,7 +164,7 @@ def test_the_profile_is_a_trace_of_every_block(stream, tmp_path):
     ("stored", "backend"),
     [
         ("int8", "mmap"),
-        ("bfloat16", "host"),
+        pytest.param("bfloat16", "host", marks=pytest.mark.slow),
         pytest.param("int8", "host", marks=pytest.mark.slow),
         pytest.param("bfloat16", "mmap", marks=pytest.mark.slow),
     ],

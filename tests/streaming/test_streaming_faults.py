@@ -19,6 +19,8 @@ from sora_jax.streaming.hosted import HostedBlocks
 from sora_jax.streaming.network import STDiT3Stream
 from tests.support import streamed
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 LAYER, PARAMETER = "temporal_blocks.1", "mlp.fc1.kernel"
 SLOW_S = 0.05
 

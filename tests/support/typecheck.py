@@ -1,4 +1,4 @@
-"""The run-time type checker of the tests: beartype on every annotated function of sora_jax, shapes included.
+"""The run-time type checker of the tests: beartype on every annotated function of the rooms that compute, shapes included.
 
 Invariant: it checks or raises.  Two hints it passes by: ``typing.Self``, which beartype takes only where it decorates whole
 classes, and ``Literal``, whose wrong values the library refuses itself, with a message that tests read.
