@@ -3,9 +3,12 @@
 Invariant: each measure goes by its own name and needs no network; none of them is a VBench score, except the formula of
 temporal flickering, which VBench computes without a network too.  Clips are uint8, or floating point on the same scale of
 0..255; everything is computed on the host in float64.
+
+    python -m sora_jax.metrics A B        is the command sora-jax compare
 """
 
 import math
+import sys
 
 import numpy as np
 from jaxtyping import Float, Num
@@ -149,3 +152,9 @@ def _blurred(x_tchw: np.ndarray, sigma: float, radius: int, *, same: bool = Fals
     """Returns the frames under a Gaussian window; as products with band matrices, which beat sums of shifted frames."""
     rows, columns = (_band(size, sigma, radius, same=same) for size in x_tchw.shape[2:])
     return rows @ x_tchw @ columns.T
+
+
+if __name__ == "__main__":
+    from sora_jax.commands.compare import main
+
+    sys.exit(main())

@@ -54,7 +54,11 @@ def modules() -> dict[str, Path]:
 
 def imports(module: str, path: Path, known: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     """Yields (imported module, the statement) for every import of our own packages, by statement or by name in a string."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    # What a module does as a program is an entry point: it may hand over to a command.
+    entry = "if __name__ == '__main__':"
+    tree.body = [statement for statement in tree.body if not ast.unparse(statement).startswith(entry)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in known and "." in node.value:
             yield node.value, f"{module}:{node.lineno} {node.value!r}"
         if isinstance(node, ast.Import):

@@ -21,6 +21,7 @@ from sora_jax.commands.spelling import Spelling
 from sora_jax.commands.user_cache import caption_folder, use_compile_cache
 from sora_jax.inputs import prompt
 from sora_jax.pipeline import command_line
+from sora_jax.pipeline.frame_size import frames_size
 from sora_jax.pipeline.latents_file import check_latents_target, read_parameters
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Option, declared
@@ -72,6 +73,9 @@ class Running(options.MemoryBudget, options.Attention):
     """How the computation runs."""
 
     batch_size: Annotated[int, Option("Clips in a batch.", metavar="N", within=(1, 10**6))] = 1
+    dry_run: Annotated[
+        bool, Option("Say what would be made: sizes, tokens, evaluations, memory, time and files; make nothing.")
+    ] = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,6 +135,9 @@ def run(asked: Arguments) -> None:
       OSError: an input cannot be read, or a file not be written.
     """
     asked.check()
+    if asked.dry_run and not asked.from_latents:
+        rehearse(resolve(asked))
+        return
     paths = (asked.output, asked.save_latents, asked.profile_streaming)
     folders = {asked.folder, *(path.parent for path in paths if path)}
     work = functools.partial(decode, decoding(asked)) if asked.from_latents else functools.partial(make, resolve(asked))
@@ -172,7 +179,8 @@ def resolve(asked: Arguments) -> Request:
         if left_out:
             note(f"{counted(left_out, 'clip')} exist already or are asked for twice; making {len(jobs)}.")
         if "resolution" in clip or "aspect_ratio" in clip:
-            note(f"clips have {settings.height} rows and {settings.width} columns of pixels (aspect ratios are height:width).")
+            rows, columns = frames_size(settings.height, settings.width)
+            note(f"clips have {rows} rows and {columns} columns of pixels (aspect ratios are height:width).")
     return Request(asked=asked, model=model, settings=settings, jobs=jobs)
 
 
@@ -190,6 +198,29 @@ def _check_streaming(asked: Arguments) -> None:
         files.check_target(asked.profile_streaming, overwrite=asked.overwrite)
 
 
+def rehearse(request: Request) -> None:
+    """Prints what a request would make; raises what `make` would, as far as no network is needed for it."""
+    if not request.jobs:
+        return
+    import jax
+
+    from sora_jax.commands.dry_run import describe
+    from sora_jax.devices.compute_dtype import choose_dtype
+
+    asked = request.asked
+    dtype = choose_dtype(request.settings.dtype, platform=jax.default_backend())
+    lines = describe(
+        request.model,
+        dataclasses.replace(request.settings, dtype=dtype),
+        request.jobs,
+        clip=asked.clip,
+        batch_size=asked.batch_size,
+        memory_budget=asked.memory_budget,
+        attention=asked.attention or "auto",
+    )
+    shell.result("\n".join(lines))
+
+
 def make(request: Request) -> None:
     """Makes and writes the clips of a request, one batch after the other.
 
@@ -200,6 +231,8 @@ def make(request: Request) -> None:
     asked, settings, jobs = request.asked, request.settings, request.jobs
     if not jobs:
         return
+    from sora_jax.pipeline.samples import refuse_idle
+
     pipeline = opened(asked, request.model)
     settings = pipeline.networks.decide(settings)
     pipeline.check(settings, min(asked.batch_size, len(jobs)))
@@ -209,6 +242,7 @@ def make(request: Request) -> None:
         references=[job.reference for job in jobs],
         mask_strategies=[job.strategy for job in jobs],
     )
+    refuse_idle(asked.clip, samples, settings)
     if not asked.quiet:
         note_what_is_beyond(pipeline, settings, [sample.prompt for sample in samples])
     profile = None

@@ -22,6 +22,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "run-exported": ("make a clip with an exported model", "sora_jax.commands.run_exported"),
     "plan": ("compile a model for hardware that is not here", "sora_jax.commands.plan"),
     "inspect": ("show what a clip or a model directory holds", "sora_jax.commands.inspect"),
+    "list": ("list presets, resolutions or the words of a model", "sora_jax.commands.list"),
+    "compare": ("measure how two clips differ", "sora_jax.commands.compare"),
 }
 
 

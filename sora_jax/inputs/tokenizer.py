@@ -104,6 +104,21 @@ def _read_json(path: Path) -> tuple[Callable[[str], list[int]], int, int, int | 
     return split, pad_id, eos_id, tokenizer.token_to_id(UNK), largest + 1
 
 
+def listed_words(path: str | Path) -> list[str] | None:
+    """Returns the words of a tokenizer that knows whole words only, or None for one of word pieces, which splits any word.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    if Path(path).suffix != ".json":
+        return None
+    with _panics_as_errors(f"{path} is not a readable tokenizer.json"):
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        if not isinstance(tokenizer.model, tokenizers.models.WordLevel):
+            return None
+        return [word for word in tokenizer.get_vocab(with_added_tokens=False) if word not in (PAD, EOS, UNK)]
+
+
 @contextlib.contextmanager
 def _panics_as_errors(what: str, *, quiet: bool = True) -> Iterator[None]:
     """Turns whatever the ``tokenizers`` library raises into a ValueError.

@@ -40,6 +40,11 @@ def frame_size(asked: Mapping[str, Any], model: Mapping[str, Any], default: Mapp
     return sizes.image_size(said["resolution"], said["aspect_ratio"])
 
 
+def frames_size(height: int, width: int, downsampling: int = 8) -> tuple[int, int]:
+    """Returns rows and columns of the frames that a clip of this size has: whole latents of ``downsampling`` pixels."""
+    return height // downsampling * downsampling, width // downsampling * downsampling
+
+
 def check_multiple(config: VAEConfig, patch: int, height: int, width: int) -> None:
     """Refuses a height or width that latents and patches do not divide, unless the two are a size of the table.
 

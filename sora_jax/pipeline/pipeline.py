@@ -22,7 +22,7 @@ from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.open_model import Networks
 from sora_jax.pipeline.recipe_file import CALIBRATED, PlanFile
 from sora_jax.pipeline.run import Callback, Generation, planned
-from sora_jax.pipeline.samples import Sample, read_samples
+from sora_jax.pipeline.samples import Sample, read_samples, refuse_idle
 from sora_jax.pipeline.settings import Options, Settings
 from sora_jax.pipeline.workload import attention_used
 from sora_jax.process import Timings
@@ -144,6 +144,7 @@ class Pipeline:
         if latents_path is not None:
             check_latents_target(latents_path, overwrite=overwrite)
         samples = self.read(texts, settings, references=references, mask_strategies=mask_strategies, num_samples=num_samples)
+        refuse_idle(options, samples, settings)
         return self.generate(samples, settings, latents_path=latents_path, overwrite=overwrite, callback=callback)
 
     def resolve(self, options: Mapping[str, Any]) -> Settings:

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +76,16 @@ def read_samples(
         for weights_T in rehearse(sample, settings, vae, lengths):
             make_sampling(settings, frame_weights=None if (weights_T == 1).all() else weights_T[None])
     return [samples[one] for one in asked for _ in range(num_samples)]
+
+
+def refuse_idle(options: Mapping[str, Any], samples: Sequence[Sample], settings: Settings) -> None:
+    """Refuses options that a caller gave and that nothing in the request follows.
+
+    Raises:
+      ValueError: says which.
+    """
+    if options.get("align") is not None and settings.loop == 1 and not any(sample.strategy for sample in samples):
+        raise ValueError("align rounds where references go, but no prompt has a reference; leave it out.")
 
 
 def _sample(text: str, references: str, strategy: str, settings: Settings) -> Sample:

@@ -354,6 +354,8 @@ class Settings:
         idle = [name for name in ("condition_frame_length", "condition_frame_edit") if name in asked and settings.loop == 1]
         if idle:
             raise ValueError(f"{idle[0]} says how clips of a loop go on, but loop is 1; set loop as well, or leave it out.")
+        if "fps" in asked and num_frames == 1:
+            raise ValueError("fps is what a video is conditioned on, but num_frames is 1, an image; leave it out.")
         return settings
 
     @classmethod

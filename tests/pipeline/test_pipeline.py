@@ -112,9 +112,10 @@ def test_samples_of_a_prompt_stand_together(pipe: Pipeline, clip: Clip) -> None:
 
 
 def test_an_image_is_conditioned_on_its_own_frame_rate(pipe: Pipeline) -> None:
-    image = pipe(PROMPT, num_frames=1, fps=8, num_steps=2)
+    image = pipe(PROMPT, num_frames=1, num_steps=2)
     assert image.frames.shape == (1, 1, 32, 48, 3)
-    np.testing.assert_array_equal(image.latents, pipe(PROMPT, num_frames=1, fps=24, num_steps=2).latents)
+    other = dataclasses.replace(pipe.resolve({"num_frames": 1, "num_steps": 2}), fps=24.0)
+    np.testing.assert_array_equal(image.latents, pipe.generate(pipe.read(PROMPT, other), other).latents)
 
 
 def test_the_frame_rate_conditions_a_video(pipe: Pipeline, clip: Clip) -> None:
@@ -300,6 +301,8 @@ def test_several_samples_get_numbered_files(pipe: Pipeline, tmp_path: Path) -> N
         ({"loop": 2, "num_frames": 1}, "cannot extend a single image"),
         ({"condition_frame_edit": 1.5}, "condition_frame_edit is 1.5; expected 0"),
         ({"align": 0}, "align is 0"),
+        ({"align": 3}, "align rounds where references go, but no prompt has a reference; leave it out"),
+        ({"fps": 8, "num_frames": 1}, "fps is what a video is conditioned on, but num_frames is 1, an image; leave it out"),
         ({"dtype": "float16"}, "dtype is 'float16'; expected auto, float32 or bfloat16"),
         ({"num_samples": 0}, "num_samples is 0"),
         ({"mask_strategies": "0,x"}, "mask strategy '0,x' is malformed"),

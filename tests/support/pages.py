@@ -30,6 +30,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(
     r"^(?:<!-- not-run: (?P<reason>[^\n]*?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
+_HANDS_OVER = {"sora_jax.metrics": "sora_jax.commands.compare"}  # modules that are a command when they are run
 _COMMAND = re.compile(r"`(python -m [^`\n]+)`")
 _OPTION = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
 
@@ -95,6 +96,7 @@ def module_commands(text: str) -> list[list[str]]:
 
 def options_of_module(name: str) -> set[str]:
     """Returns the options of ``python -m NAME``: from its help, or from the source of a benchmark, whose imports are heavy."""
+    name = _HANDS_OVER.get(name, name)
     if name.startswith("sora_jax."):
         return set(_OPTION.findall(help_text(importlib.import_module(name).main)))
     path = ROOT / Path(*name.split("."))
