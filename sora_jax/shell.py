@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with the message and exit code 2."""
-        self.exit(BAD_INPUT, f"{NAME}: error: {_one_line(message)} (see {self.prog} --help)\n")
+        self.exit(BAD_INPUT, f"{NAME}: error: {printable(_one_line(message))} (see {self.prog} --help)\n")
 
 
 def run(

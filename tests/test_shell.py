@@ -96,7 +96,10 @@ def test_what_is_printed_is_obeyed_by_no_terminal(capsys: pytest.CaptureFixture[
     hostile = {"caption": f"{ESCAPE}]0;title\x07{CSI}2J{OVERRIDE}\udcff\r\b\x00\u2028", "plain": "Käse 漢字 👩\u200d🚀 |\\"}
     shell.result(json.dumps(hostile, ensure_ascii=False))
     shell.note(hostile["caption"])
+    with pytest.raises(SystemExit):
+        shell.Parser(prog="sora-jax test").read([hostile["caption"]])
     out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 2
     assert json.loads(out) == hostile
     assert "Käse 漢字 👩\u200d🚀" in out
     for text in (out, err):
