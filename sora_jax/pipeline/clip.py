@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from sora_jax.pipeline import video
+from sora_jax.pipeline.html import clip_html
 from sora_jax.process import Timings
 from sora_jax.sampling.sampler import Trace
 
@@ -47,6 +48,10 @@ class Clip:
         shown = str(self.parameters[0].get("prompt", ""))
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
         return f"<Clip {count} x {frames} frames, {height} x {width} pixels, {self.fps:g} fps, seed {seed}, {shown!r}>"
+
+    def _repr_html_(self) -> str:
+        """Returns the clip as a notebook shows it: every sample playing, with its prompt and seed."""
+        return clip_html(self.frames, self.fps, self.parameters)
 
     def save(self, path: str | os.PathLike[str], *, sample: int | None = None, overwrite: bool = False) -> list[Path]:
         """Writes one sample, or all of them, and returns the paths; see `video.save` for formats and errors.

@@ -17,6 +17,7 @@ from sora_jax.networks.vae.codec import latent_size
 from sora_jax.pipeline import video
 from sora_jax.pipeline.caption_cache import CaptionCache
 from sora_jax.pipeline.clip import Clip
+from sora_jax.pipeline.html import model_html
 from sora_jax.pipeline.latents_file import check_latents_target, load_latents, save_latents
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.open_model import Networks
@@ -42,6 +43,10 @@ class Pipeline:
     def __repr__(self) -> str:
         budget = "" if self.memory_budget is None else f", memory budget {self.memory_budget / 1e9:.3g} GB"
         return f"<Pipeline {self.model_id} in {self.model.directory}{budget}>"
+
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows: the model, its networks, and what it was trained for."""
+        return model_html(self.model)
 
     @classmethod
     def from_pretrained(
