@@ -21,6 +21,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "export": ("write a model as StableHLO, ONNX or Core ML", "sora_jax.commands.export"),
     "run-exported": ("make a clip with an exported model", "sora_jax.commands.run_exported"),
     "plan": ("compile a model for hardware that is not here", "sora_jax.commands.plan"),
+    "page": ("serve a local page to try a model", "sora_jax.commands.page"),
     "inspect": ("show what a clip or a model directory holds", "sora_jax.commands.inspect"),
     "list": ("list presets, resolutions or the words of a model", "sora_jax.commands.list"),
     "compare": ("measure how two clips differ", "sora_jax.commands.compare"),

@@ -1,0 +1,186 @@
+"""What the page makes, refuses and shows, without a browser and without Gradio; test_page_browser.py has the rest."""
+
+import asyncio
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sora_jax.commands import main
+from sora_jax.commands.web import form, timeline
+from sora_jax.commands.web.comparing import compare
+from sora_jax.commands.web.server import Guard
+from sora_jax.commands.web.studio import Step, Studio
+from sora_jax.pipeline.clip_frames import read_frames
+from sora_jax.pipeline.model_file import ModelFile
+from sora_jax.pipeline.pipeline import Pipeline
+from sora_jax.streaming.profile import Interval
+
+pytestmark = pytest.mark.usefixtures("little_optimised")
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def studio(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Studio:
+    return Studio(Pipeline.from_pretrained(tiny_model), tmp_path_factory.mktemp("clips"))
+
+
+def request(**fields: str) -> form.Request:
+    return form.read(prompt=PROMPT, size=None, fields=fields)
+
+
+def test_a_clip_of_the_page_is_the_clip_of_the_command_line(studio: Studio, tiny_model: Path, tmp_path: Path) -> None:
+    steps = list(studio.make(request(seed="7", num_steps="2")))
+    made = steps[-1].made
+    assert steps[-1].text.startswith("done: 17 frames of 32 x 48, 2 evaluations")
+    command = ["generate", PROMPT, "--model", str(tiny_model), "--seed", "7", "--steps", "2", "-o", str(tmp_path / "a.mp4")]
+    assert main.main([*command, "--quiet", "--compile-cache", "off"]) == main.OK
+    assert made.path.read_bytes() == (tmp_path / "a.mp4").read_bytes()
+    assert studio.find(made.number) is made
+
+
+def test_steps_show_progress_and_a_picture(studio: Studio) -> None:
+    seen: list[Step] = []
+    studio.clip_of(request(num_steps="3"), seen.append)
+    sampled = [step for step in seen if step.stage == "denoise"]
+    assert [step.step for step in sampled] == [0, 1, 2, 3]
+    assert [step.num_steps for step in sampled] == [3] * 4
+    pictures = [step.picture for step in sampled[1:]]
+    assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for picture in pictures)
+    assert any(not np.array_equal(one, other) for one, other in itertools.pairwise(pictures))
+
+
+def test_cancelling_ends_at_the_next_step_and_writes_nothing(studio: Studio) -> None:
+    before = sorted(studio.folder.iterdir())
+    assert not studio.cancel()  # nothing runs
+    steps = []
+    for step in studio.make(request(num_steps="40")):
+        steps.append(step)
+        studio.cancel()
+    assert steps[-1].text == "cancelled; nothing was written."
+    assert sorted(studio.folder.iterdir()) == before
+    assert list(studio.make(request(num_steps="1")))[-1].made is not None  # the next one is not
+
+
+def test_two_ways_of_sampling_are_compared_on_the_same_noise(studio: Studio) -> None:
+    found = list(
+        studio.steps(lambda watch: compare(studio, request(num_steps="2"), request(num_steps="3"), watch, finer=False))
+    )
+    result = found[-1].made
+    first, second = (read_frames(one.path) for one in (result.first, result.second))
+    assert read_frames(result.difference).shape == first.shape == second.shape
+    assert [row[:2] for row in result.rows] == [["A", "2"], ["B", "3"]]
+    assert [(row["clip"], row["step"], row["kind"]) for row in result.traces] == [
+        *(("A", step, "fresh") for step in (1, 2)),
+        *(("B", step, "fresh") for step in (1, 2, 3)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": "63 x 64"}, "error: height 63 is not a multiple of 16"),
+        ({"fields": {"align": "5"}}, "error: align rounds where references go"),
+        ({"size": "4096 x 4096", "fields": {"num_frames": "34"}}, "million values are more than a page makes"),
+        ({"mode": form.BEGIN, "reference": "gone.png"}, "error: Reference gone.png does not exist"),
+        ({"fields": {"leap": "99"}}, "error: leap index 99 is beyond the last of 4 steps"),
+    ],
+)
+def test_what_cannot_be_made_is_one_line(studio: Studio, fields: dict, message: str) -> None:
+    asked = form.read(**{"prompt": PROMPT, "size": None, "fields": {}, **fields})
+    *_, last = studio.make(asked)
+    assert (message in last.text, last.text.count("\n"), last.made) == (True, 0, None), last.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": "big"}, "size is 'big'; expected height x width, as 64 x 64"),
+        ({"size": "999p 9:16"}, "resolution is '999p'|got '999p'"),
+        ({"fields": {"seed": "x"}}, "seed: got 'x'; expected a whole number"),
+        ({"fields": {"num_steps": "0"}}, "num_steps is 0; expected a whole number from 1"),
+        ({"mode": "sideways"}, "the use of the reference is 'sideways'"),
+        ({"mode": form.CONTINUE}, "to continue the reference, upload an image or a video"),
+        ({"reference": "a.png"}, "made from text alone; choose how it is used"),
+        ({"strategy": "0"}, "a mask strategy says where references go, but none was uploaded"),
+    ],
+)
+def test_a_field_that_cannot_be_read_is_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        form.read(**{"prompt": PROMPT, "size": None, "fields": {}, **fields})
+
+
+def test_fields_become_the_options_of_the_command_line(tiny_model: Path) -> None:
+    fields = {"seed": "3", "num_frames": "2s", "leap": "dynamic", "guidance": "1.5", "preset": "", "fps": None}
+    asked = form.read(prompt=None, size="240p 9:16", fields=fields, mode=form.CONTINUE, reference="a.mp4")
+    assert asked.options == {
+        "resolution": "240p", "aspect_ratio": "9:16", "seed": 3, "num_frames": "2s", "leap": "dynamic", "guidance": 1.5,
+    }  # fmt: skip
+    assert (asked.prompt, asked.strategy, form.mode_of(asked), form.own_strategy(asked)) == (
+        "",
+        "0,0,-5,0,5",
+        form.CONTINUE,
+        "",
+    )
+    assert form.sizes_of(ModelFile.read(None)) == ["64 x 64"]
+    assert "144p 9:16" in form.sizes_of(ModelFile.read(tiny_model))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--host", "0.0.0.0"), "--host 0.0.0.0 can be reached from other machines; add --auth NAME:FILE"),
+        (("--port", "0"), "--port is 0; expected a whole number from 1 to 65535"),
+        (("--auth", "me"), "--auth is 'me'; expected NAME:FILE"),
+        (("--auth", "me:gone"), "gone does not exist"),
+        (("--auth", "me:empty"), "empty is empty; expected the password"),
+        (("--memory-budget", "3.3"), "memory budget is '3.3'"),
+        (("gone",), "gone"),
+    ],
+)
+def test_a_page_that_would_be_open_or_cannot_be_served_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").write_text("")
+    assert main.main(["page", *options]) == main.BAD_INPUT
+    error = capsys.readouterr().err
+    assert (error.count("\n"), message in error) == (1, True), error
+
+
+@pytest.mark.parametrize(("host", "status"), [(b"localhost:7860", 200), (b"127.0.0.1:7860", 200), (b"evil.example:7860", 421)])
+def test_a_page_of_this_machine_answers_to_no_other_name(host: bytes, status: int) -> None:
+    """Another name that leads to this machine is how a page from elsewhere would reach it."""
+    assert asked_of(host)[0]["status"] == status
+    headers = dict(asked_of(host)[0]["headers"])
+    assert b"default-src 'self'" in headers[b"content-security-policy"]
+    assert b"http" not in headers[b"content-security-policy"]
+
+
+def test_a_request_that_the_server_fails_at_says_nothing_of_it() -> None:
+    first, second = asked_of(b"localhost:1", failing=True)
+    assert (first["status"], second["body"]) == (400, b"the request cannot be read")
+
+
+def asked_of(host: bytes, *, failing: bool = False) -> list[dict]:
+    async def app(scope, receive, send) -> None:
+        if failing:
+            raise RuntimeError("secret")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    sent: list[dict] = []
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    guard = Guard(app, frozenset({"localhost", "127.0.0.1"}))
+    asyncio.run(guard({"type": "http", "headers": [(b"host", host)]}, None, send))
+    return sent
+
+
+def test_a_timeline_has_a_bar_for_each_layer() -> None:
+    shown = timeline.svg([Interval("load", "a<b", 0.0, 1.0), Interval("compute", "c", 1.0, 3.0)])
+    assert (shown.count("<rect"), "a&lt;b: 1000.0 ms" in shown, "0 s to 3.00 s" in shown) == (2, True, True)
+    assert timeline.svg([]) == ""
