@@ -1,4 +1,4 @@
-"""``sora-jax export``: one call of `sora_jax.export.exporter.export`, and a line for each stage.
+"""``sora-jax export``: the sizes of what is ordered, then the export itself with a line for each stage.
 
 Invariant: this module decides nothing. An interrupt is answered within a second: the progress callback asks `export` to stop,
 which ends the process that it has begun and removes what was written.
@@ -21,6 +21,7 @@ from sora_jax.shell import note
 
 if TYPE_CHECKING:
     from sora_jax.export.entries import ExportManifest
+    from sora_jax.export.order import Order
     from sora_jax.export.progress import Progress
 
 _EVERY_S = 10.0  # between two lines about one stage
@@ -62,6 +63,12 @@ class Arguments(options.Writing):
     vectors: Annotated[
         str, Option("Test vectors beside the programs, with which a host or a device is proven.", choices=("on", "off"))
     ] = "on"
+    memory_limit: Annotated[
+        str | None,
+        Option("Most memory of one function: weights, inputs, outputs and largest value.", metavar="SIZE"),
+    ] = None
+    allow_oversize: Annotated[bool, Option("Write functions that exceed this limit, or those of Apple's devices.")] = False
+    dry_run: Annotated[bool, Option("Print the sizes of all functions and what would be written, and write nothing.")] = False
     clip: Options
 
 
@@ -82,6 +89,9 @@ def run(asked: Arguments) -> None:
       ValueError: see `export`.
     """
     sizes = [parse_size(text) for text in asked.size]
+    if asked.dry_run:
+        shell.interruptibly(lambda: _rehearse(asked, sizes), lambda: None)
+        return
     if not asked.overwrite:
         files.refuse_existing(asked.out)
     stop, begun, ended = threading.Event(), threading.Event(), threading.Event()
@@ -107,8 +117,7 @@ def _export(asked: Arguments, sizes: Sequence[tuple[int, int, int]], stop: threa
     Raises:
       KeyboardInterrupt: it was stopped.
     """
-    from sora_jax.export import Size
-    from sora_jax.export.exporter import export
+    from sora_jax.export.exporter import carry_out, refuse_target
 
     shown = _Shown(quiet=asked.quiet)
 
@@ -119,27 +128,66 @@ def _export(asked: Arguments, sizes: Sequence[tuple[int, int, int]], stop: threa
         shown(at)
 
     with files.claimed(asked.out):
-        manifest = export(
-            asked.model,
-            asked.out,
-            target=asked.target,  # type: ignore[arg-type]  # one of the choices, as the two below
-            further_sizes=[Size(num_frames=frames, height=height, width=width) for frames, height, width in sizes],
-            precision=asked.precision,  # type: ignore[arg-type]
-            weights=asked.weights,  # type: ignore[arg-type]
-            stages=tuple(asked.stages.split(",")),
-            settings=asked.clip,
-            licence=asked.licence,
-            fuse_attention=not asked.no_fused_attention,
-            logits_limit=asked.logits_limit,
-            vectors=asked.vectors == "on",
-            overwrite=asked.overwrite,
-            progress=progress,
+        refuse_target(asked.out, asked.overwrite)
+        order = _order(asked, sizes)
+        if not asked.quiet:
+            for line in footprint_lines(order):
+                note(line)
+        manifest = carry_out(
+            order, asked.out, allow_oversize=asked.allow_oversize, overwrite=asked.overwrite, progress=progress
         )
     if not asked.quiet:
         for line in margins(manifest):
             note(line)
         note(f"{manifest['total_bytes'] / 1e6:.1f} MB; {manifest['notes'][0]}")
     shell.result(asked.out)
+
+
+def _rehearse(asked: Arguments, sizes: Sequence[tuple[int, int, int]]) -> None:
+    """Prints the sizes of an export's functions; they are refused as they would be, and nothing is written.
+
+    Raises:
+      ValueError: see `prepare`, and for functions that exceed a limit `footprint.refuse_oversize`.
+    """
+    from sora_jax.export import footprint
+
+    order = _order(asked, sizes)
+    for line in footprint_lines(order):
+        shell.result(line)
+    if not asked.allow_oversize:
+        footprint.refuse_oversize(order.footprints, order.job.target, order.memory_limit)
+    if not asked.quiet:
+        stages = sum(order.job.writes(stage) for stage in order.stages)
+        size = footprint.total_weights(order.footprints) / 1e6
+        note(f"{asked.out} would hold {stages} stages, about {size:.1f} MB and the programs; nothing was written")
+
+
+def _order(asked: Arguments, sizes: Sequence[tuple[int, int, int]]) -> "Order":
+    """Returns what the command line asks for."""
+    from sora_jax.export import Size
+    from sora_jax.export.order import prepare
+
+    return prepare(
+        asked.model,
+        target=asked.target,  # type: ignore[arg-type]  # one of the choices, as the two below
+        further_sizes=[Size(num_frames=frames, height=height, width=width) for frames, height, width in sizes],
+        precision=asked.precision,  # type: ignore[arg-type]
+        weights=asked.weights,  # type: ignore[arg-type]
+        stages=tuple(asked.stages.split(",")),
+        settings=asked.clip,
+        licence=asked.licence,
+        fuse_attention=not asked.no_fused_attention,
+        logits_limit=asked.logits_limit,
+        vectors=asked.vectors == "on",
+        memory_limit=asked.memory_limit,
+    )
+
+
+def footprint_lines(order: "Order") -> Iterator[str]:
+    """Yields the table of an order's functions."""
+    from sora_jax.export import footprint
+
+    return footprint.lines(order.footprints, order.job.target, order.memory_limit)
 
 
 def margins(manifest: "ExportManifest") -> Iterator[str]:

@@ -5,7 +5,6 @@ schema; whatever ends an export before that ends its process too and removes wha
 goes with the next export of the folder.
 """
 
-import dataclasses
 import json
 import os
 import selectors
@@ -19,16 +18,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from sora_jax import files
-from sora_jax.config import ModelConfig
-from sora_jax.export import capture, describe, host_vectors, manifest, on_mac, worker
+from sora_jax.export import capture, describe, footprint, host_vectors, manifest, on_mac, worker
 from sora_jax.export.attention import LOGITS_LIMIT, attention_entry
 from sora_jax.export.check import CheckError
 from sora_jax.export.entries import (
     ExportManifest,
     Precision,
     SamplerEntry,
-    SamplingEntry,
-    SizeEntry,
     StageEntry,
     TargetName,
     TokensEntry,
@@ -36,23 +32,18 @@ from sora_jax.export.entries import (
     Weights,
 )
 from sora_jax.export.job import WORK, Job, groups, parameter_bytes, save_values
+from sora_jax.export.order import Order, check_disk, prepare
 from sora_jax.export.phases import phases
 from sora_jax.export.progress import Meter, Progress, work_of
 from sora_jax.export.size import Size
 from sora_jax.export.stages import DEFAULT_PARTS, Stage, check_parts
-from sora_jax.export.targets import Options, target_module
+from sora_jax.export.targets import target_module
 from sora_jax.export.vectors import CLIP_FILE, HOST_FILE
-from sora_jax.networks import merging
-from sora_jax.pipeline.model_file import model_path, tokenizer_path
-from sora_jax.pipeline.pipeline import Pipeline
-from sora_jax.pipeline.settings import Settings
+from sora_jax.pipeline.model_file import tokenizer_path
 from sora_jax.storage import directory as model_directory
-from sora_jax.streaming.budget import AUTO, parse_budget
 
 GROUP_BYTES = 256_000_000  # float32 weights that one process exports; a stage of a large model has more
 CLIP_BYTES = 2_000_000_000  # weights of a model that makes a clip for its test vectors
-_SPARE_BYTES = 200_000_000
-_BYTES_PER_VALUE = {"float32": 4, "float16": 2}
 _WAIT_S = 0.5  # between two looks at a process that says nothing: how soon a raising ``progress`` ends an export
 
 
@@ -77,6 +68,8 @@ def export(
     fuse_attention: bool = True,
     logits_limit: str | int | float = LOGITS_LIMIT,
     vectors: bool = True,
+    memory_limit: str | int | float | None = None,
+    allow_oversize: bool = False,
     overwrite: bool = False,
     progress: Callable[[Progress], Any] | None = None,
 ) -> ExportManifest:
@@ -99,6 +92,8 @@ def export(
       fuse_attention: Core ML only: use the converter's fused attention.
       logits_limit: bytes, such as ``"500MB"``; where one attention's logits would take more (in float32) it is chunked.
       vectors: write test vectors for hosts and devices; with a clip of four steps where the model fits in 2 GB.
+      memory_limit: bytes, such as ``"3.3GB"``, that one function may take: weights, inputs, outputs, largest value.
+      allow_oversize: write functions that exceed this limit, or those of Apple's devices for Core ML and Core AI.
       overwrite: replace an existing folder, once the new one is complete.
       progress: called about twice a second; what it raises ends the export.
 
@@ -110,85 +105,52 @@ def export(
     """
     out = Path(out)
     check_parts(stages)
-    _refuse_target(out, overwrite)
-    pipeline = Pipeline.from_pretrained(directory)
-    chosen = pipeline.resolve({"num_frames": num_frames, "height": height, "width": width, **(settings or {})})
-    metadata = {"model": pipeline.model_id, "licence": licence or "not stated"}
-    options = Options(
+    refuse_target(out, overwrite)
+    order = prepare(
+        directory,
+        target=target,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        further_sizes=further_sizes,
         precision=precision,
         weights=weights,
+        stages=stages,
+        settings=settings,
+        licence=licence,
         fuse_attention=fuse_attention,
-        logits_limit=_parsed_limit(logits_limit),
-        metadata=metadata,
-    )
-    target_module(target).check_options(options)
-    if not fuse_attention and target != "coreml":
-        raise ValueError(f"fuse_attention (--no-fused-attention) is Core ML's; leave it out for {target}.")
-    sizes = (Size(num_frames=chosen.num_frames, height=chosen.height, width=chosen.width), *further_sizes)
-    job = Job(
-        directory=str(model_path(directory).resolve()),
-        target=target,
-        options=options,
-        parts=tuple(dict.fromkeys(stages)),
-        sizes=tuple(dict.fromkeys(sizes)),
-        guidance=chosen.guidance,
-        sampler=target == "stablehlo" and "stdit3" in stages,
+        logits_limit=logits_limit,
         vectors=vectors,
+        memory_limit=memory_limit,
     )
-    order = _order(job, pipeline, chosen, licence)
-    listed = _checked_stages(job, pipeline.config, chosen)
+    return carry_out(order, out, allow_oversize=allow_oversize, overwrite=overwrite, progress=progress)
+
+
+def carry_out(
+    order: Order,
+    out: Path,
+    *,
+    allow_oversize: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Progress], Any] | None = None,
+) -> ExportManifest:
+    """Returns the manifest of the folder ``out``, written as the order says; raises as `export` does."""
+    if not allow_oversize:
+        footprint.refuse_oversize(order.footprints, order.job.target, order.memory_limit)
+    refuse_target(out, overwrite)
     files.refuse_unwritable(out.parent)
-    _check_disk(job, listed, out)
+    check_disk(order, out)
     with files.whole_folder(out, overwrite=overwrite) as folder:
-        _fill(folder, order, listed, progress)
+        _fill(folder, order, progress)
     return manifest.read(out)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Order:
-    """What one export is to be: its job, the model it is of, and the numbers of the loop."""
-
-    job: Job
-    pipeline: Pipeline
-    settings: Settings
-    licence: str | None
-    sampling: SamplingEntry
-    sizes: list[SizeEntry]
-    tokens: TokensEntry
-
-
-def _order(job: Job, pipeline: Pipeline, settings: Settings, licence: str | None) -> _Order:
-    """Returns an order whose numbers fit a manifest.
+def refuse_target(out: Path, overwrite: bool) -> None:
+    """Refuses a folder that exists, but for an exported one that is to be replaced; removes what a killed export left.
 
     Raises:
-      ValueError: they do not.
+      FileExistsError: says which it is.
     """
-    tokens: TokensEntry = {
-        "length": pipeline.config.stdit3.model_max_length,
-        "file": None,
-        "scores": {"aes": settings.aes, "flow": settings.flow, "camera_motion": settings.camera_motion},
-    }
-    order = _Order(
-        job=job,
-        pipeline=pipeline,
-        settings=settings,
-        licence=licence,
-        sampling=describe.sampling_entry(settings),
-        sizes=[describe.size_entry(pipeline.config, size, settings) for size in job.sizes],
-        tokens=tokens,
-    )
-    manifest.refuse_numbers(job.target, sampling=order.sampling, sizes=order.sizes, tokens=order.tokens)
-    return order
-
-
-def _parsed_limit(limit: str | int | float) -> int:
-    try:
-        return parse_budget("" if limit == AUTO else limit)
-    except ValueError:
-        raise ValueError(f"logits limit is {limit!r}; expected a size such as 500MB, or bytes.") from None
-
-
-def _refuse_target(out: Path, overwrite: bool) -> None:
     files.remove_leftovers(out.parent)
     if not overwrite:
         files.refuse_existing(out)
@@ -196,14 +158,14 @@ def _refuse_target(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{out} is not an exported folder, which --overwrite replaces; choose another name or remove it.")
 
 
-def _fill(folder: Path, order: _Order, listed: Sequence[Stage], progress: Callable[[Progress], Any] | None) -> None:
+def _fill(folder: Path, order: Order, progress: Callable[[Progress], Any] | None) -> None:
     """Writes all artefacts and the manifest."""
     job, pipeline = order.job, order.pipeline
     (folder / WORK).mkdir()
     job.write(folder)
     for size in job.sizes:
         save_values(folder, size, capture.start(pipeline.config, pipeline.tokenizer, size, order.settings))
-    stages, sampler = _run_groups(job, listed, folder, progress)
+    stages, sampler = _run_groups(job, order.stages, folder, progress)
     shutil.rmtree(folder / WORK)
     if job.vectors:
         host_vectors.write(folder, pipeline, order.settings, order.tokens, order.sizes[0], clip=_makes_clip(job))
@@ -215,29 +177,6 @@ def _makes_clip(job: Job) -> bool:
     """Returns whether vectors have a clip: a whole model is exported, which is small enough to run here at once."""
     whole = set(DEFAULT_PARTS) <= set(job.parts)
     return whole and sum(network.nbytes for network in job.networks().values()) <= CLIP_BYTES
-
-
-def _checked_stages(job: Job, config: ModelConfig, chosen: Settings) -> list[Stage]:
-    """Returns the stages to run.
-
-    Raises:
-      ValueError: parts, sizes or merging are not possible.
-    """
-    listed = job.reference_stages(config)
-    if chosen.merge_steps:
-        for size in job.sizes:
-            merging.check_frames(size.latents(config.vae)[0], "alone")
-    return listed
-
-
-def _check_disk(job: Job, listed: Sequence[Stage], out: Path) -> None:
-    """Refuses to begin if the disk lacks room for the artefacts and one stage more."""
-    share = _BYTES_PER_VALUE[job.options.precision] / 4
-    written = [parameter_bytes(stage) for stage in listed if job.writes(stage)]
-    needed = int(sum(written) * share + 2 * max(written) + _SPARE_BYTES)
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise ValueError(f"the disk of {out.parent} has {free / 1e9:.1f} GB free; the export needs {needed / 1e9:.1f} GB.")
 
 
 def _run_groups(
@@ -316,7 +255,7 @@ def _raise_failure(folder: Path, name: str, code: int, last: str) -> None:
     raise ExportError(f"the process that exported {name} ended with code {code}: {last}")
 
 
-def _manifest(order: _Order, stages: list[StageEntry], sampler: SamplerEntry | None, folder: Path) -> UnsealedManifest:
+def _manifest(order: Order, stages: list[StageEntry], sampler: SamplerEntry | None, folder: Path) -> UnsealedManifest:
     job, pipeline = order.job, order.pipeline
     networks = job.networks()
     tokens = _copy_tokenizer(order, folder)
@@ -344,7 +283,7 @@ def _manifest(order: _Order, stages: list[StageEntry], sampler: SamplerEntry | N
     return entry
 
 
-def _copy_tokenizer(order: _Order, folder: Path) -> TokensEntry:
+def _copy_tokenizer(order: Order, folder: Path) -> TokensEntry:
     """Returns how prompts become ids, and copies the tokenizer where the text encoder is exported."""
     if "t5" not in order.job.parts:
         return order.tokens
