@@ -174,7 +174,7 @@ def start(network: str) -> float:
     """Returns the seconds until a converter without a checkpoint would be ready to read one."""
     program = (
         "import sys, sora_jax.commands.convert; from sora_jax.config import open_sora_1_2; "
-        "convert_weights.parameter_shapes(sys.argv[1], getattr(open_sora_1_2, sys.argv[1]))"
+        "from sora_jax.streaming import fitting; fitting.parameter_shapes(sys.argv[1], getattr(open_sora_1_2, sys.argv[1]))"
     )
     started = time.monotonic()
     subprocess.run([sys.executable, "-c", program, network], check=True, cwd=ROOT)
