@@ -22,6 +22,7 @@ from convert_weights.rules import ConversionError
 from convert_weights.values import Discard, Write, convert_values, stored_shapes
 from sora_jax.storage.arrays import Parameter
 from sora_jax.storage.directory import NETWORK_FILE, Manifest, ModelDirectoryError, open_network, read_model_file
+from sora_jax.storage.location import local_path
 from sora_jax.storage.writer import NetworkWriter, check_dtype
 
 __all__ = ["DEFAULTS", "SPATIAL_PREFIX", "Options", "Source", "check_directory", "convert_checkpoint", "open_source"]
@@ -83,7 +84,9 @@ def check_directory(directory: Path) -> None:
 
     Raises:
       ModelDirectoryError: it is a file, or lies below one; or its model.json is damaged.
+      ValueError: it is an address.
     """
+    directory = local_path(directory)
     for place in (directory, *directory.parents):
         if place.exists() and not place.is_dir():
             raise ModelDirectoryError(f"{place} is a file; expected the folder of a model directory, or a new name.")

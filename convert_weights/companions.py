@@ -17,6 +17,8 @@ from convert_weights.recognise import HEAD_BYTES, what_is
 from convert_weights.source_file import OpenFile
 from sora_jax.files import write_durably
 from sora_jax.storage.directory import Manifest, read_model_file
+from sora_jax.storage.location import Location, local_path
+from sora_jax.storage.site import place_of
 from sora_jax.storage.writer import update_model_file
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
@@ -69,7 +71,7 @@ def tokenizer_fault(manifest: Manifest) -> str | None:
         return f"the recorded tokenizer {printable(name)!r} has no name of a tokenizer"
     path = manifest.path.parent / name
     try:
-        content = _read(path)
+        content = _read_ours(path)
     except SourceError as error:
         return f"the tokenizer that came with it is gone: {error}"
     if hashlib.sha256(content).hexdigest() != recorded.get("sha256"):
@@ -83,9 +85,11 @@ def differs_from_source(manifest: Manifest, folder: Path, elsewhere: Path | None
     if theirs is None:
         return None
     name, content = theirs
-    ours = manifest.path.parent / name
-    if ours.is_file() and ours.stat().st_size == len(content) and ours.read_bytes() == content:
-        return None
+    try:
+        if _read_ours(manifest.path.parent / name) == content:
+            return None
+    except SourceError:
+        pass
     return f"source: {elsewhere or folder / name} is not the tokenizer of {manifest.path.parent}"
 
 
@@ -95,7 +99,7 @@ def export(manifest: Manifest) -> dict[str, bytes]:
     Raises:
       SourceError: model.json names a tokenizer that is missing or unreadable.
     """
-    directory = manifest.path.parent
+    directory = local_path(manifest.path.parent)
     index = read_model_file(directory)
     if manifest.network == "t5" and (name := index.get("tokenizer")):
         if os.path.basename(name) != name or Path(name).suffix not in (".json", ".model"):
@@ -121,6 +125,20 @@ def _tokenizer(folder: Path, elsewhere: Path | None) -> tuple[str, bytes] | None
 def _read_tokenizer(folder: Path) -> tuple[str, bytes] | None:
     name = next((name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
     return None if name is None else (name, _read(folder / name))
+
+
+def _read_ours(location: Location) -> bytes:
+    """Returns the tokenizer of a model directory, which may lie on a network.
+
+    Raises:
+      SourceError: it cannot be read.
+    """
+    if isinstance(location, Path):
+        return _read(location)
+    try:
+        return place_of(location.parent).data(location.name, _MAX_TOKENIZER_BYTES)
+    except OSError as error:
+        raise SourceError(f"{location} cannot be read ({error.strerror}).") from error
 
 
 def _read(path: Path) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 
 from convert_weights.errors import SourceError, printable
 from convert_weights.source_file import OpenFile
+from sora_jax.storage.location import Location
 
 
 def read_object(path: Path, what: str, *, max_bytes: int) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def read_object(path: Path, what: str, *, max_bytes: int) -> dict[str, Any]:
     return parse_object(text, path, what)
 
 
-def parse_object(text: bytes, path: Path, what: str) -> dict[str, Any]:
+def parse_object(text: bytes, path: Location, what: str) -> dict[str, Any]:
     """Returns the JSON object that a part of a file holds; arguments and errors as for ``read_object``."""
     try:
         fields = json.loads(text, object_pairs_hook=_unique)

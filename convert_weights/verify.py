@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from convert_weights.all_networks import find_networks, is_pipeline, options_of
 from convert_weights.checksums import Checksums
 from convert_weights.companions import differs_from_source, tokenizer_fault
 from convert_weights.errors import SourceError
-from convert_weights.json_text import read_object
+from convert_weights.json_text import parse_object, read_object
 from convert_weights.opening import DEFAULTS, Options, Source, open_source
 from convert_weights.readers import open_checkpoint
 from convert_weights.rules import common_prefix
@@ -32,14 +33,17 @@ from sora_jax.storage.directory import (
     open_network,
     present_networks,
 )
+from sora_jax.storage.location import Location, Named
 from sora_jax.storage.reader import Reader
+from sora_jax.storage.site import place_of
 from sora_jax.streaming import fitting
 
 _MAX_METADATA_BYTES = 1 << 16
+_FETCHED_AT_A_TIME = 8  # arrays, over a network
 
 
 def verify(
-    directory: str | os.PathLike[str],
+    directory: Named,
     *,
     source: str | os.PathLike[str] | None = None,
     network: str | None = None,
@@ -49,7 +53,7 @@ def verify(
     """Returns the faults of each network: of checksum, shape, dtype or presence, and of the values against ``source``.
 
     Args:
-      directory: the model directory.
+      directory: the model directory, a folder or an address; of an address files that do not belong there are not looked for.
       source: the checkpoint of one network, or the folder of several that ``convert pipeline`` takes; its values are read by
         two readers, converted again and compared bit for bit.
       network: look at this one only; with ``source``, default is the network whose arrays have the source's names.
@@ -91,11 +95,13 @@ def _stored_faults(manifest: Manifest) -> list[str]:
     faults += [
         f"{name}: recorded in {NETWORK_FILE}, but unknown to this configuration" for name in sorted(names - expected.keys())
     ]
-    for name in manifest.parameters:
-        recorded = (manifest.parameters[name].shape, manifest.parameters[name].dtype)
-        if name in expected and recorded != expected[name]:
-            faults.append(f"{name}: recorded as {recorded}, expected {expected[name]}")
-        faults += _array_faults(reader, name)
+    with ThreadPoolExecutor(1 if isinstance(manifest.path, Path) else _FETCHED_AT_A_TIME) as pool:
+        of_arrays = pool.map(lambda name: _array_faults(reader, name), manifest.parameters)
+        for name, found in zip(manifest.parameters, of_arrays, strict=True):
+            recorded = (manifest.parameters[name].shape, manifest.parameters[name].dtype)
+            if name in expected and recorded != expected[name]:
+                faults.append(f"{name}: recorded as {recorded}, expected {expected[name]}")
+            faults += found
     lost = tokenizer_fault(manifest)
     return faults + ([lost] if lost else []) + _stray_files(manifest)
 
@@ -104,7 +110,7 @@ def _array_faults(reader: Reader, name: str) -> list[str]:
     parameter, faults = reader.manifest.parameters[name], []
     metadata = reader.manifest.array_path(name) / "zarr.json"
     try:
-        if not describes(read_object(metadata, "the description of an array", max_bytes=_MAX_METADATA_BYTES), parameter):
+        if not describes(_description(metadata), parameter):
             faults.append(f"{name}: {metadata} does not describe {list(parameter.shape)} of {parameter.dtype}")
     except (SourceError, OSError) as error:
         faults.append(f"{name}: {error}")
@@ -115,7 +121,25 @@ def _array_faults(reader: Reader, name: str) -> list[str]:
     return faults
 
 
+def _description(location: Location) -> dict[str, Any]:
+    """Returns what a ``zarr.json`` holds.
+
+    Raises:
+      SourceError: it cannot be read, or is something else.
+    """
+    what = "the description of an array"
+    if isinstance(location, Path):
+        return read_object(location, what, max_bytes=_MAX_METADATA_BYTES)
+    try:
+        return parse_object(place_of(location.parent).data(location.name, _MAX_METADATA_BYTES), location, what)
+    except OSError as error:
+        raise SourceError(f"{location} cannot be read ({error.strerror}).") from error
+
+
 def _stray_files(manifest: Manifest) -> list[str]:
+    """Returns what does not belong into a network's folder; a server lists none."""
+    if not isinstance(manifest.path, Path):
+        return []
     expected = {Path(NETWORK_FILE)}
     for name, parameter in manifest.parameters.items():
         location = array_location(name, manifest.layers)

@@ -19,6 +19,8 @@ from sora_jax.pipeline.model_file import ModelFile, model_path
 from sora_jax.pipeline.option import Option, declared
 from sora_jax.pipeline.settings import Options
 from sora_jax.storage import directory
+from sora_jax.storage.directory import Manifest
+from sora_jax.storage.location import Address, Location, Named, local_path
 from sora_jax.streaming.budget import AUTO, parse_budget
 
 PLANNED = command_line.of_clip(
@@ -50,8 +52,8 @@ class What:
     path: Annotated[
         str,
         Option(
-            "Clip, model directory, source of weights, or pocket: the embedded model.",
-            metavar="FILE|FOLDER",
+            "Clip, model directory or its URL, source of weights, or pocket: the embedded model.",
+            metavar="FILE|FOLDER|URL",
             positional=True,
         ),
     ]
@@ -96,8 +98,10 @@ def _lines(fields: Mapping[str, Any], indent: str = "") -> list[str]:
     return lines
 
 
-def inspect(name: str | os.PathLike[str]) -> dict[str, Any]:
+def inspect(name: Named) -> dict[str, Any]:
     """Returns the fields of a clip (``media``, ``parameters``), of a model directory, or of a source of weights.
+
+    At an address only a model directory is looked for.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -106,6 +110,8 @@ def inspect(name: str | os.PathLike[str]) -> dict[str, Any]:
     from sora_jax.pipeline import clip_info  # decoders of video are slow to import
 
     path = model_path(name)
+    if isinstance(path, Address):
+        return _inspect_model(path)
     if _is_source(path):
         from convert_weights.survey import survey
 
@@ -125,7 +131,7 @@ def _is_source(path: Path) -> bool:
 
 
 def inspect_memory(
-    name: str | os.PathLike[str],
+    name: Named,
     clip: Mapping[str, Any],
     *,
     memory_budget: str | int | float | None = None,
@@ -177,12 +183,13 @@ def _bytes_per_s(bandwidth: str | int | float) -> float:
         raise ValueError(f"bandwidth is {bandwidth!r}; expected bytes a second, such as 1.6GB.") from None
 
 
-def _inspect_model(path: Path) -> dict[str, Any]:
+def _inspect_model(path: Location) -> dict[str, Any]:
     index = directory.read_model_file(path)
     if not index["networks"]:
-        raise ValueError(f"{path} holds neither a model (t5, stdit3, vae) nor PNG frames.")
+        frames = " nor PNG frames" if isinstance(path, Path) else ""
+        raise ValueError(f"{path} holds {'neither a' if frames else 'no'} model (t5, stdit3, vae){frames}.")
     missing = {
-        network: f"missing; add it with: sora-jax convert {network} SOURCE {path}"
+        network: f"missing; add it with: sora-jax convert {network} SOURCE {path if isinstance(path, Path) else 'MODEL_DIR'}"
         for network in NETWORKS
         if network not in index["networks"]
     }
@@ -196,14 +203,21 @@ def _inspect_model(path: Path) -> dict[str, Any]:
     }
 
 
-def _describe(manifest: Any) -> Mapping[str, Any]:
+def _state(manifest: Manifest) -> str:
+    """Returns whether the files of a network are there; a server is not asked for every one of them."""
+    if isinstance(manifest.path, Address):
+        return "at an address; its files are compared as they are read (all of them by: sora-jax convert verify)"
+    lost = [name for name in manifest.parameters if not local_path(manifest.chunk_path(name)).is_file()]
+    return f"damaged: {len(lost)} parameter files are missing, first {lost[0]}" if lost else "complete"
+
+
+def _describe(manifest: Manifest) -> Mapping[str, Any]:
     from sora_jax.storage.quantisation import is_scale
 
     stored = manifest.parameters
-    lost = [name for name in stored if not manifest.chunk_path(name).is_file()]
     sizes = [parameter.nbytes for parameter in stored.values()]
     return {
-        "state": f"damaged: {len(lost)} parameter files are missing, first {lost[0]}" if lost else "complete",
+        "state": _state(manifest),
         "dtype": manifest.dtype,
         "arrays": len(sizes),
         "parameters": sum(math.prod(entry.shape) for name, entry in stored.items() if not is_scale(name, stored)),

@@ -39,6 +39,7 @@ from sora_jax.sampling import schedule
 from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.schedule import OPEN_SORA_TIMESTEPS
 from sora_jax.storage.directory import NETWORK_FILE, Manifest
+from sora_jax.storage.location import local_path
 from sora_jax.version import __version__
 
 
@@ -48,7 +49,7 @@ def model_entry(networks: Mapping[str, Manifest], name: str, licence: str | None
         "name": name,
         "licence": licence,
         "networks": {
-            network: {"config": manifest.config.to_dict(), "sha256": file_sha256(manifest.path / NETWORK_FILE)}
+            network: {"config": manifest.config.to_dict(), "sha256": file_sha256(local_path(manifest.path / NETWORK_FILE))}
             for network, manifest in networks.items()
         },
     }

@@ -41,6 +41,7 @@ from sora_jax.export.targets import target_module
 from sora_jax.export.vectors import CLIP_FILE, HOST_FILE
 from sora_jax.pipeline.model_file import tokenizer_path
 from sora_jax.storage import directory as model_directory
+from sora_jax.storage.location import local_path
 
 GROUP_BYTES = 256_000_000  # float32 weights that one process exports; a stage of a large model has more
 CLIP_BYTES = 2_000_000_000  # weights of a model that makes a clip for its test vectors
@@ -289,5 +290,5 @@ def _copy_tokenizer(order: Order, folder: Path) -> TokensEntry:
         return order.tokens
     index = model_directory.read_model_file(order.job.directory)
     source = tokenizer_path(Path(order.job.directory), index.get("tokenizer"))
-    shutil.copyfile(source, folder / source.name)
+    shutil.copyfile(local_path(source), folder / source.name)
     return {**order.tokens, "file": source.name}

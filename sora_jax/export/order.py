@@ -23,6 +23,7 @@ from sora_jax.networks import merging
 from sora_jax.pipeline.model_file import model_path
 from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.pipeline.settings import Settings
+from sora_jax.storage.location import local_path
 from sora_jax.streaming.budget import AUTO, parse_budget
 
 _SPARE_BYTES = 200_000_000
@@ -82,7 +83,8 @@ def prepare(
       ValueError: the request cannot be fulfilled, or the model directory is incomplete or damaged.
     """
     check_parts(stages)
-    pipeline = Pipeline.from_pretrained(directory)
+    folder = local_path(model_path(directory))
+    pipeline = Pipeline.from_pretrained(folder)
     chosen = pipeline.resolve({"num_frames": num_frames, "height": height, "width": width, **(settings or {})})
     options = Options(
         precision=precision,
@@ -96,7 +98,7 @@ def prepare(
         raise ValueError(f"fuse_attention (--no-fused-attention) is Core ML's; leave it out for {target}.")
     sizes = (Size(num_frames=chosen.num_frames, height=chosen.height, width=chosen.width), *further_sizes)
     job = Job(
-        directory=str(model_path(directory).resolve()),
+        directory=str(folder.resolve()),
         target=target,
         options=options,
         parts=tuple(dict.fromkeys(stages)),

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import sentencepiece
@@ -21,6 +21,8 @@ import tokenizers
 from jaxtyping import Bool, Int
 
 from sora_jax import files
+from sora_jax.storage.location import Address, Location, location_of
+from sora_jax.storage.site import place_of
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 MAX_BYTES = 1 << 26  # T5's own files have 1.4 MB and 0.8 MB
@@ -39,24 +41,19 @@ class Tokenizer:
         self.pad_id, self.eos_id, self.vocab_size, self.unk_id = pad_id, eos_id, vocab_size, unk_id
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Self:
-        """Returns the tokenizer stored in a ``tokenizer.json`` or ``spiece.model`` file.
+    def from_file(cls, path: str | Location) -> Self:
+        """Returns the tokenizer stored in a ``tokenizer.json`` or ``spiece.model`` file, or at the address of one.
 
         Raises:
           FileNotFoundError: there is no such file.
+          OSError: a server does not deliver it.
           ValueError: the file is neither, is damaged, or has no padding and end tokens.
         """
-        path = Path(path)
-        readers = {".json": _read_json, ".model": _read_sentencepiece}
-        if path.suffix not in readers:
-            raise ValueError(
-                f"{path} is not a tokenizer file: got suffix {path.suffix!r}, expected tokenizer.json or spiece.model."
-            )
-        files.refuse_missing(path, "Tokenizer file")
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise ValueError(f"{path} has {size} bytes; expected a tokenizer of at most {MAX_BYTES}.")
-        split, pad_id, eos_id, unk_id, vocab_size = readers[path.suffix](path)
+        path = location_of(path)
+        readers, suffix = {".json": _read_json, ".model": _read_sentencepiece}, Path(path.name).suffix
+        if suffix not in readers:
+            raise ValueError(f"{path} is not a tokenizer file: got suffix {suffix!r}, expected tokenizer.json or spiece.model.")
+        split, pad_id, eos_id, unk_id, vocab_size = readers[suffix](path, _fetched(path))
         return cls(split, pad_id=pad_id, eos_id=eos_id, vocab_size=vocab_size, unk_id=unk_id)
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
@@ -88,9 +85,25 @@ class Tokenizer:
         return [word for word in words if self.unk_id is not None and self.unk_id in self._split(word)]
 
 
-def _read_json(path: Path) -> tuple[Callable[[str], list[int]], int, int, int | None, int]:
+def _fetched(path: Location) -> bytes | None:
+    """Returns the bytes of an address; None for a file, which the libraries read themselves, if it is there and small.
+
+    Raises:
+      OSError, ValueError: it is missing, or too large.
+    """
+    if isinstance(path, Address):
+        return place_of(path.parent).data(path.name, MAX_BYTES)
+    files.refuse_missing(path, "Tokenizer file")
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"{path} has {size} bytes; expected a tokenizer of at most {MAX_BYTES}.")
+    return None
+
+
+def _read_json(path: Location, data: bytes | None) -> tuple[Callable[[str], list[int]], int, int, int | None, int]:
     with _panics_as_errors(f"{path} is not a readable tokenizer.json"):
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        read = tokenizers.Tokenizer
+        tokenizer = read.from_file(str(path)) if data is None else read.from_buffer(data)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode(_PROBE, add_special_tokens=False)
@@ -156,9 +169,10 @@ def _held_back() -> Iterator[None]:
             stderr.write(held.read())
 
 
-def _read_sentencepiece(path: Path) -> tuple[Callable[[str], list[int]], int, int, int | None, int]:
+def _read_sentencepiece(path: Location, data: bytes | None) -> tuple[Callable[[str], list[int]], int, int, int | None, int]:
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        source: dict[str, Any] = {"model_file": str(path)} if data is None else {"model_proto": data}
+        processor = sentencepiece.SentencePieceProcessor(**source)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{path} is not a readable SentencePiece model: {error}.") from error
     pad_id, eos_id = (_present(index, token, path) for index, token in ((processor.pad_id(), PAD), (processor.eos_id(), EOS)))
@@ -174,7 +188,7 @@ def _read_sentencepiece(path: Path) -> tuple[Callable[[str], list[int]], int, in
     return split, pad_id, eos_id, processor.unk_id(), vocab_size
 
 
-def _present(index: int | None, token: str, path: Path) -> int:
+def _present(index: int | None, token: str, path: Location) -> int:
     if index is None or index < 0:
         raise ValueError(f"{path} has no {token} token; expected a T5 vocabulary with {PAD} and {EOS}.")
     return index

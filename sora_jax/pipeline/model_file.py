@@ -18,6 +18,8 @@ from sora_jax.pipeline.recipe_file import PlanFile
 from sora_jax.pipeline.settings import OPTIONS, Settings
 from sora_jax.storage import directory as model_directory
 from sora_jax.storage.directory import Manifest, ModelDirectoryError
+from sora_jax.storage.location import Location, Named, absolute, location_of
+from sora_jax.storage.site import place_of
 
 POCKET_NAME = "pocket"  # how every command and `Pipeline.from_pretrained` name the embedded model
 POCKET = Path(__file__).parents[1] / "pocket" / "weights"
@@ -25,9 +27,13 @@ _NO_DEFAULTS = {"preset", "plan", "merge"}
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
 
 
-def model_path(name: str | os.PathLike[str] | None) -> Path:
-    """Returns the directory of a model; None and ``"pocket"`` are the embedded one, a folder of that name is ``./pocket``."""
-    return POCKET if name is None or name == POCKET_NAME else Path(name)
+def model_path(name: Named | None) -> Location:
+    """Returns where a model lies; None and ``"pocket"`` are the embedded one, a folder of that name is ``./pocket``.
+
+    Raises:
+      ValueError: it is a URL that no model is read from.
+    """
+    return POCKET if name is None or name == POCKET_NAME else location_of(name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,28 +106,29 @@ class ModelFile:
     """The JSON files of a complete model directory.
 
     Attributes:
-      directory: where the model lies.
+      directory: where the model lies, a folder or an address.
       defaults: options that its clips have unless the caller says otherwise.
       tokenizer: name of the tokenizer's file, or None where model.json does not say.
       trained: what it was trained for, or None where model.json does not say.
       manifests: what each network holds.
     """
 
-    directory: Path
+    directory: Location
     defaults: Mapping[str, Any]
     tokenizer: str | None
     trained: Trained | None
     manifests: Mapping[str, Manifest]
 
     @classmethod
-    def read(cls, name: str | os.PathLike[str] | None) -> Self:
+    def read(cls, name: Named | None) -> Self:
         """Returns what the model of that name says, see `model_path`.
 
         Raises:
           ModelDirectoryError: a network is missing or damaged, or a default is wrong; the message names the file.
         """
         directory = model_path(name)
-        _refuse_missing_networks(directory)
+        if isinstance(directory, Path):
+            _refuse_missing_networks(directory)
         manifests = {network: model_directory.open_network(directory, network) for network in NETWORKS}
         index = model_directory.read_model_file(directory)
         defaults = index.get("defaults", {})
@@ -140,19 +147,23 @@ class ModelFile:
 
     @property
     def model_id(self) -> str:
-        """The folder's name and a digest of its manifests, which hold the checksum of every parameter; of no format."""
+        """The folder's name and a digest of its manifests, which hold the checksum of every parameter; of no format.
+
+        A model has the same in a folder and at an address.
+        """
         digest = hashlib.sha256()
         for network in NETWORKS:
             digest.update(self.manifests[network].values_text().encode())
-        directory = self.directory.resolve()
+        directory = absolute(self.directory)
         return f"{POCKET_NAME if directory == POCKET.resolve() else directory.name} {digest.hexdigest()[:16]}"
 
     @property
-    def tokenizer_path(self) -> Path:
+    def tokenizer_path(self) -> Location:
         """The file of the tokenizer.
 
         Raises:
           FileNotFoundError: there is none.
+          OSError: a server does not say.
         """
         return tokenizer_path(self.directory, self.tokenizer)
 
@@ -171,7 +182,7 @@ class ModelFile:
         return settings
 
 
-def tokenizer_path(directory: Path, name: str | None) -> Path:
+def tokenizer_path(directory: Location, name: str | None) -> Location:
     """Returns the tokenizer of a model directory; ``name`` is what its index says, if anything.
 
     Raises:
@@ -179,7 +190,7 @@ def tokenizer_path(directory: Path, name: str | None) -> Path:
     """
     candidates = [name] if name else _TOKENIZERS
     for candidate in candidates:
-        if (directory / candidate).is_file():
+        if place_of(directory).has(candidate):
             return directory / candidate
     raise FileNotFoundError(f"{directory} has no tokenizer; put {' or '.join(candidates)} there.")
 

@@ -19,6 +19,7 @@ from sora_jax.pipeline.model_file import ModelFile, model_path
 from sora_jax.pipeline.settings import Settings
 from sora_jax.planning.targets import Target, parse_target
 from sora_jax.storage.directory import Manifest
+from sora_jax.storage.location import absolute
 
 PRESETS: Mapping[str, ModelConfig] = MappingProxyType({"open-sora-1.2": open_sora_1_2})
 # What can be compiled, and what each program is.
@@ -72,7 +73,7 @@ class Request:
 
     def to_json(self) -> str:
         """Returns one line of JSON; the model's path is absolute in it."""
-        model = self.model if self.model in PRESETS else str(model_path(self.model).resolve())
+        model = self.model if self.model in PRESETS else str(absolute(model_path(self.model)))
         return json.dumps({**dataclasses.asdict(self), "model": model, "programs": list(self.programs)})
 
     @classmethod

@@ -20,6 +20,7 @@ from sora_jax.pipeline.model_file import model_path
 from sora_jax.pipeline.option import Option, declared
 from sora_jax.pipeline.settings import Options
 from sora_jax.pocket.world.words import ATTRIBUTES, NUM_FRAMES
+from sora_jax.storage.location import local_path
 
 LENGTHS = (1, 17, NUM_FRAMES, 51)  # frames of a clip: an image, and whole chunks of the codec
 KINDS = ("captions", "given_frame", "given_clip", "extension", "variety", "empty", "codec", "real")
@@ -148,7 +149,7 @@ def _parts(asked: Arguments) -> Iterable[tuple[str, dict[str, Any]]]:
     """Yields name and tables of every requested kind."""
     from sora_jax.pocket.judging import tables
 
-    model, seed, clip = model_path(asked.model), asked.seed, asked.clip
+    model, seed, clip = local_path(model_path(asked.model)), asked.seed, asked.clip
     alike: dict[str, Any] = {"seed": seed, "shuffle": asked.shuffle, "num_frames": asked.num_frames}
     if asked.real:
         yield "real", tables.judge_real(asked.real, **alike)

@@ -16,6 +16,7 @@ import numpy as np
 
 from sora_jax.storage.arrays import STORED_DTYPES, Parameter
 from sora_jax.storage.directory import Manifest, open_network
+from sora_jax.storage.location import Named
 from sora_jax.storage.quantisation import SCALE_SUFFIX, dequantise, is_quantised, is_scale, quantise
 from sora_jax.storage.reader import Reader
 from sora_jax.storage.writer import NetworkWriter
@@ -61,15 +62,13 @@ def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
-def load_network(
-    directory: str | os.PathLike[str], network: str, *, dtype: str | None = None
-) -> tuple[Any, dict[str, np.ndarray]]:
+def load_network(directory: Named, network: str, *, dtype: str | None = None) -> tuple[Any, dict[str, np.ndarray]]:
     """Returns a network's configuration and its parameters by flat name, as `load_parameters` does.
 
     Fill a module with ``unflatten(registry.abstract(network, config), flat)``.
 
     Args:
-      directory: a model directory.
+      directory: a model directory, a folder or an address.
       network: ``t5``, ``stdit3`` or ``vae``.
       dtype: ``float32`` or ``bfloat16``; None keeps the stored dtype, with int8 becoming float32.
 

@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
 from sora_jax.storage.arrays import Parameter
+from sora_jax.storage.location import Location
 from sora_jax.storage.place import Identity
 
 _SMALL_BYTES = 1 << 16  # hashed at once: handing over to a thread takes longer
@@ -34,26 +34,27 @@ class Comparison:
     Args:
       parameters: what the manifest says, by flat name.
       paths: their files.
-      identities: identities of the files before the reading begins.
+      identities: identities of the files before the reading begins; none of files on a network, whose state comes with every
+        block.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], paths: Mapping[str, Path], identities: Mapping[str, Identity]):
+    def __init__(self, parameters: Mapping[str, Parameter], paths: Mapping[str, Location], identities: Mapping[str, Identity]):
         self._parameters, self._paths, self._identities = parameters, paths, identities
         self._began_ns = time.time_ns()
-        self._running: list[tuple[str, int, Future[str]]] = []
+        self._running: list[tuple[str, int, Future[str], str | None]] = []
         self._unseen: set[str] = set()
 
-    def is_known(self, name: str, block: int) -> bool:
-        """Returns whether a block was compared before."""
-        known = _KNOWN.get(self._paths[name])
-        return known is not None and known[:2] == self._key(name) and block in known[2]
+    def is_known(self, name: str, block: int, state: str | None = None) -> bool:
+        """Returns whether a block was compared before; ``state`` is that of a file on a network, if the server told it."""
+        known, key = _KNOWN.get(self._paths[name]), self._key(name, state)
+        return known is not None and key is not None and known[:2] == key and block in known[2]
 
-    def add(self, name: str, block: int, data: np.ndarray) -> None:
+    def add(self, name: str, block: int, data: np.ndarray, state: str | None = None) -> None:
         """Takes a block that was read; its bytes must stay until the end.  One that is known is not hashed again."""
-        if self.is_known(name, block):
+        if self.is_known(name, block, state):
             self.trust(name)
         else:
-            self._running.append((name, block, _begin(data)))
+            self._running.append((name, block, _begin(data), state))
 
     def trust(self, name: str) -> None:
         """Takes note that known bytes of a parameter were not hashed again."""
@@ -63,7 +64,7 @@ class Comparison:
         """Takes the sha256 of a block whose bytes are not kept."""
         done: Future[str] = Future()
         done.set_result(digest)
-        self._running.append((name, block, done))
+        self._running.append((name, block, done, None))
 
     def end(self, identities: Mapping[str, Identity], arrays: Mapping[str, np.ndarray] | None = None) -> None:
         """Waits for the checksums, and remembers them for files that did not change.
@@ -80,27 +81,35 @@ class Comparison:
             if arrays is None:
                 raise Mismatch(name)
             blocks = blocks_of(arrays[name], self._parameters[name])
-            self._running += [(name, block, _begin(data)) for block, data in enumerate(blocks)]
-        for name, block, digest in self._running:
+            self._running += [(name, block, _begin(data), None) for block, data in enumerate(blocks)]
+        for name, block, digest, _ in self._running:
             if digest.result() != self._parameters[name].checksums[block]:
                 raise Mismatch(name)
-        for name, block, _ in self._running:
+        for name, block, _, state in self._running:
             if name not in changed:
-                self._remember(name, block)
+                self._remember(name, block, state)
 
-    def _remember(self, name: str, block: int) -> None:
-        *_, modified_ns, changed_ns = self._identities[name]
-        if self._began_ns - max(modified_ns, changed_ns) < _CLOCK_NS:
+    def _remember(self, name: str, block: int, state: str | None) -> None:
+        path, key = self._paths[name], self._key(name, state)
+        if key is None or self._is_recent(name):
             return
-        path, key = self._paths[name], self._key(name)
         with _LOCK:
             known = _KNOWN.get(path)
             if known is None or known[:2] != key:
                 known = _KNOWN[path] = (*key, set())
             known[2].add(block)
 
-    def _key(self, name: str) -> tuple[Identity, tuple[str, ...]]:
-        return self._identities[name], self._parameters[name].checksums
+    def _is_recent(self, name: str) -> bool:
+        """Returns whether a local file was changed so shortly before the reading that another change may leave no mark."""
+        if name not in self._identities:
+            return False
+        *_, modified_ns, changed_ns = self._identities[name]
+        return self._began_ns - max(modified_ns, changed_ns) < _CLOCK_NS
+
+    def _key(self, name: str, state: str | None) -> tuple[Identity | str, tuple[str, ...]] | None:
+        """Returns what known blocks of a file depend on; None where nothing tells its state."""
+        identity = self._identities.get(name, state)
+        return None if identity is None else (identity, self._parameters[name].checksums)
 
 
 def blocks_of(array: np.ndarray, parameter: Parameter) -> list[np.ndarray]:
@@ -131,4 +140,4 @@ def hashing_threads() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=hashing_threads.cache_clear)  # a child has none of its parent's threads
 
 _LOCK = threading.Lock()
-_KNOWN: dict[Path, tuple[Identity, tuple[str, ...], set[int]]] = {}
+_KNOWN: dict[Location, tuple[Identity | str, tuple[str, ...], set[int]]] = {}

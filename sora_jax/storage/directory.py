@@ -10,7 +10,6 @@ import errno
 import functools
 import hashlib
 import json
-import os
 import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePath
@@ -19,8 +18,10 @@ from typing import Any
 from sora_jax.config import NETWORKS
 from sora_jax.storage import manifest_file
 from sora_jax.storage.arrays import FORMATS, Parameter, chunk_name
+from sora_jax.storage.location import Address, Location, Named, location_of
 from sora_jax.storage.manifest_file import Fault
-from sora_jax.storage.place import Folder, NotRegular
+from sora_jax.storage.place import NotRegular, Unreachable
+from sora_jax.storage.site import place_of
 
 FORMAT_VERSION = FORMATS[-1]  # the one that is written
 NETWORK_FILE = "network.json"
@@ -45,7 +46,7 @@ class Manifest:
     """What ``network.json`` says, and where it lies.
 
     Attributes:
-      path: the network's directory.
+      path: the network's directory, a folder or an address.
       network: ``t5``, ``stdit3`` or ``vae``.
       config: the network's configuration.
       dtype: stored dtype asked for: ``float32``, ``bfloat16`` or ``int8`` (then scales and vectors are float32).
@@ -55,7 +56,7 @@ class Manifest:
       generation: sha256 of ``network.json`` as it was read; empty where it was not.
     """
 
-    path: Path
+    path: Location
     network: str
     config: Any
     dtype: str
@@ -89,11 +90,11 @@ class Manifest:
         """Returns the stored bytes of a layer."""
         return sum(self.parameters[name].nbytes for name in self.names(layer))
 
-    def array_path(self, name: str) -> Path:
+    def array_path(self, name: str) -> Location:
         """Returns the directory of a parameter's zarr3 array."""
         return self.path / array_location(name, self.layers)
 
-    def chunk_path(self, name: str) -> Path:
+    def chunk_path(self, name: str) -> Location:
         """Returns the file that holds a parameter's values."""
         return self.array_path(name) / chunk_name(self.parameters[name].shape)
 
@@ -121,22 +122,21 @@ class Manifest:
         return dataclasses.replace(self, parameters=plain, format_version=1).text()
 
 
-def open_network(directory: str | os.PathLike[str], network: str) -> Manifest:
-    """Returns the manifest of a network in a model directory.
+def open_network(directory: Named, network: str) -> Manifest:
+    """Returns the manifest of a network in a model directory, a folder or an address.
 
     Raises:
       ModelDirectoryError: the network is missing (the message holds the command that adds it) or its manifest is unusable.
+      ValueError: the directory is a URL that no model is read from.
     """
-    path = Path(directory) / network
-    file, again = path / NETWORK_FILE, f"convert {network} again with --overwrite."
+    location = location_of(directory)
+    path = location / network
+    file, again = path / NETWORK_FILE, _again(path, network)
     try:
-        text = Folder(path).text(NETWORK_FILE, manifest_file.MAX_BYTES)
+        text = place_of(path).text(NETWORK_FILE, manifest_file.MAX_BYTES)
         fields = manifest_file.checked(manifest_file.parse(text), network)
     except (FileNotFoundError, NotADirectoryError):
-        present = present_networks(directory)
-        state = f"has only {', '.join(present)}" if present else _state_of(Path(directory))
-        command = f"sora-jax convert {network} SOURCE {shlex.quote(str(directory))}"
-        raise ModelDirectoryError(f"{directory} has no {network} (it {state}); add it with: {command}") from None
+        raise _missing(location, network) from None
     except OSError as error:
         raise ModelDirectoryError(_unreadable(file, error, again)) from error
     except UnicodeDecodeError:
@@ -152,6 +152,25 @@ def generation_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _missing(directory: Location, network: str) -> ModelDirectoryError:
+    if isinstance(directory, Address):
+        file = directory / network / NETWORK_FILE
+        return ModelDirectoryError(
+            f"{directory} has no {network} ({file} is missing); expected the address of a model directory."
+        )
+    present = present_networks(directory)
+    state = f"has only {', '.join(present)}" if present else _state_of(directory)
+    command = f"sora-jax convert {network} SOURCE {shlex.quote(str(directory))}"
+    return ModelDirectoryError(f"{directory} has no {network} (it {state}); add it with: {command}")
+
+
+def _again(path: Location, network: str) -> str:
+    """Returns what helps where a file itself is at fault."""
+    if isinstance(path, Address):
+        return "copy the network there again from a folder that convert verify accepts."
+    return f"convert {network} again with --overwrite."
+
+
 def _state_of(directory: Path) -> str:
     """Describes what a path is instead of a model directory."""
     if not directory.exists():
@@ -159,20 +178,30 @@ def _state_of(directory: Path) -> str:
     return "is not a model directory" if directory.is_dir() else "is a file"
 
 
-def present_networks(directory: str | os.PathLike[str]) -> list[str]:
-    """Returns the networks that a directory holds completely."""
-    return [network for network in NETWORKS if (Path(directory) / network / NETWORK_FILE).is_file()]
+def present_networks(directory: Named) -> list[str]:
+    """Returns the networks that a directory holds completely.
+
+    Raises:
+      ModelDirectoryError: a server does not say.
+    """
+    place = place_of(location_of(directory))
+    try:
+        return [network for network in NETWORKS if place.has(f"{network}/{NETWORK_FILE}")]
+    except Unreachable as error:
+        raise ModelDirectoryError(_unreadable(location_of(directory), error, "")) from error
 
 
-def read_model_file(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def read_model_file(directory: Named) -> dict[str, Any]:
     """Returns ``model.json``: ``networks``, and if it has them ``tokenizer`` (a file name) and generation ``defaults``.
 
     Raises:
       ModelDirectoryError: the file cannot be read, or holds something else.
+      ValueError: the directory is a URL that no model is read from.
     """
-    path = Path(directory) / MODEL_FILE
+    location = location_of(directory)
+    path = location / MODEL_FILE
     try:
-        fields = manifest_file.parse(Folder(directory).text(MODEL_FILE, manifest_file.MAX_BYTES))
+        fields = manifest_file.parse(place_of(location).text(MODEL_FILE, manifest_file.MAX_BYTES))
         manifest_file.check_format(fields)
     except (FileNotFoundError, NotADirectoryError):
         fields = {"format_version": FORMAT_VERSION}
@@ -214,10 +243,10 @@ def damaged(manifest: Manifest, name: str, problem: str | OSError) -> ModelDirec
 
     Where the network is no longer the one that was opened, that is the fault.
     """
-    if _is_replaced(manifest):
+    if not isinstance(problem, Unreachable) and _is_replaced(manifest):
         return ModelDirectoryError(f"{manifest.path} was replaced or removed after it was opened; open the model again.")
     where = f"{manifest.network} layer {layer_of(name, manifest.layers)}: parameter file"
-    again = f"convert {manifest.network} again with --overwrite."
+    again = _again(manifest.path, manifest.network)
     if isinstance(problem, OSError):
         return ModelDirectoryError(f"{where} {_unreadable(manifest.chunk_path(name), problem, again)}")
     return ModelDirectoryError(f"{where} {manifest.chunk_path(name)} {problem}; {again}")
@@ -227,16 +256,18 @@ def _is_replaced(manifest: Manifest) -> bool:
     if not manifest.generation:
         return False
     try:
-        return generation_of(Folder(manifest.path).text(NETWORK_FILE, manifest_file.MAX_BYTES)) != manifest.generation
+        return generation_of(place_of(manifest.path).text(NETWORK_FILE, manifest_file.MAX_BYTES)) != manifest.generation
     except (OSError, ValueError):
-        return not manifest.path.exists()
+        return isinstance(manifest.path, Path) and not manifest.path.exists()
 
 
-def _unreadable(path: Path, error: OSError, again: str) -> str:
+def _unreadable(path: Location, error: OSError, again: str) -> str:
     """Returns what the system says of a file, and what helps: ``again`` where the file itself is at fault."""
     if isinstance(error, FileNotFoundError):
         return f"{path} is missing; {again}"
     if isinstance(error, NotRegular):
         return f"{path} {error.strerror}; {again}"
+    if isinstance(error, Unreachable):
+        return f"{path} cannot be read ({error.strerror}); {error.advice}"
     advice = _ADVICE.get(error.errno or 0, _OTHER_ADVICE)
     return f"{path} cannot be read ({error.strerror or error}); {advice}"

@@ -19,6 +19,7 @@ import numpy as np
 from sora_jax.storage.checksums import blocks_of
 from sora_jax.storage.directory import Manifest, damaged
 from sora_jax.storage.in_order import is_in_order
+from sora_jax.storage.location import local_path
 from sora_jax.storage.place import Identity
 from sora_jax.storage.reader import DIFFERS, Reader
 
@@ -92,7 +93,7 @@ class MappedLayer:
         """Maps a file that begins with its array; another is left to be read."""
         parameter = self._reader.manifest.parameters[name]
         try:
-            with open(self._reader.manifest.chunk_path(name), "rb", buffering=0) as file:
+            with open(local_path(self._reader.manifest.chunk_path(name)), "rb", buffering=0) as file:
                 if not is_in_order(file.fileno(), parameter):
                     return
                 status = os.fstat(file.fileno())
@@ -136,7 +137,7 @@ def are_mappable(manifest: Manifest, names: Iterable[str], map_from_bytes: int =
         parameter = manifest.parameters[name]
         if parameter.nbytes >= map_from_bytes:
             try:
-                with open(manifest.chunk_path(name), "rb", buffering=0) as file:
+                with open(local_path(manifest.chunk_path(name)), "rb", buffering=0) as file:
                     if not is_in_order(file.fileno(), parameter):
                         return False
             except OSError as error:

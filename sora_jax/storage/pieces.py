@@ -65,20 +65,22 @@ class StoredArray:
     Args:
       parameter: what the manifest says of it.
       kvstore: tensorstore's key-value store of the array's folder.
+      context: tensorstore's limits; None: those of local files.
     """
 
-    def __init__(self, parameter: Parameter, kvstore: dict[str, Any]):
+    def __init__(self, parameter: Parameter, kvstore: dict[str, Any], context: Any = None):
         import tensorstore as ts
 
+        context = _context() if context is None else context
         self._parameter = parameter
         self._key = chunk_name(parameter.shape)
         self._store: Any = None
         if parameter.rows is None:
-            self._bytes = ts.KvStore.open(kvstore, context=_context()).result()
+            self._bytes = ts.KvStore.open(kvstore, context=context).result()
         else:
             metadata = array_metadata(parameter.shape, parameter.dtype, parameter.rows)
             spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata, "fill_missing_data_reads": False}
-            self._store = ts.open(spec, context=_context(), open=True, read=True, assume_metadata=True).result()
+            self._store = ts.open(spec, context=context, open=True, read=True, assume_metadata=True).result()
 
     def read(self, piece: Piece, target: np.ndarray) -> Reading:
         """Begins to read a piece into ``target``, bytes that must stay until it is done."""

@@ -1,8 +1,8 @@
 """Where a network's files lie, as far as reading is concerned: a folder on this machine.
 
 Invariant: a name leads to a regular file inside the folder or is refused: no symbolic link is followed, no device or pipe is
-opened, and nothing is read without a limit.  A place on a network would answer the same four questions (`text`, `identity`,
-`store`, `locate`); the reader decides what is done with the answers.
+opened, and nothing is read without a limit.  A place on a network is a `site.Site`, which answers the same questions but
+`identity`; the reader decides what is done with the answers.
 """
 
 import os
@@ -15,6 +15,22 @@ Identity = tuple[int, int, int, int, int]  # device, inode, bytes, and the nanos
 
 class NotRegular(OSError):
     """There is something, but no regular file: its ``strerror`` says what."""
+
+
+class CutShort(NotRegular):
+    """A file ends before the bytes that were asked for; it has ``size`` bytes, if that is known."""
+
+    def __init__(self, size: int | None, path: str):
+        super().__init__(0, "ends too early" if size is None else f"has {size} bytes, which are too few", path)
+        self.size = size
+
+
+class Unreachable(OSError):
+    """A file on a network cannot be fetched: ``strerror`` says why, ``advice`` what may help."""
+
+    def __init__(self, problem: str, path: str, advice: str):
+        super().__init__(0, problem, path)
+        self.advice = advice
 
 
 class Folder:
@@ -34,12 +50,24 @@ class Folder:
           OSError: it is missing, unreadable, no regular file, or longer.
           UnicodeDecodeError: it is not UTF-8.
         """
+        return self.data(name, limit).decode()
+
+    def data(self, name: str, limit: int) -> bytes:
+        """Returns the bytes of a file of at most ``limit`` bytes.
+
+        Raises:
+          OSError: it is missing, unreadable, no regular file, or longer.
+        """
         self.identity(name)
         with open(self.locate(name), "rb") as file:
             data = file.read(limit + 1)
         if len(data) > limit:
             raise NotRegular(0, f"has more than {limit} bytes", str(self.locate(name)))
-        return data.decode()
+        return data
+
+    def has(self, name: str) -> bool:
+        """Returns whether there is such a file, or a link to one."""
+        return self.locate(name).is_file()
 
     def identity(self, name: str) -> Identity:
         """Returns what changes whenever the file does.

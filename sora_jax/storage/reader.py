@@ -2,9 +2,9 @@
 
 Invariant: no value leaves this module that was not compared with its sha256, or its block's, for the file as it is: once a
 process (`checksums`), again whenever the file changed. A local file that begins with its array is read by the system itself
-(`in_order`), any other through tensorstore (`pieces`), a few reads at a time; nothing is cached. Reading needs memory for a few
-blocks besides the caller's. Large local files may be mapped instead (`maps`) and are compared alike. Other modules decide which
-array is read when.
+(`in_order`), any other through tensorstore (`pieces`), over a network too (`fetched`), a few reads at a time; nothing is
+cached. Reading needs memory for a few blocks besides the caller's. Large local files may be mapped instead (`maps`) and are
+compared alike. Other modules decide which array is read when.
 """
 
 import collections
@@ -22,24 +22,22 @@ from sora_jax.storage.arrays import Parameter, chunk_name
 from sora_jax.storage.buffers import Buffer, group_bytes
 from sora_jax.storage.checksums import Comparison, Mismatch, blocks_of
 from sora_jax.storage.directory import Manifest, ModelDirectoryError, array_location, damaged
+from sora_jax.storage.fetched import FetchedArray, FetchedPiece
 from sora_jax.storage.in_order import FileInOrder, open_in_order
 from sora_jax.storage.pieces import Piece, Reading, StoredArray, pieces_of, problem_of
-from sora_jax.storage.place import Folder, Identity
+from sora_jax.storage.place import Identity
 from sora_jax.storage.quantisation import SCALE_SUFFIX, dequantise
+from sora_jax.storage.site import FETCHING_BYTES, NO_STOP, Site, Stopped, place_of
 
 IN_FLIGHT_BYTES = 8 << 20  # being read at a time: what tensorstore needs in addition to the caller's memory, at least a piece
 _MAX_IN_FLIGHT = 64  # pieces, however small
 
 DIFFERS = "does not have the checksum that network.json records"
-NO_STOP: Callable[[], bool] = lambda: False  # noqa: E731
 
 Around = Callable[[str, int], AbstractContextManager[Any]]
 Stop = Callable[[], bool]
 Request = tuple[str, Piece, np.ndarray]  # flat name, what is read of it, and the bytes it is read into
-
-
-class Stopped(Exception):
-    """The reading was given up because nobody wants its result any more."""
+Opened = StoredArray | FileInOrder | FetchedArray
 
 
 def untouched(_layer: str, _num_bytes: int) -> AbstractContextManager[None]:
@@ -59,7 +57,7 @@ class Reader:
     def __init__(self, manifest: Manifest, *, around: Around = untouched):
         self.manifest = manifest
         self._around = around
-        self._place = Folder(manifest.path)
+        self._place = place_of(manifest.path)
 
     def parameters(self, names: Iterable[str]) -> dict[str, Parameter]:
         """Returns what the manifest says of some arrays, by flat name."""
@@ -68,10 +66,14 @@ class Reader:
     def check(self, names: Iterable[str]) -> dict[str, Identity]:
         """Returns what distinguishes the files of some arrays from others, after comparing their sizes.
 
+        Nothing is asked of a network: there it turns out when an array is fetched.
+
         Raises:
           ModelDirectoryError: one is missing, no regular file, or of the wrong size.
         """
-        identities = {}
+        identities: dict[str, Identity] = {}
+        if isinstance(self._place, Site):
+            return identities
         for name in names:
             expected = self.manifest.parameters[name].file_bytes(self.manifest.format_version)
             try:
@@ -199,9 +201,10 @@ class Reader:
             for name, array in into.items()
             for piece in pieces_of(self.manifest.parameters[name])
         )
-        for name, piece, _ in self._window(requests, stop):
+        for (name, piece, _), state in self._window(requests, stop):
             if piece.ends_block:
-                comparison.add(name, piece.block, blocks_of(into[name], self.manifest.parameters[name])[piece.block])
+                data = blocks_of(into[name], self.manifest.parameters[name])[piece.block]
+                comparison.add(name, piece.block, data, state if piece.begins_block else None)
 
     def _stream(self, name: str, wanted: Sequence[Piece], *, afresh: bool = False) -> Iterator[tuple[Piece, np.ndarray]]:
         """Yields pieces of an array, in memory that a later one overwrites; blocks that are not known are read whole."""
@@ -210,10 +213,10 @@ class Reader:
         with self.comparing([name]) as comparison:
             unknown = {piece.block for piece in wanted if afresh or not comparison.is_known(name, piece.block)}
             read = [piece for piece in pieces if piece in yielded or piece.block in unknown]
-            count = min(len(read), max(1, min(_MAX_IN_FLIGHT, IN_FLIGHT_BYTES // size))) + 1  # one is with the caller
+            count = min(len(read), max(1, min(_MAX_IN_FLIGHT, self._limit_bytes // size))) + 1  # one is with the caller
             scratch = itertools.cycle(np.empty((count, size), np.uint8))
             digest = hashlib.sha256()
-            for _, piece, values in self._window((name, piece, next(scratch)) for piece in read):
+            for (_, piece, values), _ in self._window((name, piece, next(scratch)) for piece in read):
                 if piece.block in unknown:
                     digest = hashlib.sha256() if piece.begins_block else digest
                     digest.update(values.data)
@@ -224,8 +227,14 @@ class Reader:
                 if piece in yielded:
                     yield piece, values
 
-    def _window(self, requests: Iterable[Request], stop: Stop = NO_STOP) -> Iterator[Request]:
+    @property
+    def _limit_bytes(self) -> int:
+        return FETCHING_BYTES if isinstance(self._place, Site) else IN_FLIGHT_BYTES
+
+    def _window(self, requests: Iterable[Request], stop: Stop = NO_STOP) -> Iterator[tuple[Request, str | None]]:
         """Reads pieces into the bytes they come with, a few ahead, and yields each when it is there.
+
+        With it comes the state of a file on a network, if the server tells it.
 
         Raises:
           ModelDirectoryError: a read failed.
@@ -233,21 +242,21 @@ class Reader:
         """
         ahead: collections.deque[tuple[Request, Reading]] = collections.deque()
         in_flight, opened = 0, ""
-        stored: StoredArray | FileInOrder | None = None
+        stored: Opened | None = None
         try:
             for request in requests:
                 name, piece, _ = request
-                while ahead and (in_flight + piece.nbytes > IN_FLIGHT_BYTES or len(ahead) >= _MAX_IN_FLIGHT):
-                    done = self._finished(*ahead.popleft())
+                while ahead and (in_flight + piece.nbytes > self._limit_bytes or len(ahead) >= _MAX_IN_FLIGHT):
+                    done, state = self._finished(*ahead.popleft())
                     in_flight -= done[1].nbytes
-                    yield done
+                    yield done, state
                 if stop():
                     raise Stopped
                 if stored is None or opened != name:
                     if stored is not None:
                         stored.close()
                         stored = None
-                    stored, opened = self._open(name), name
+                    stored, opened = self._open(name, stop), name
                 ahead.append((request, self._begun(stored, request)))
                 in_flight += piece.nbytes
             while ahead:
@@ -255,35 +264,41 @@ class Reader:
         finally:
             if stored is not None:
                 stored.close()
-            for _, reading in ahead:  # they write into memory that may be used again
-                with contextlib.suppress(Exception):
+            for _, reading in ahead:
+                if isinstance(reading, FetchedPiece):
+                    reading.cancel()
+                    continue
+                with contextlib.suppress(Exception):  # it writes into memory that may be used again
                     reading.result()
 
-    def _begun(self, stored: StoredArray | FileInOrder, request: Request) -> Reading:
+    def _begun(self, stored: Opened, request: Request) -> Reading:
         try:
             return stored.read(*request[1:])
         except (OSError, ValueError) as error:
             raise self._fault(request[0], error) from error
 
-    def _finished(self, request: Request, reading: Reading) -> Request:
+    def _finished(self, request: Request, reading: Reading) -> tuple[Request, str | None]:
         try:
-            reading.result()
+            return request, reading.result()
+        except Stopped:
+            raise
         except Exception as error:  # tensorstore's are of any kind
             raise self._fault(request[0], error) from error
-        return request
 
     def _fault(self, name: str, error: Exception) -> ModelDirectoryError:
         self.check([name])  # missing, or cut short during the read
         return damaged(self.manifest, name, problem_of(error))
 
-    def _open(self, name: str) -> StoredArray | FileInOrder:
-        parameter = self.manifest.parameters[name]
+    def _open(self, name: str, stop: Stop) -> Opened:
+        parameter, location = self.manifest.parameters[name], array_location(name, self.manifest.layers).as_posix()
+        if isinstance(self._place, Site):
+            return FetchedArray(parameter, self._place, location, stop)
         try:
             if in_order := open_in_order(self._place.locate(self._file(name)), parameter):
                 return in_order
         except OSError as error:
             raise self._fault(name, error) from error
-        return StoredArray(parameter, self._place.store(array_location(name, self.manifest.layers).as_posix()))
+        return StoredArray(parameter, self._place.store(location))
 
     def _file(self, name: str) -> str:
         location = array_location(name, self.manifest.layers)

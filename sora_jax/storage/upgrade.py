@@ -4,24 +4,25 @@ Invariant: every byte is compared with its checksum on the way, the new network 
 and an interrupted upgrade goes on.  Values, names and origin stay as they are.
 """
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from sora_jax.storage.arrays import num_blocks, rows_of_a_block, shard_index
 from sora_jax.storage.directory import FORMAT_VERSION, Manifest, ModelDirectoryError, open_network, present_networks
+from sora_jax.storage.location import Named, local_path
 from sora_jax.storage.reader import Reader
 from sora_jax.storage.writer import NetworkWriter
 
 
-def outdated(directory: str | os.PathLike[str]) -> list[Manifest]:
+def outdated(directory: Named) -> list[Manifest]:
     """Returns the networks of a model directory that are stored in an older format.
 
     Raises:
       ModelDirectoryError: there is no network, or one whose manifest is unusable.
+      ValueError: the directory is an address.
     """
-    networks = present_networks(directory)
+    networks = present_networks(local_path(directory))
     if not networks:
         raise ModelDirectoryError(f"{directory} holds no network; nothing to upgrade.")
     manifests = [open_network(directory, network) for network in networks]
@@ -47,7 +48,7 @@ def upgrade(old: Manifest, *, progress: Callable[[int, int], None] = lambda done
     Raises:
       ModelDirectoryError: a parameter is damaged, the disk has too little room, or another process writes the network.
     """
-    directory, reader, done = old.path.parent, Reader(old), 0
+    directory, reader, done = local_path(old.path.parent), Reader(old), 0
     identity = {"upgraded from": old.generation}
     with NetworkWriter(directory, old.network, old.config, dtype=old.dtype, overwrite=True, identity=identity) as writer:
         try:

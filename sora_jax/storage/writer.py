@@ -45,6 +45,7 @@ from sora_jax.storage.directory import (
     read_model_file,
 )
 from sora_jax.storage.durable import created, locked, sync_all, write_all
+from sora_jax.storage.location import local_path
 from sora_jax.storage.manifest_file import MAX_BYTES, Fault, parameter_of, parse
 from sora_jax.storage.place import Folder
 
@@ -86,7 +87,7 @@ class NetworkWriter:
     ):
         check_dtype(network, dtype)
         self.network, self.config, self.dtype, self.overwrite = network, config, dtype, overwrite
-        self.directory = Path(directory)
+        self.directory = local_path(directory)
         self.final = self.directory / network
         self.partial = self.directory / f".{network}.partial"
         self.journal = self.directory / f".{network}.journal"

@@ -6,7 +6,6 @@ dtype and on the back-end; how much is retained is state of the host, so one pro
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator
 from typing import Literal, TypeVar, no_type_check
 
@@ -20,6 +19,7 @@ from sora_jax.networks.merging import Merge
 from sora_jax.networks.stdit3 import Conditioning, Embed, Final
 from sora_jax.storage.checkpoint import read_layer, unflatten
 from sora_jax.storage.directory import Manifest, ModelDirectoryError, open_network
+from sora_jax.storage.location import Address, Named
 from sora_jax.storage.maps import MAP_FROM_BYTES, are_mappable, can_map
 from sora_jax.storage.reader import Around, Reader, untouched
 from sora_jax.streaming.callbacks import Number
@@ -70,7 +70,7 @@ class STDiT3Stream:
     """A transformer in a model directory, to be streamed; holds no arrays until it is opened.
 
     Args:
-      directory: the model directory, or the manifest of its transformer.
+      directory: the model directory, a folder or an address, or the manifest of its transformer.
       dtype: compute dtype, ``"float32"`` or ``"bfloat16"``.
       attention: its form by name, see `attention_choice.choose_forms`.
       budget: bytes that the process may hold while the transformer runs; None retains ``retained`` blocks.
@@ -90,7 +90,7 @@ class STDiT3Stream:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str] | Manifest,
+        directory: Named | Manifest,
         *,
         dtype: str = "float32",
         attention: str = "auto",
@@ -165,7 +165,11 @@ def block_bytes(manifest: Manifest) -> list[int]:
 
 
 def _backend(backend: Backend | None, manifest: Manifest, on_cpu: bool) -> Backend:
-    """Returns the back-end asked for, or the one that suits platform and files: maps need the bytes in order."""
+    """Returns the back-end asked for, or the one that suits platform and files: maps need local files, with bytes in order."""
+    if isinstance(manifest.path, Address):
+        if backend == "mmap":
+            raise ValueError(f"streaming back-end 'mmap' maps local files, and {manifest.path} is none; use 'host'.")
+        return "host"
     if backend == "mmap" and not (on_cpu and can_map()):
         raise ValueError("streaming back-end 'mmap' needs JAX on the CPU and Linux 5.14 or later; use 'host'.")
     if backend not in (None, "mmap", "host"):
