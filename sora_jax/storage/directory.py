@@ -155,9 +155,7 @@ def generation_of(text: str) -> str:
 def _missing(directory: Location, network: str) -> ModelDirectoryError:
     if isinstance(directory, Address):
         file = directory / network / NETWORK_FILE
-        return ModelDirectoryError(
-            f"{directory} has no {network} ({file} is missing); expected the address of a model directory."
-        )
+        return ModelDirectoryError(f"{directory} has no {network} ({file} is missing); expected a model directory's address.")
     present = present_networks(directory)
     state = f"has only {', '.join(present)}" if present else _state_of(directory)
     command = f"sora-jax convert {network} SOURCE {shlex.quote(str(directory))}"

@@ -57,9 +57,7 @@ def location_of(name: Named) -> Location:
     parts = urlsplit(text)
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     if parts.scheme not in SCHEMES:
-        raise ValueError(
-            f"{shown} has the scheme {parts.scheme!r}; models are read from {', '.join(SCHEMES)} and from folders."
-        )
+        raise ValueError(f"{shown} has the scheme {parts.scheme!r}; models are read from {', '.join(SCHEMES)} and folders.")
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError(f"{shown} comes with a user, a query or a fragment; expected scheme, host and path alone.")
     if not parts.hostname:

@@ -19,7 +19,9 @@ from sora_jax.networks.vae.codec import VAE, chunks, latent_size
 from sora_jax.storage.arrays import STORED_DTYPES
 from sora_jax.storage.buffers import group_bytes
 from sora_jax.storage.directory import Manifest
+from sora_jax.storage.location import Address
 from sora_jax.storage.quantisation import SCALE_SUFFIX
+from sora_jax.storage.site import FETCHING_BYTES
 from sora_jax.streaming import activations
 from sora_jax.streaming.host_loop import frame_batches
 from sora_jax.streaming.stream import ENDS
@@ -29,6 +31,8 @@ COMPILER_BYTES = {"text": 80_000_000, "encode": 110_000_000, "denoise": 150_000_
 # Of every block whose tokens are computed in portions: loops of its own, measured at 480p with 2 and 56 blocks.
 PORTIONS_BYTES = 6_000_000
 TILE_BYTES = 34_000_000  # of an int8 matrix that is multiplied out: a tile, and its product
+# Of networks at an address: requests under way, each twice when it arrives, and what the first one loads.
+NETWORK_BYTES = 2 * FETCHING_BYTES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,8 +159,9 @@ def _plan(manifests: Mapping[str, Manifest], workload: Workload, budget: int | N
         raise ValueError(f"{_described(workload)} is no video; expected at least one frame of 8x8 pixels.")
     builders: list[Callable[..., StagePlan]] = [_text, *([_encode] if workload.encodes else []), _denoise, _decode]
     stages, compiled = [], 0
+    reading = NETWORK_BYTES if any(isinstance(manifest.path, Address) for manifest in manifests.values()) else 0
     for build in builders:
-        stage = build(manifests, config, workload, BASELINE_BYTES + compiled, budget)
+        stage = build(manifests, config, workload, BASELINE_BYTES + reading + compiled, budget)
         compiled += stage.compiler
         stages.append(stage)
     return MemoryPlan(workload=workload, budget=budget, stages=stages)

@@ -69,7 +69,9 @@ class Prefetcher:
             self._want([index, *following])
             if not self._condition.wait_for(lambda: self._ready(index), self.stall_s):
                 self._abandon()
-                raise TimeoutError(f"{self._describe(index)} was not read within {self.stall_s:g} s; check the disk.")
+                raise TimeoutError(
+                    f"{self._describe(index)} was not read within {self.stall_s:g} s; check the disk or the network."
+                )
             slot = next(slot for slot in self._slots if slot.index == index)
             if slot.error is not None:
                 error = slot.error

@@ -1,7 +1,8 @@
-"""A server of one folder on the loopback interface: range requests, ETags, a count of what was asked for, and faults on request."""
+"""A server of one folder on the loopback interface: range requests, ETags, requests counted, and faults on demand."""
 
 import dataclasses
 import hashlib
+import os
 import re
 import socket
 import struct
@@ -11,6 +12,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
+
+import pytest
+
+from sora_jax.storage import site as site_module
 
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
@@ -60,27 +65,25 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         site = cast("Server", self.server).site
-        name = self.path.partition("?")[0].lstrip("/")
-        path = site.folder / name
-        data = path.read_bytes() if path.is_file() else None
-        match = _RANGE.fullmatch(self.headers.get("Range", ""))
-        first, last = 0, len(data or b"") - 1
-        if data is not None and match and site.ranges:
-            first, last = _bounds(match, len(data))
-        found = b"" if data is None else data[first : last + 1]
-        request = Request(self.command, name, first, len(found) if body else 0)
+        path = site.folder / self.path.lstrip("/")
+        data = path.read_bytes() if path.is_file() else b""
+        match = _RANGE.fullmatch(self.headers.get("Range", "")) if site.ranges else None
+        first, last = _bounds(match, len(data)) if match else (0, len(data) - 1)
+        part = data[first : last + 1]
+        request = Request(self.command, self.path.lstrip("/"), first, len(part) if body else 0)
         with site.lock:
             site.requests.append(request)
         if site.fault(self, request):
-            return None
-        if data is None:
-            return self.send(404, b"not here")
+            return
         headers = {"Accept-Ranges": "bytes"} | ({"ETag": f'"{hashlib.md5(data).hexdigest()}"'} if site.etags else {})
-        if match and site.ranges:
-            if first > last:
-                return self.send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
-            return self.send(206, found, headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
-        return self.send(200, found, headers)
+        if not path.is_file():
+            self.send(404, b"not here")
+        elif match and first > last:
+            self.send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
+        elif match:
+            self.send(206, part, headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
+        else:
+            self.send(200, part, headers)
 
 
 class Server(ThreadingHTTPServer):
@@ -117,6 +120,23 @@ class Site:
     def bytes_of(self, part: str) -> int:
         """Returns the bytes that were sent of files whose path holds ``part``."""
         return sum(request.num_bytes for request in self.requests if part in request.path)
+
+
+os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = "1"  # read when the first connection is made
+NUM_RETRIES = 1
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[None]:
+    """Requests are tried twice, without a pause that a test would notice."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"max_retries": NUM_RETRIES, "initial_delay": "10ms", "max_delay": "20ms"}.items():
+            patch.setitem(site_module._RETRIES, name, value)
+        for cached in (site_module._context, site_module._opened):
+            cached.cache_clear()
+        yield
+    for cached in (site_module._context, site_module._opened):
+        cached.cache_clear()
 
 
 @contextmanager
