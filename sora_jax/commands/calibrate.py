@@ -34,7 +34,11 @@ class Arguments(options.PromptFile, options.MemoryBudget, options.Attention, opt
 
     model: Annotated[
         str | None,
-        Option("Model directory, or pocket: the embedded model, which is the default.", metavar="MODEL_DIR", positional=True),
+        Option(
+            "Model directory or its URL, or pocket: the embedded model, which is the default.",
+            metavar="MODEL_DIR",
+            positional=True,
+        ),
     ] = None
     output: Annotated[Path, Option("The plan's file.", flags=("-o", "--output"), metavar="JSON")]
     evaluations: Annotated[int, Option("Steps that the plan evaluates in full.", metavar="N", within=(1, 100_000))]

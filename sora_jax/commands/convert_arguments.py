@@ -87,7 +87,7 @@ class Conversion(Reading, options.Writing):
 class Verification(Reading):
     """What is compared with what."""
 
-    directory: Annotated[str, Option("Model directory, or pocket.", metavar="MODEL_DIR", positional=True)]
+    directory: Annotated[str, Option("Model directory or its URL, or pocket.", metavar="MODEL_DIR", positional=True)]
     source: Annotated[Path | None, Option("Compare bit for bit with this checkpoint, converted again.", metavar="SOURCE")] = (
         None
     )

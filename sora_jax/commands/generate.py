@@ -64,7 +64,7 @@ class What(options.PromptFile):
     ] = ()
     from_latents: Annotated[str | None, Option("Decode a file of --save-latents, and generate nothing.", metavar="NPZ")] = None
     model: Annotated[
-        str | None, Option("Model directory, or pocket: the embedded model, which is the default.", metavar="DIR")
+        str | None, Option("Model directory or its URL, or pocket: the embedded model, which is the default.", metavar="DIR")
     ] = None
 
 

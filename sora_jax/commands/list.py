@@ -96,7 +96,7 @@ class Arguments:
 
     subject: Annotated[str, Option("What is listed.", metavar="|".join(SUBJECTS), choices=tuple(SUBJECTS), positional=True)]
     model: Annotated[
-        str | None, Option("Model directory, or pocket: the embedded model, which is the default.", metavar="DIR")
+        str | None, Option("Model directory or its URL, or pocket: the embedded model, which is the default.", metavar="DIR")
     ] = None
     json: Annotated[bool, Option("Print JSON.")] = False
 

@@ -102,8 +102,7 @@ def _fetched(path: Location) -> bytes | None:
 
 def _read_json(path: Location, data: bytes | None) -> tuple[Callable[[str], list[int]], int, int, int | None, int]:
     with _panics_as_errors(f"{path} is not a readable tokenizer.json"):
-        read = tokenizers.Tokenizer
-        tokenizer = read.from_file(str(path)) if data is None else read.from_buffer(data)
+        tokenizer = _opened(path, data)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode(_PROBE, add_special_tokens=False)
@@ -117,19 +116,27 @@ def _read_json(path: Location, data: bytes | None) -> tuple[Callable[[str], list
     return split, pad_id, eos_id, tokenizer.token_to_id(UNK), largest + 1
 
 
-def listed_words(path: str | Path) -> list[str] | None:
+def listed_words(path: str | Location) -> list[str] | None:
     """Returns the words of a tokenizer that knows whole words only, or None for one of word pieces, which splits any word.
 
     Raises:
+      OSError: a server does not deliver it.
       ValueError: the file is damaged.
     """
-    if Path(path).suffix != ".json":
+    path = location_of(path)
+    if not path.name.endswith(".json"):
         return None
+    data = _fetched(path)
     with _panics_as_errors(f"{path} is not a readable tokenizer.json"):
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = _opened(path, data)
         if not isinstance(tokenizer.model, tokenizers.models.WordLevel):
             return None
         return [word for word in tokenizer.get_vocab(with_added_tokens=False) if word not in (PAD, EOS, UNK)]
+
+
+def _opened(path: Location, data: bytes | None) -> tokenizers.Tokenizer:
+    read = tokenizers.Tokenizer
+    return read.from_file(str(path)) if data is None else read.from_buffer(data)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ def load_parameters(model: str | os.PathLike[str] | None, network: str, *, dtype
     """Returns the parameters of a network as a flat dictionary: dotted name to read-only array, int8 multiplied out.
 
     Args:
-      model: a model directory; None or ``pocket``: the embedded model.
+      model: a model directory or its URL; None or ``pocket``: the embedded model.
       network: ``t5``, ``stdit3`` or ``vae``.
       dtype: ``float32`` or ``bfloat16``; None keeps the stored dtype, with int8 becoming float32.
 

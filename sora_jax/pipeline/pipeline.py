@@ -61,7 +61,7 @@ class Pipeline:
         """Returns the pipeline of a model directory, or of the embedded pocket model; loads no weights yet.
 
         Args:
-          path: the model directory; None or ``"pocket"``: the embedded model.
+          path: the model directory or its URL (http, https, s3, gs); None or ``"pocket"``: the embedded model.
           keep: whether networks stay in memory between stages and calls; None: they do if the model is below 1 GB and there
             is no budget.
           memory_budget: what the process may hold, such as ``"3.3GB"``, ``"auto"`` or bytes; the transformer's blocks are

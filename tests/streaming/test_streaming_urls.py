@@ -62,9 +62,8 @@ def test_the_bits_are_those_of_the_folder_and_each_block_is_fetched_as_it_is_nee
             assert len(files) == once
         else:  # and the first of them once more, read ahead for an evaluation that does not come
             assert evaluations * once <= len(files) <= (evaluations + 1) * once
-        assert {request.num_bytes for request in files} == {
-            manifest.parameters[name].file_bytes(2) for name in manifest.names(layer)
-        }
+        sizes = {manifest.parameters[name].file_bytes(2) for name in manifest.names(layer)}
+        assert {request.num_bytes for request in files} == sizes
 
 
 def hang(handler: Handler, request: Request) -> bool:
