@@ -6,7 +6,8 @@ Needs:    free cores, 3 GB of memory, files in the page cache (a first round rea
 Expect:   verified over plain at most 1.25 where hashing on all cores is as fast as one core reads; SHA-256 sets the floor: a
           machine whose cores hash together at H GB/s cannot load faster than that, however fast it reads.  On two idle cores
           it is (cpu_seconds of hashing + of known) / 2 over those of plain.
-Rival:    ``readinto`` of every file into a fresh array, which compares nothing; and the same load once the checksums are known.
+Rival:    ``readinto`` of every file into a fresh array, which compares nothing; tensorstore into a fresh array, a block of rows
+          at a time, which compares nothing either; and the same load once the checksums are known.
 
 Rounds are interleaved; files are touched before each verified load, so that what is known of them does not count.
 """
@@ -26,7 +27,9 @@ import numpy as np
 from benchmarks._support import streaming_model
 from benchmarks._support.machine import environment, write_report
 from sora_jax.storage.checkpoint import load_parameters
-from sora_jax.storage.directory import Manifest, open_network
+from sora_jax.storage.directory import Manifest, array_location, open_network
+from sora_jax.storage.pieces import StoredArray, pieces_of
+from sora_jax.storage.place import Folder
 
 RESULTS = Path(__file__).parents[1] / "results" / "load_speed.json"
 
@@ -52,6 +55,7 @@ def measured(manifest: Manifest, rounds: int) -> dict[str, Any]:
     """Returns seconds and ratios of the rivals, interleaved; those of the processor are hardly moved by other load."""
     runs: dict[str, Callable[[], Any]] = {
         "plain": lambda: plain(manifest),
+        "tensorstore": lambda: by_tensorstore(manifest),
         "verified": lambda: load_parameters(manifest),
         "known": lambda: load_parameters(manifest),
         "hashing": lambda: hashed(manifest.nbytes),
@@ -72,6 +76,7 @@ def measured(manifest: Manifest, rounds: int) -> dict[str, Any]:
         "seconds": {name: {"min": round(min(s), 3), "median": round(statistics.median(s), 3)} for name, s in seconds.items()},
         "cpu_seconds": {name: round(min(s), 3) for name, s in processor.items()},  # all threads together
         "verified_over_plain": ratio(seconds["verified"], seconds["plain"]),
+        "tensorstore_over_plain": ratio(seconds["tensorstore"], seconds["plain"]),
         "known_over_plain": ratio(seconds["known"], seconds["plain"]),
         "hashing_over_plain": ratio(seconds["hashing"], seconds["plain"]),
     }
@@ -90,6 +95,19 @@ def plain(manifest: Manifest) -> list[np.ndarray]:
         array = np.empty(parameter.shape, parameter.numpy_dtype)
         with open(manifest.chunk_path(name), "rb", buffering=0) as file:
             file.readinto(array.reshape(-1).view(np.uint8).data)
+        arrays.append(array)
+    return arrays
+
+
+def by_tensorstore(manifest: Manifest) -> list[np.ndarray]:
+    """Returns every array, read through tensorstore as the reader does with files that are in another order."""
+    arrays, folder = [], Folder(manifest.path)
+    for name, parameter in manifest.parameters.items():
+        array = np.empty(parameter.shape, parameter.numpy_dtype)
+        stored = StoredArray(parameter, folder.store(array_location(name, manifest.layers).as_posix()))
+        raw = array.reshape(-1).view(np.uint8)
+        for reading in [stored.read(piece, raw[piece.start : piece.stop]) for piece in pieces_of(parameter)]:
+            reading.result()
         arrays.append(array)
     return arrays
 
