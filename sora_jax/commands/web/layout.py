@@ -5,7 +5,6 @@ our own, and no font or script from elsewhere.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -19,6 +18,7 @@ from sora_jax.inputs.tokenizer import listed_words
 from sora_jax.pipeline.option import Declared
 from sora_jax.pipeline.presets import PRESETS
 from sora_jax.pipeline.settings import OPTIONS
+from sora_jax.storage.location import Location
 
 _COMPUTES: dict[str, Any] = {"concurrency_id": "computes", "concurrency_limit": 1}
 _EXAMPLE = "a red circle moves right on a blue background"
@@ -261,7 +261,7 @@ def _memory_tab(studio: Studio) -> None:
     def show(budget: str, size: str, length: str) -> str:
         try:
             clip = {**form.read_size(size), "num_frames": form.read_option("num_frames", length)}
-            path: Path = studio.pipeline.model.directory
+            path: Location = studio.pipeline.model.directory
             return "\n".join(inspect_memory(path, clip, memory_budget=budget.strip() or None)[1])
         except ValueError as error:
             return f"error: {shell.describe(error)}"
