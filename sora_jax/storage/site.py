@@ -145,11 +145,10 @@ def context() -> Any:
 def _context() -> Any:
     import tensorstore as ts
 
-    limits = {f"{driver}_request_{what}": value for driver in ("http", "s3", "gcs") for what, value in _PER_DRIVER.items()}
-    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, **limits})
-
-
-_PER_DRIVER: dict[str, Any] = {"concurrency": _REQUESTS, "retries": _RETRIES}
+    limits: dict[str, Any] = {"cache_pool": {"total_bytes_limit": 0}}
+    for driver in ("http", "s3", "gcs"):
+        limits |= {f"{driver}_request_concurrency": _REQUESTS, f"{driver}_request_retries": _RETRIES}
+    return ts.Context(limits)
 
 
 @functools.lru_cache(maxsize=16)
