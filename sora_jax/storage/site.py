@@ -79,7 +79,11 @@ class Site:
         return True
 
     def fetch(self, name: str, part: slice | None = None, stop: Callable[[], bool] = NO_STOP) -> "Fetch":
-        """Begins to fetch a file, or the bytes of a slice of it; ``stop`` is asked while it is waited for."""
+        """Begins to fetch a file, or the bytes of a slice of it; ``stop`` is asked while it is waited for.
+
+        Raises:
+          OSError: nothing can have this address.
+        """
         return Fetch(_opened(self._address).read(name, byte_range=part), self.locate(name), stop)
 
     def store(self, name: str) -> dict[str, Any]:
@@ -155,7 +159,10 @@ def _context() -> Any:
 def _opened(address: Address) -> Any:
     import tensorstore as ts
 
-    return ts.KvStore.open(_kvstore(address), context=context()).result()
+    try:
+        return ts.KvStore.open(_kvstore(address), context=context()).result()
+    except ValueError as error:  # a bucket's name that cannot be
+        raise _problem(str(error), address) from error
 
 
 def _kvstore(address: Address) -> dict[str, Any]:
