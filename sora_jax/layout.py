@@ -172,6 +172,22 @@ class Spread:
         return self.values.shape
 
 
+def after(x: jax.Array, module: Any) -> Any:
+    """Returns a module whose spread parameters are fetched only once ``x`` is there: one block's at a time, in every step.
+
+    The compiler would fetch all of them before the loop over steps otherwise, and keep them.
+    """
+    if not is_part():
+        return module
+    leaves, structure = jax.tree.flatten(module, is_leaf=lambda leaf: isinstance(leaf, Spread))
+    spread = [leaf.values for leaf in leaves if isinstance(leaf, Spread)]
+    if not spread:
+        return module
+    _, *tied = jax.lax.optimization_barrier((x, *spread))
+    values = iter(tied)
+    return jax.tree.unflatten(structure, [Spread(next(values)) if isinstance(leaf, Spread) else leaf for leaf in leaves])
+
+
 def parameters(network: Any) -> Any:
     """Returns how the parameters of a network are spread: as a tree for `over_mesh`."""
     return jax.tree.map(

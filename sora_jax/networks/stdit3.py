@@ -88,8 +88,8 @@ class STDiT3(nnx.Module):
     ) -> Float[Array, "B T S D"]:
         """Returns the tokens after all blocks, between ``embed`` and ``final``."""
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
-            x_BTSD = spatial(x_BTSD, conditioning, merge=merge)
-            x_BTSD = temporal(x_BTSD, conditioning, merge=merge)
+            x_BTSD = layout.after(x_BTSD, spatial)(x_BTSD, conditioning, merge=merge)
+            x_BTSD = layout.after(x_BTSD, temporal)(x_BTSD, conditioning, merge=merge)
         return x_BTSD
 
 

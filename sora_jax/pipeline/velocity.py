@@ -144,7 +144,7 @@ class Velocity:
 
     def _embed(self, z: Array, t_R: Array, frame_mask_RT: Array | None) -> tuple[Array, Conditioning]:
         rows = len(z)
-        return self.network.embed(
+        return layout.after(z, self.network.embed)(
             z,
             t_R,
             self.caption_RLE[:rows],
@@ -156,4 +156,5 @@ class Velocity:
         )
 
     def _final(self, z: Array, tokens_RTSD: Array, conditioning: Conditioning) -> Array:
-        return self.network.final(tokens_RTSD, conditioning, height=z.shape[2], width=z.shape[3])[..., : z.shape[-1]]
+        final = layout.after(tokens_RTSD, self.network.final)
+        return final(tokens_RTSD, conditioning, height=z.shape[2], width=z.shape[3])[..., : z.shape[-1]]

@@ -10,9 +10,10 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,15 @@ def evaluation() -> dict[str, Any]:
     return {"collectives": found, "devices": mesh.size, "frames": 5, "places": 15, "width": config.hidden_size}
 
 
+def spread() -> dict[str, Any]:
+    """Returns where the sampler fetches spread weights: how many gatherings stand in its loop over steps, and before it."""
+    with sampled(OPTIONS["plain"], "guidance=2,sequence=4", "spread") as (sampler, z):
+        text = compiled._run.lower(sampler, sampler.start(z), np.int32(STEPS)).compile().as_text()
+    before = text[text.index("\nENTRY ") :]
+    everywhere, entry = (len(re.findall(r"\ball-gather(?:-start)?\(", part)) for part in (text, before))
+    return {"in the loop": everywhere - entry, "before": entry}
+
+
 def coders() -> dict[str, Any]:
     """Returns how captions, encoded and decoded videos on eight devices differ from those on one, and all collectives there."""
     with tempfile.TemporaryDirectory() as folder:
@@ -207,11 +217,14 @@ def coders() -> dict[str, Any]:
     return {"errors": errors, "shapes": shapes, "collectives": counted}
 
 
+TOLD: Mapping[str, Callable[[], dict[str, Any]]] = {"evaluation": evaluation, "spread": spread, "coders": coders}
+
+
 def main(names: list[str]) -> None:
-    """Prints what is named: a case, ``evaluation``, ``coders``, or any other pair as MESH:OPTION[:WEIGHTS]."""
+    """Prints what is named: a case, a name of `TOLD`, or any other pair as MESH:OPTION[:WEIGHTS]."""
     for name in names:
-        if name in ("evaluation", "coders"):
-            outcome = evaluation() if name == "evaluation" else coders()
+        if name in TOLD:
+            outcome = TOLD[name]()
         else:
             mesh, _, rest = name.partition(":")
             option, _, weights = rest.partition(":")

@@ -79,6 +79,13 @@ def test_a_pair_of_blocks_has_two_exchanges_and_no_gathering_of_tokens() -> None
 
 
 @pytest.mark.slow
+def test_spread_weights_are_fetched_in_every_step_and_not_kept() -> None:
+    (outcome,) = run("spread", optimised=True)
+    assert outcome["before"] == 0
+    assert outcome["in the loop"] > 20  # its matrices, and the velocity
+
+
+@pytest.mark.slow
 def test_captions_chunks_and_frames_are_dealt_out_without_collectives() -> None:
     (outcome,) = run("coders")
     assert max(outcome["errors"]) <= MOST_ERROR
@@ -112,6 +119,7 @@ def test_without_a_mesh_the_lowered_text_is_that_of_identities(monkeypatch: pyte
     monkeypatch.setattr(layout, "over_mesh", lambda function, arguments, specs, results: function(*arguments))
     monkeypatch.setattr(layout, "joined", lambda first, rest: jax.numpy.concatenate([first, rest]))
     monkeypatch.setattr(layout, "divided", lambda num_places: None)
+    monkeypatch.setattr(layout, "after", lambda x, module: module)
     for name in ("residual", "everywhere", "own_places"):
         monkeypatch.setattr(layout, name, lambda x: x)
     for name in ("frames", "places", "all_places", "all_rows"):
