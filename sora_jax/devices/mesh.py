@@ -1,7 +1,7 @@
 """Several devices as one: the mesh that a user names, and where weights and inputs lie on it.
 
-Invariant: a mesh has the three axes of ``layout``, in their order, some of them 1 long; what is placed has the same values on
-every process.  What devices compute is ``layout``'s and the networks' business.
+Invariant: a mesh has the three axes of ``layout``, in their order, some of them 1 long, and its devices belong to this process.
+What devices compute is ``layout``'s and the networks' business.
 """
 
 import math
@@ -48,6 +48,20 @@ def _mesh(devices: np.ndarray) -> Mesh:
     return Mesh(devices, ORDER, axis_types=(AxisType.Auto,) * len(ORDER))
 
 
+def check_local(mesh: Mesh) -> None:
+    """Refuses devices of other processes.
+
+    Raises:
+      ValueError: says how many there are.
+    """
+    elsewhere = sum(device.process_index != jax.process_index() for device in mesh.devices.flat)
+    if elsewhere:
+        raise ValueError(
+            f"{elsewhere} of the mesh's {mesh.size} devices belong to other processes; expected devices of this one: "
+            "run a share of the clips (--share I/N) in each process."
+        )
+
+
 def axis_sizes(mesh: Mesh) -> dict[str, int]:
     """Returns the devices of every axis, in the order in which users write them."""
     return {name: mesh.shape[name] for name in AXES}
@@ -59,7 +73,7 @@ def name_of(mesh: Mesh) -> str:
 
 
 def place(x: Any, mesh: Mesh, spec: PartitionSpec = layout.NOWHERE) -> jax.Array:
-    """Returns a host array on the mesh, of which every process has the same; each device gets its part alone."""
+    """Returns a host array on the mesh; each device gets its part alone."""
     values = np.asarray(x)
     return jax.make_array_from_callback(values.shape, NamedSharding(mesh, spec), lambda index: values[index])
 

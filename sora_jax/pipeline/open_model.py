@@ -21,7 +21,7 @@ from sora_jax.config import ModelConfig, policy_of
 from sora_jax.devices.attention_choice import choose_forms
 from sora_jax.devices.axes import check_weights
 from sora_jax.devices.compute_dtype import choose_dtype
-from sora_jax.devices.mesh import is_spread, make_mesh, place, place_parameters, sharding_on_mesh
+from sora_jax.devices.mesh import check_local, is_spread, make_mesh, place, place_parameters, sharding_on_mesh
 from sora_jax.devices.names import check_attention
 from sora_jax.networks import registry
 from sora_jax.networks.forms import Forms
@@ -105,6 +105,8 @@ class Networks:
         num_bytes = sum(manifest.nbytes for manifest in manifests.values())
         keep = num_bytes <= KEEP_BYTES and budget is None if keep is None else keep
         devices = None if mesh is None else make_mesh(mesh)
+        if devices is not None:
+            check_local(devices)
         return cls(manifests, keep=keep, budget=budget, attention=attention, mesh=devices, weights=weights)
 
     @property
