@@ -19,6 +19,8 @@ from sora_jax.commands.progress import progress_bar
 from sora_jax.commands.prompts import read_prompts
 from sora_jax.commands.spelling import Spelling
 from sora_jax.commands.user_cache import caption_folder, use_compile_cache
+from sora_jax.devices.axes import check_mesh_request, parse_axes
+from sora_jax.devices.shares import ALL, parse_share
 from sora_jax.inputs import prompt
 from sora_jax.pipeline import command_line
 from sora_jax.pipeline.frame_size import frames_size
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 # What goes with --from-latents.
 _WITH_LATENTS = {
     "from_latents", "model", "start_index", "memory_budget", "output", "save_dir", "sample_name", "prompt_as_path", "format",
-    "overwrite", "quiet", "caption_cache", "compile_cache", "attention",
+    "overwrite", "quiet", "caption_cache", "compile_cache", "attention", "mesh",
 }  # fmt: skip
 _MAX_WORDS = 10  # of a prompt that the model does not know
 
@@ -69,7 +71,7 @@ class What(options.PromptFile):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Running(options.MemoryBudget, options.Attention):
+class Running(options.MemoryBudget, options.Attention, options.Devices):
     """How the computation runs."""
 
     batch_size: Annotated[int, Option("Clips in a batch.", metavar="N", within=(1, 10**6))] = 1
@@ -135,6 +137,7 @@ def run(asked: Arguments) -> None:
       OSError: an input cannot be read, or a file not be written.
     """
     asked.check()
+    asked.check_devices()
     if asked.dry_run and not asked.from_latents:
         rehearse(resolve(asked))
         return
@@ -159,6 +162,7 @@ def resolve(asked: Arguments) -> Request:
     model = ModelFile.read(asked.model)
     settings = model.resolve(clip)
     settings.check_room(min(asked.batch_size, len(texts) * asked.num_sample))
+    share = ALL if asked.share is None else parse_share(asked.share)
     jobs = plan_jobs(
         asked,
         list(zip(texts, references, strategies, strict=True)),
@@ -166,6 +170,8 @@ def resolve(asked: Arguments) -> Request:
         first=asked.start_index,
         image=settings.num_frames == 1,
         overwrite=asked.overwrite,
+        share=share,
+        group=asked.batch_size,
     )
     if asked.save_latents:
         if len(jobs) > asked.batch_size:
@@ -174,8 +180,10 @@ def resolve(asked: Arguments) -> Request:
     others = {"--save-latents": asked.save_latents, "--profile-streaming": asked.profile_streaming}
     refuse_shared([job.path for job in jobs], others)
     _check_streaming(asked)
+    if asked.mesh is not None:
+        check_mesh_request(parse_axes(asked.mesh), guided=settings.guided, num_clips=asked.batch_size)
     if not asked.quiet:
-        left_out = len(texts) * asked.num_sample - len(jobs)
+        left_out = share.number_of(len(texts) * asked.num_sample, asked.batch_size) - len(jobs)
         if left_out:
             note(f"{counted(left_out, 'clip')} exist already or are asked for twice; making {len(jobs)}.")
         if "resolution" in clip or "aspect_ratio" in clip:
@@ -192,6 +200,10 @@ def _check_streaming(asked: Arguments) -> None:
     """
     if asked.memory_budget is not None:
         parse_budget(asked.memory_budget)
+        if asked.mesh is not None:
+            raise ValueError(
+                "--memory-budget streams weights into one device; it does not go with --mesh: leave one of them out."
+            )
     if asked.profile_streaming:
         if asked.memory_budget is None:
             raise ValueError("--profile-streaming records how layers are streamed; it needs --memory-budget.")
@@ -235,7 +247,7 @@ def make(request: Request) -> None:
 
     pipeline = opened(asked, request.model)
     settings = pipeline.networks.decide(settings)
-    pipeline.check(settings, min(asked.batch_size, len(jobs)))
+    pipeline.check(settings, min(asked.batch_size, pipeline.networks.whole_batch(len(jobs))))
     samples = pipeline.read(
         [job.text for job in jobs],
         settings,
@@ -308,9 +320,20 @@ def decode(request: Decoding) -> None:
 def opened(asked: Arguments, model: ModelFile) -> "Pipeline":
     """Returns the pipeline of the model; a text encoder that stays loaded needs no cache of captions, unless one is named."""
     from sora_jax.pipeline.pipeline import Pipeline
+    from sora_jax.storage.checkpoint import shortened
 
     cache = caption_folder(asked.caption_cache)
-    pipeline = Pipeline.open(model, memory_budget=asked.memory_budget, caption_cache=cache, attention=asked.attention or "auto")
+    pipeline = Pipeline.open(
+        model,
+        memory_budget=asked.memory_budget,
+        caption_cache=cache,
+        attention=asked.attention or "auto",
+        mesh=asked.mesh,
+        weights=asked.weights or "replicated",
+    )
+    whole = pipeline.networks.whole_parameters()
+    if whole and not asked.quiet:
+        note(f"these weights stay whole on every device, whose number does not divide them: {shortened(whole)}.")
     if asked.caption_cache is None and pipeline.networks.keep:
         pipeline.networks.caption_cache = None
     return pipeline

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from sora_jax import files
+from sora_jax.devices.shares import ALL, Share
 from sora_jax.inputs import prompt
 from sora_jax.pipeline import video
 from sora_jax.pipeline.option import Option
@@ -84,6 +85,8 @@ def plan_jobs(
     first: int,
     image: bool,
     overwrite: bool,
+    share: Share = ALL,
+    group: int = 1,
 ) -> list[Job]:
     """Returns the clips to make and where they go, all of which can go there.
 
@@ -94,6 +97,8 @@ def plan_jobs(
       first: number of the first prompt.
       image: whether clips are single images.
       overwrite: whether they replace what exists.
+      share: which of the clips to make.
+      group: clips with consecutive numbers that stay together in a share.
 
     Raises:
       ValueError: there are too many clips for their names.
@@ -111,10 +116,15 @@ def plan_jobs(
     for i, (text, reference, strategy) in enumerate(prompts, start=first):
         for sample in range(num_samples):
             at = {"index": i, "num_samples": num_samples, "sample": sample}
+            mine = share.has((i - first) * num_samples + sample, group)
+            if not mine and not naming.prompt_as_path:
+                continue
             path = naming.output or _numbered_path(naming, text, at, image=image, overwrite=overwrite)
-            if naming.prompt_as_path and (path in planned or (path.exists() and not overwrite)):
+            if naming.prompt_as_path and path in planned:
                 continue
             planned.add(path)
+            if not mine or (naming.prompt_as_path and path.exists() and not overwrite):
+                continue
             jobs.append(Job(number=i * num_samples + sample, text=text, reference=reference, strategy=strategy, path=path))
     check_targets(naming, [job.path for job in jobs], image=image, overwrite=overwrite)
     return jobs

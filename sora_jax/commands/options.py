@@ -6,7 +6,9 @@ Invariant: nothing is done with them here; a command's own options are declared 
 import dataclasses
 from typing import Annotated
 
+from sora_jax.devices.axes import WEIGHTS, check_weights, parse_axes
 from sora_jax.devices.names import ATTENTIONS
+from sora_jax.devices.shares import parse_share
 from sora_jax.pipeline.option import Option
 
 
@@ -49,6 +51,39 @@ class Attention:
             choices=ATTENTIONS,
         ),
     ] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Devices:
+    """Which devices compute, and which clips."""
+
+    mesh: Annotated[
+        str | None,
+        Option(
+            "Devices that make a batch of clips together, as guidance=2,sequence=4; axes: data, guidance, sequence.",
+            metavar="AXES",
+        ),
+    ] = None
+    weights: Annotated[
+        str | None,
+        Option("The transformer's weights on a mesh: replicated (the default), or spread over its devices.", choices=WEIGHTS),
+    ] = None
+    share: Annotated[
+        str | None,
+        Option("Make the I-th of N shares of the clips, 0 <= I < N: replicas that share nothing.", metavar="I/N"),
+    ] = None
+
+    def check_devices(self) -> None:
+        """Refuses what contradicts itself or has no effect, without JAX.
+
+        Raises:
+          ValueError: says which option.
+        """
+        check_weights(self.weights or WEIGHTS[0], self.mesh)
+        if self.mesh is not None:
+            parse_axes(self.mesh)
+        if self.share is not None:
+            parse_share(self.share)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

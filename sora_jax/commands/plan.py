@@ -60,6 +60,10 @@ class Arguments(options.Attention, options.Writing):
             choices=OPTIMISATIONS,
         ),
     ] = "fast"
+    mesh: Annotated[
+        str | None,
+        Option("All devices of the target together, as guidance=2,sequence=8; default: one of them.", metavar="AXES"),
+    ] = None
     python: Annotated[
         str | None,
         Option(
@@ -94,6 +98,7 @@ def run(asked: Arguments) -> int:
         attention=asked.attention or "auto",
         programs=tuple(asked.programs.split(",")),
         optimisation=asked.optimisation,
+        mesh=asked.mesh,
     )
     if asked.json is not None:
         files.check_target(asked.json, overwrite=asked.overwrite)

@@ -7,6 +7,7 @@ Invariant: conditioning arithmetic (time, sizes, modulation) is float32 whatever
 `stdit3_block`; nothing here knows about guidance, schedules or files.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -15,6 +16,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from sora_jax import layout
 from sora_jax.config import FLOAT32, DTypePolicy, STDiT3Config
 from sora_jax.networks import merging
 from sora_jax.networks.forms import WHOLE, Forms
@@ -86,8 +88,8 @@ class STDiT3(nnx.Module):
     ) -> Float[Array, "B T S D"]:
         """Returns the tokens after all blocks, between ``embed`` and ``final``."""
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
-            x_BTSD = spatial(x_BTSD, conditioning, merge=merge)
-            x_BTSD = temporal(x_BTSD, conditioning, merge=merge)
+            x_BTSD = layout.after(x_BTSD, spatial)(x_BTSD, conditioning, merge=merge)
+            x_BTSD = layout.after(x_BTSD, temporal)(x_BTSD, conditioning, merge=merge)
         return x_BTSD
 
 
@@ -129,7 +131,9 @@ class Embed(nnx.Module):
             t0_BD=t0_BD,
             frame_mask_BT=frame_mask_BT,
         )
-        return self.tokens(z_BTHWC, height_px_B, width_px_B), conditioning
+        x_BTSD = self.tokens(z_BTHWC, height_px_B, width_px_B)
+        conditioning = dataclasses.replace(conditioning, num_places=layout.divided(x_BTSD.shape[2]))
+        return layout.own_places(x_BTSD), conditioning
 
     def tokens(
         self, z_BTHWC: Float[Array, "B T H W C"], height_px_B: Float[Array, "_"], width_px_B: Float[Array, "_"]
@@ -231,7 +235,7 @@ class Final(nnx.Module):
     ) -> Float[Array, "B T H W O"]:
         """Returns the latents' velocity in float32, ``height`` x ``width`` latent cells."""
         _, rows, columns = self.config.patch_size
-        patches = self.patches(x_BTSD, conditioning)
+        patches = layout.all_places(self.patches(x_BTSD, conditioning), conditioning.num_places)
         out_BTHWO = rearrange(patches, "b t (h w) (p q o) -> b t (h p) (w q) o", h=-(-height // rows), p=rows, q=columns)
         return out_BTHWO[:, :, :height, :width].astype(jnp.float32)
 

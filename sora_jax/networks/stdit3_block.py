@@ -15,6 +15,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from sora_jax import layout
 from sora_jax.config import FLOAT32, DTypePolicy, STDiT3Config
 from sora_jax.networks import merging
 from sora_jax.networks.forms import WHOLE, Forms
@@ -32,7 +33,8 @@ class Conditioning:
     """What every block and the final layer take in addition to the tokens.
 
     ``mod_BF6D`` holds shift, scale, gate of attention, then of the MLP; its axis F is 1, or T where a frame mask chose for
-    each frame between time t and time 0.  The final layer needs both times themselves.
+    each frame between time t and time 0.  The final layer needs both times themselves.  ``num_places`` is static: the places of
+    a frame where they are spread over devices (`layout.divided`).
     """
 
     caption_BLD: Float[Array, "B L D"]
@@ -41,6 +43,7 @@ class Conditioning:
     t_BD: Float[Array, "B D"]
     t0_BD: Float[Array, "B D"] | None
     frame_mask_BT: Bool[Array, "B T"] | None
+    num_places: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def part(self, row: Array, frames: tuple[Array | int, int] | None) -> "Conditioning":
         """Returns what a block is given for one row of the batch and, where named by start and length, some of its frames."""
@@ -102,7 +105,8 @@ class STDiT3Block(nnx.Module):
         merge_self = merge if merge is not None and (merge.temporal if self.temporal else merge.spatial) else None
         merge_cross = merge if merge is not None and merge.cross and not merge.keys_values_only else None
         modulate = functools.partial(modulated, half_range=self.half_range)
-        x_BTSD = _gated(x_BTSD, gate_attn, self.attn(modulate(x_BTSD, shift_attn, scale_attn), merge=merge_self))
+        seen_BTSD = modulate(x_BTSD, shift_attn, scale_attn)
+        x_BTSD = _gated(x_BTSD, gate_attn, self.attn(seen_BTSD, merge=merge_self, num_places=conditioning.num_places))
         x_BTSD = x_BTSD + self._cross(x_BTSD, conditioning, merge_cross)
         return _gated(x_BTSD, gate_mlp, self.mlp(modulate(x_BTSD, shift_mlp, scale_mlp)))
 
@@ -138,21 +142,32 @@ class SelfAttention(nnx.Module):
         self.k_norm = RMSNorm(config.head_size, epsilon=NORM_EPSILON, policy=policy) if config.qk_norm else None
         self.proj = Linear(config.hidden_size, config.hidden_size, policy=policy, rngs=rngs, init=out_init)
 
-    def __call__(self, x_BTSD: Float[Array, "B T S D"], *, merge: merging.Merge | None = None) -> Float[Array, "B T S D"]:
-        """Returns the attention output of every frame; with ``merge``, computed over merged frames."""
+    def __call__(
+        self, x_BTSD: Float[Array, "B T S D"], *, merge: merging.Merge | None = None, num_places: int | None = None
+    ) -> Float[Array, "B T S D"]:
+        """Returns the attention output of every frame; with ``merge``, computed over merged frames.
+
+        Where tokens are spread over devices by place, ``num_places`` is how many a frame has: attention within frames then
+        moves them, so that each device has some frames whole, and moves its output back.
+        """
         frames = x_BTSD.shape[1]
+        whole = None if self.temporal else num_places
         if merge is None:
-            return self._attend(*self._qkv(x_BTSD), np.arange(frames), np.arange(frames))
+            out_BTSD = self._attend(*self._qkv(layout.frames(x_BTSD, whole)), np.arange(frames), np.arange(frames))
+            return layout.places(out_BTSD, frames, whole)
         merged_BMSD = merging.merge(x_BTSD, odd=merge.odd)
         positions_M = merging.token_positions(frames, merge)
         if not merge.keys_values_only:
-            return merging.unmerge(self._attend(*self._qkv(merged_BMSD), positions_M, positions_M), frames)
+            out_BMSD = self._attend(*self._qkv(layout.frames(merged_BMSD, whole)), positions_M, positions_M)
+            return merging.unmerge(layout.places(out_BMSD, merged_BMSD.shape[1], whole), frames)
         width = x_BTSD.shape[-1]
         q = self.qkv(x_BTSD, slice(0, width))
         k, v = jnp.split(self.qkv(merged_BMSD, slice(width, None)), 2, axis=-1)
         if not self.temporal:
             k, v = merging.unmerge(k, frames), merging.unmerge(v, frames)
-        return self._attend(q, k, v, merging.query_positions(frames, merge), positions_M)
+        q, k, v = (layout.frames(part_BTSD, whole) for part_BTSD in (q, k, v))
+        out_BTSD = self._attend(q, k, v, merging.query_positions(frames, merge), positions_M)
+        return layout.places(out_BTSD, frames, whole)
 
     def _qkv(self, x_BTSD: Array) -> tuple[Array, Array, Array]:
         q, k, v = jnp.split(self.qkv(x_BTSD), 3, axis=-1)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sora_jax.config import policy_of
 from sora_jax.networks.t5 import T5Encoder
 from sora_jax.networks.vae.codec import VAE, chunks
+from sora_jax.pipeline.coders_over_mesh import CodersOverMesh
 from sora_jax.pipeline.open_model import Networks, call
 from sora_jax.process import Timings
 from sora_jax.streaming import host_loop
@@ -64,6 +65,8 @@ class Coders:
             loop = self._loop("vae", "encode")
             return [host_loop.encode(loop, video) for video in videos]
         with self._networks.use("vae", self._dtype, self._timings) as vae:
+            if self._networks.mesh is not None:
+                return [self._over_mesh.encode(vae, video) for video in videos]
             return [self._encode_video(vae, video) for video in videos]
 
     def decode(self, z_BTHWC: Float[np.ndarray, "B T H W C"], num_frames: int) -> Float[np.ndarray, "B t h w 3"]:
@@ -74,6 +77,9 @@ class Coders:
         """
         if self._plan is not None:
             return host_loop.decode(self._loop("vae", "decode"), z_BTHWC, num_frames)
+        if self._networks.mesh is not None:
+            with self._networks.use("vae", self._dtype, self._timings) as vae:
+                return self._over_mesh.decode(vae, z_BTHWC, num_frames)
         config = self._networks.config.vae
         side = config.spatial.downsampling
         batch = frame_batch(z_BTHWC.shape[2] * side, z_BTHWC.shape[3] * side)
@@ -88,6 +94,8 @@ class Coders:
         if self._plan is not None:
             return host_loop.encode_text(self._loop("t5", "text"), ids_BL, mask_BL)
         with self._networks.use("t5", self._dtype, self._timings) as t5:
+            if self._networks.mesh is not None:
+                return self._over_mesh.encode_text(t5, ids_BL, mask_BL)
             return np.asarray(call("text", self._timings, encode_text, (), t5, ids_BL, mask_BL))
 
     def _encode_video(self, vae: VAE, video_Bthw3: np.ndarray) -> np.ndarray:
@@ -97,6 +105,11 @@ class Coders:
             for chunk in chunks(self._networks.config.vae, video_Bthw3.shape[1])
         ]
         return np.concatenate([np.asarray(clip) for clip in clips], axis=1)
+
+    @property
+    def _over_mesh(self) -> CodersOverMesh:
+        assert self._networks.mesh is not None
+        return CodersOverMesh(self._networks.mesh, self._timings, frame_batch)
 
     def _loop(self, network: str, stage: str) -> SegmentLoop:
         networks, planned = self._networks, [s for s in self._plan.stages if s.name == stage] if self._plan else []

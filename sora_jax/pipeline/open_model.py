@@ -10,14 +10,18 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from sora_jax.config import ModelConfig, policy_of
 from sora_jax.devices.attention_choice import choose_forms
+from sora_jax.devices.axes import check_weights
 from sora_jax.devices.compute_dtype import choose_dtype
+from sora_jax.devices.mesh import check_local, is_spread, make_mesh, place, place_parameters, sharding_on_mesh
 from sora_jax.devices.names import check_attention
 from sora_jax.networks import registry
 from sora_jax.networks.forms import Forms
@@ -25,7 +29,7 @@ from sora_jax.networks.layers import precision_chosen
 from sora_jax.pipeline.caption_cache import CaptionCache
 from sora_jax.pipeline.settings import Settings
 from sora_jax.process import Timings
-from sora_jax.storage.checkpoint import load_parameters, unflatten
+from sora_jax.storage.checkpoint import flatten, load_parameters, unflatten
 from sora_jax.storage.directory import Manifest, ModelDirectoryError
 from sora_jax.storage.reader import Reader
 from sora_jax.streaming.fitting import check_fits
@@ -40,11 +44,21 @@ class Networks:
 
     With a ``budget`` in bytes networks are streamed; ``profile`` then records the times of their layers.  ``manifests`` say
     what is on disk, ``caption_cache`` where features are kept.  Threads may share it; with a budget one generation at a time.
-    ``attention`` names the form of every attention, see `attention_choice.choose_forms`.
+    ``attention`` names the form of every attention, see `attention_choice.choose_forms`.  On a ``mesh`` the transformer's
+    ``weights`` are ``replicated`` or ``spread``, the others' replicated.
     """
 
-    def __init__(self, manifests: Mapping[str, Manifest], *, keep: bool, budget: int | None = None, attention: str = "auto"):
-        self.manifests = manifests
+    def __init__(
+        self,
+        manifests: Mapping[str, Manifest],
+        *,
+        keep: bool,
+        budget: int | None = None,
+        attention: str = "auto",
+        mesh: Mesh | None = None,
+        weights: str = "replicated",
+    ):
+        self.manifests, self.mesh, self.weights = manifests, mesh, weights
         self.config = ModelConfig(**{network: manifest.config for network, manifest in manifests.items()})
         self.directory = manifests["stdit3"].path.parent
         self.keep, self.attention = keep, attention
@@ -63,6 +77,8 @@ class Networks:
         keep: bool | None,
         budget: int | None = None,
         attention: str = "auto",
+        mesh: str | Mesh | None = None,
+        weights: str = "replicated",
     ) -> Self:
         """Returns the networks of a complete model directory from their manifests, none of them loaded.
 
@@ -70,9 +86,14 @@ class Networks:
 
         Raises:
           ModelDirectoryError: a network is damaged.
-          ValueError: there is no attention of that name.
+          ValueError: there is no attention of that name, or no such mesh here.
         """
         check_attention(attention)
+        check_weights(weights, mesh)
+        if mesh is not None and budget is not None:
+            raise ValueError(
+                "a memory budget streams weights into one device; it does not go with a mesh: leave one of them out."
+            )
         try:
             ModelConfig(**{network: manifest.config for network, manifest in manifests.items()})
         except ValueError as error:
@@ -83,7 +104,10 @@ class Networks:
             Reader(manifest).check(manifest.parameters)
         num_bytes = sum(manifest.nbytes for manifest in manifests.values())
         keep = num_bytes <= KEEP_BYTES and budget is None if keep is None else keep
-        return cls(manifests, keep=keep, budget=budget, attention=attention)
+        devices = None if mesh is None else make_mesh(mesh)
+        if devices is not None:
+            check_local(devices)
+        return cls(manifests, keep=keep, budget=budget, attention=attention, mesh=devices, weights=weights)
 
     @property
     def budget(self) -> int | None:
@@ -113,6 +137,26 @@ class Networks:
           ValueError: the attention asked for does not run here, or not in this dtype.
         """
         return choose_forms(self.attention, platform=jax.default_backend(), dtype=dtype, streamed=self._budget is not None)
+
+    def on_mesh(self) -> AbstractContextManager[Any]:
+        """Returns a context in which programs run on the mesh, if there is one."""
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def place(self, x: Any) -> jax.Array:
+        """Returns a host array on the device, or whole on every device of the mesh."""
+        return jnp.asarray(x) if self.mesh is None else place(x, self.mesh)
+
+    def whole_batch(self, num_clips: int) -> int:
+        """Returns the clips that are computed for so many: the next number that the mesh divides."""
+        at_once = 1 if self.mesh is None else self.mesh.shape["data"]
+        return -(-num_clips // at_once) * at_once
+
+    def whole_parameters(self) -> list[str]:
+        """Returns the parameters that stay whole on every device although weights are to be spread."""
+        if self.mesh is None or self.weights != "spread":
+            return []
+        stored = self.manifests["stdit3"].parameters
+        return [name for name in stored if len(stored[name].shape) > 1 and not is_spread(stored[name].shape, self.mesh.size)]
 
     @contextmanager
     def transformer(self, dtype: str, timings: Timings, *, fixed_bytes: int) -> Iterator[Any]:
@@ -166,7 +210,15 @@ class Networks:
         manifest = self.manifests[network]
         abstract = registry.abstract(network, manifest.config, policy=policy_of(dtype), forms=self.forms(dtype))
         try:
-            return jax.block_until_ready(jax.device_put(unflatten(abstract, load_parameters(manifest))))
+            flat = load_parameters(manifest)
+            module = unflatten(abstract, flat)
+            if self.mesh is None:
+                return jax.block_until_ready(jax.device_put(module))
+            weights = self.weights if network == "stdit3" else "replicated"
+            placed = place_parameters(flat, self.mesh, weights)
+            return jax.block_until_ready(
+                jax.tree.unflatten(jax.tree.structure(abstract), [placed[name] for name in flatten(abstract)])
+            )
         except ValueError as error:
             if isinstance(error, ModelDirectoryError):
                 raise
@@ -186,7 +238,7 @@ def call(stage: str, timings: Timings, function: Callable[..., Any], static: tup
     """Returns ``function(*static, *args)``, compiled once for the shapes of ``args``; compile time counts as such."""
     leaves, structure = jax.tree.flatten(args)
     with timings.measure("compile"):
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        shapes = tuple((leaf.shape, leaf.dtype, sharding_on_mesh(leaf)) for leaf in leaves)
         executable = _compiled(function, static, structure, shapes, precision_chosen())
     with timings.measure(stage):
         return jax.block_until_ready(executable(*args))
@@ -197,5 +249,5 @@ def _compiled(
     function: Callable[..., Any], static: tuple[Any, ...], structure: Any, leaves: tuple[Any, ...], _precision: str | None
 ) -> Any:
     """Returns a program that holds no arrays; `jax.jit` would do the same, but would hide how long compiling took."""
-    args = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaves])
+    args = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape, dtype, where in leaves])
     return jax.jit(functools.partial(function, *static)).lower(*args).compile()

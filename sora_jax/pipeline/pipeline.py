@@ -10,7 +10,10 @@ from typing import Any, Self, Unpack
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from sora_jax.devices.axes import check_mesh_request
+from sora_jax.devices.mesh import axis_sizes, name_of
 from sora_jax.inputs.tokenizer import Tokenizer
 from sora_jax.networks import merging
 from sora_jax.networks.vae.codec import latent_size
@@ -57,6 +60,8 @@ class Pipeline:
         memory_budget: str | int | float | None = None,
         caption_cache: str | os.PathLike[str] | None = None,
         attention: str = "auto",
+        mesh: str | Mesh | None = None,
+        weights: str = "replicated",
     ) -> Self:
         """Returns the pipeline of a model directory, or of the embedded pocket model; loads no weights yet.
 
@@ -69,15 +74,25 @@ class Pipeline:
           caption_cache: folder where caption features are kept, so that a prompt is encoded once; None: nowhere.
           attention: ``auto`` chooses the form of every attention by device, dtype and size; or ``dense``, ``chunked``,
             ``cudnn`` (NVIDIA GPUs, bfloat16), ``flash`` (TPUs, bfloat16).
+          mesh: several devices for one batch of clips, as ``"guidance=2,sequence=4"``, or a mesh with these axes: ``data``
+            (clips), ``guidance`` (rows with and without caption), ``sequence`` (tokens).
+          weights: of the transformer on a mesh: ``replicated``, or ``spread``: every device holds some rows of each matrix,
+            and fetches the others when it multiplies.
 
         Raises:
           ModelDirectoryError: a network is missing or damaged; the message holds the command that adds it.
           FileNotFoundError: there is no tokenizer.
-          ValueError: the tokenizer is damaged or does not fit the text encoder, the budget cannot be read, or no form of
-            attention has that name.
+          ValueError: the tokenizer is damaged or does not fit the text encoder, the budget cannot be read, no form of
+            attention has that name, or the mesh does not fit the devices.
         """
         return cls.open(
-            ModelFile.read(path), keep=keep, memory_budget=memory_budget, caption_cache=caption_cache, attention=attention
+            ModelFile.read(path),
+            keep=keep,
+            memory_budget=memory_budget,
+            caption_cache=caption_cache,
+            attention=attention,
+            mesh=mesh,
+            weights=weights,
         )
 
     @classmethod
@@ -89,10 +104,12 @@ class Pipeline:
         memory_budget: str | int | float | None = None,
         caption_cache: str | os.PathLike[str] | None = None,
         attention: str = "auto",
+        mesh: str | Mesh | None = None,
+        weights: str = "replicated",
     ) -> Self:
         """Returns the pipeline of a model whose files of JSON were read; otherwise as `from_pretrained`."""
         budget = None if memory_budget is None else parse_budget(memory_budget)
-        networks = Networks.open(model.manifests, keep=keep, budget=budget, attention=attention)
+        networks = Networks.open(model.manifests, keep=keep, budget=budget, attention=attention, mesh=mesh, weights=weights)
         networks.caption_cache = None if caption_cache is None else CaptionCache(caption_cache)
         tokenizer = Tokenizer.from_file(model.tokenizer_path)
         rows = networks.config.t5.vocab_size
@@ -164,10 +181,12 @@ class Pipeline:
         """Refuses settings that this machine, the budget or this model cannot do, before anything is loaded.
 
         Raises:
-          ValueError: says how much memory there is, or is needed, which numbers of frames can be merged, or where the
-            attention runs.
+          ValueError: says how much memory there is, or is needed, which numbers of frames can be merged, where the
+            attention runs, or what the mesh divides.
         """
         settings.check_room(num_clips)
+        if self.networks.mesh is not None:
+            check_mesh_request(axis_sizes(self.networks.mesh), guided=settings.guided, num_clips=num_clips)
         self.networks.forms(settings.dtype)
         planned(self.networks, settings, num_clips)
         if settings.merge_steps:
@@ -298,6 +317,8 @@ class Pipeline:
     def _parameters(self, samples: Sequence[Sample], settings: Settings) -> list[dict[str, Any]]:
         """Returns for each sample what it is made from, JSON-ready."""
         made_by = {"sora_jax": __version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+        if self.networks.mesh is not None:
+            made_by["mesh"] = name_of(self.networks.mesh)
         attention = attention_used(self.networks, settings, len(samples))
         return [
             {

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from sora_jax.devices.mesh import filled
 from sora_jax.inputs import prompt, sizes
 from sora_jax.inputs import references as conditioning
 from sora_jax.inputs.tokenizer import Tokenizer
@@ -141,11 +142,11 @@ class Generation:
             self._report("denoise", done, carry)
 
         self._report("load")
-        with self._transformer() as stdit3, self.timings.measure("denoise"):
+        with self.networks.on_mesh(), self._transformer() as stdit3, self.timings.measure("denoise"):
             self._report("compile")
             return calibrate(
                 self.velocity(stdit3, captions, mask),
-                jnp.asarray(z),
+                self.networks.place(z),
                 make_schedule(settings),
                 keep=keep,
                 guidance=guidance_scale(settings),
@@ -216,19 +217,25 @@ class Generation:
         return z, None if (weights == 1).all() else weights
 
     def _denoise(self, caption_BLE: np.ndarray, mask_BL: np.ndarray, z: np.ndarray, weights: np.ndarray | None) -> Result:
-        settings = self.settings
+        settings, num_clips = self.settings, len(z)
+        caption_BLE, mask_BL, z = (self._filled(rows) for rows in (caption_BLE, mask_BL, z))
         self._report("load")
-        with self._transformer() as stdit3:
+        with self.networks.on_mesh(), self._transformer() as stdit3:
             velocity = self.velocity(stdit3, caption_BLE, mask_BL)
-            sampler = make_sampler(velocity, settings, frame_weights=weights, seed=self._seed)
+            frame_weights = None if weights is None else self._filled(weights)
+            sampler = make_sampler(velocity, settings, frame_weights=frame_weights, seed=self._seed)
             self._report("compile")
             with self.timings.measure("compile"):
-                start = jax.block_until_ready(sampler.run(sampler.start(jnp.asarray(z)), 0))
+                start = jax.block_until_ready(sampler.run(sampler.start(self.networks.place(z)), 0))
             self._report("denoise")
             for carry in self.timings.each("denoise", sampler.steps(start)):
                 ended = np.asarray(carry.done_B).all()
                 self._report("denoise", settings.num_steps if ended else int(carry.step), carry)
-            return finish(carry)
+            return _of_clips(finish(carry), num_clips)
+
+    def _filled(self, rows: np.ndarray) -> np.ndarray:
+        """Returns rows with the last one repeated until the mesh divides them."""
+        return filled(rows, self.networks.whole_batch(1))
 
     def _transformer(self) -> AbstractContextManager[STDiT3 | StreamedSTDiT3]:
         """Returns a context that provides the transformer, in memory or streamed."""
@@ -237,17 +244,18 @@ class Generation:
 
     def velocity(self, stdit3: STDiT3 | StreamedSTDiT3, caption_BLE: np.ndarray, mask_BL: np.ndarray) -> Velocity:
         """Returns the velocity with its conditions; with guidance the null captions follow the prompts' captions."""
-        settings, caption_RLE = self.settings, jnp.asarray(caption_BLE)
+        settings, place = self.settings, self.networks.place
+        caption_RLE = place(caption_BLE)
         if settings.guided:
             caption_RLE = with_null_caption(caption_RLE, jnp.asarray(stdit3.null_caption_LE))
         sizes_1 = sizes.size_conditions(
             1, height=settings.height, width=settings.width, num_frames=settings.num_frames, fps=settings.fps
         )
-        fps, height_px, width_px = (jnp.asarray(sizes_1[name]) for name in ("fps_B", "height_px_B", "width_px_B"))
+        fps, height_px, width_px = (place(sizes_1[name]) for name in ("fps_B", "height_px_B", "width_px_B"))
         return Velocity(
             network=stdit3,
             caption_RLE=caption_RLE,
-            mask_BL=jnp.asarray(mask_BL),
+            mask_BL=place(mask_BL),
             fps=fps,
             height_px=height_px,
             width_px=width_px,
@@ -266,3 +274,14 @@ class Generation:
         if self.callback is not None:
             at = {"step": step, "num_steps": self.settings.num_steps, "loop": self.loop, "num_loops": self.settings.loop}
             self.callback(Progress(stage=stage, carry=carry, **at))
+
+
+def _of_clips(result: Result, num_clips: int) -> Result:
+    """Returns the result of the first clips: what a batch was filled up with is dropped."""
+    if len(result.evaluations_B) == num_clips:
+        return result
+    trace = dataclasses.replace(
+        result.trace, cosine_NB=result.trace.cosine_NB[:, :num_clips], leapt_NB=result.trace.leapt_NB[:, :num_clips]
+    )
+    evaluations_B = result.evaluations_B[:num_clips]
+    return dataclasses.replace(result, z=result.z[:num_clips], evaluations_B=evaluations_B, trace=trace)

@@ -5,11 +5,13 @@ program serves all prompts, sizes and weights.  Guidance, times, and when to mer
 """
 
 import dataclasses
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sora_jax import layout
 from sora_jax.networks.merging import Merge
 from sora_jax.networks.stdit3 import Conditioning, STDiT3
 from sora_jax.streaming.network import StreamedSTDiT3
@@ -48,8 +50,8 @@ class Velocity:
         merged: bool = False,
     ) -> Float[Array, "R T H W C"]:
         """Returns the velocity of the latents, float32; fewer rows than captions use the first captions."""
-        tokens_RTSD, conditioning = self._embed(z, t_B, frame_mask_BT)
-        return self._final(z, self._stack(tokens_RTSD, conditioning, merged=merged), conditioning)
+        v, _ = self._computed(z, t_B, frame_mask_BT, merged=merged)
+        return v
 
     def evaluate_keeping(
         self,
@@ -59,10 +61,10 @@ class Velocity:
         frame_mask_BT: Bool[Array, "R T"] | None = None,
         merged: bool = False,
     ) -> tuple[Float[Array, "R T H W C"], Float[Array, "R T S D"]]:
-        """Returns the same, and what the block stack added to its tokens."""
-        tokens_RTSD, conditioning = self._embed(z, t_B, frame_mask_BT)
-        out_RTSD = self._stack(tokens_RTSD, conditioning, merged=merged)
-        return self._final(z, out_RTSD, conditioning), out_RTSD - tokens_RTSD
+        """Returns the same, and what the block stack added to its tokens; on a mesh, with padded places (`layout.padded`)."""
+        v, residual = self._computed(z, t_B, frame_mask_BT, merged=merged, keep=True)
+        assert residual is not None
+        return v, residual
 
     def reuse(
         self,
@@ -73,12 +75,76 @@ class Velocity:
         frame_mask_BT: Bool[Array, "R T"] | None = None,
     ) -> Float[Array, "R T H W C"]:
         """Returns the velocity with ``residual`` added to the embedded tokens in place of the block stack."""
-        tokens_RTSD, conditioning = self._embed(z, t_B, frame_mask_BT)
-        return self._final(z, tokens_RTSD + residual, conditioning)
+        v, _ = self._computed(z, t_B, frame_mask_BT, residual)
+        return v
+
+    def _computed(
+        self,
+        z: Array,
+        t_R: Array,
+        frame_mask_RT: Array | None,
+        residual: Array | None = None,
+        *,
+        merged: bool = False,
+        keep: bool = False,
+    ) -> tuple[Array, Array | None]:
+        """Returns the velocity of all rows, and on request the residual; on a mesh each device computes its part of both."""
+        num_rows = len(z)
+        spec, kept = layout.rows(num_rows), layout.tokens(num_rows)
+
+        def compute(velocity: "Velocity", given: dict[str, Any]) -> tuple[Array, Array | None]:
+            v, added = velocity._forward(**given, merged=merged, keep=keep)
+            return layout.all_rows(v, spec), added
+
+        spread = dict.fromkeys(("z", "t_R", "frame_mask_RT"), spec) | {"residual": kept}
+        given = {**layout.everywhere({"z": z, "t_R": t_R, "frame_mask_RT": frame_mask_RT}), "residual": residual}
+        return layout.over_mesh(
+            compute,
+            (self._of_rows(num_rows), given),
+            (self._specs(spec), {name: None if given[name] is None else one for name, one in spread.items()}),
+            (layout.NOWHERE, kept if keep else None),
+        )
+
+    def _forward(
+        self,
+        z: Array,
+        t_R: Array,
+        frame_mask_RT: Array | None,
+        residual: Array | None,
+        *,
+        merged: bool,
+        keep: bool,
+    ) -> tuple[Array, Array | None]:
+        tokens_RTSD, conditioning = self._embed(z, t_R, frame_mask_RT)
+        if residual is None:
+            out_RTSD = self.network.stack(tokens_RTSD, conditioning, merge=self.merge if merged else None)
+        else:
+            out_RTSD = tokens_RTSD + residual
+        return self._final(z, out_RTSD, conditioning), out_RTSD - tokens_RTSD if keep else None
+
+    def _of_rows(self, count: int) -> "Velocity":
+        """Returns the velocity of the first rows; on a mesh, with conditions that are given for every row, to be spread."""
+        if not layout.sizes():
+            return self
+        mask = None if self.mask_BL is None else jnp.tile(self.mask_BL, (-(-count // len(self.mask_BL)), 1))[:count]
+        fps = jnp.tile(self.fps, -(-count // len(self.fps)))[:count]
+        return dataclasses.replace(self, caption_RLE=self.caption_RLE[:count], mask_BL=mask, fps=fps)
+
+    def _specs(self, spec: Any) -> "Velocity":
+        """Returns how every array of the velocity is spread where rows are spread by ``spec``."""
+        specs: dict[str, Any] = {"height_px": layout.NOWHERE, "width_px": layout.NOWHERE}
+        return dataclasses.replace(
+            self,
+            **specs,
+            network=layout.parameters(self.network),
+            caption_RLE=spec,
+            mask_BL=None if self.mask_BL is None else spec,
+            fps=spec,
+        )
 
     def _embed(self, z: Array, t_R: Array, frame_mask_RT: Array | None) -> tuple[Array, Conditioning]:
         rows = len(z)
-        return self.network.embed(
+        return layout.after(z, self.network.embed)(
             z,
             t_R,
             self.caption_RLE[:rows],
@@ -89,8 +155,6 @@ class Velocity:
             frame_mask_BT=frame_mask_RT,
         )
 
-    def _stack(self, tokens_RTSD: Array, conditioning: Conditioning, *, merged: bool) -> Array:
-        return self.network.stack(tokens_RTSD, conditioning, merge=self.merge if merged else None)
-
     def _final(self, z: Array, tokens_RTSD: Array, conditioning: Conditioning) -> Array:
-        return self.network.final(tokens_RTSD, conditioning, height=z.shape[2], width=z.shape[3])[..., : z.shape[-1]]
+        final = layout.after(tokens_RTSD, self.network.final)
+        return final(tokens_RTSD, conditioning, height=z.shape[2], width=z.shape[3])[..., : z.shape[-1]]

@@ -7,6 +7,7 @@ compiler says of it, or the error that ends all.
 Invariant: no array is made and no device is used: programs are traced and compiled from shapes, with JAX on the CPU.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -15,13 +16,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from sora_jax.devices.axes import parse_axes
+from sora_jax.devices.mesh import make_mesh
 from sora_jax.planning import h100, operations
 from sora_jax.planning.compiled_text import CompiledText
 from sora_jax.planning.programs import Program, programs
@@ -48,11 +52,12 @@ def compile_all(request: Request, tell: Tell) -> None:
     """
     target = request.hardware
     require_compiler(target.chip.platform)
-    device = _device(target)
+    devices = _devices(target)
+    mesh = None if request.mesh is None else _mesh(request.mesh, devices)
     try:
         for program in programs(request, "gpu" if target.chip.platform == "cuda" else "tpu"):
             tell({"event": "begins", "program": program.name, "what": program.what})
-            tell({"event": "compiled", **compiled(program, device)})
+            tell({"event": "compiled", **compiled(program, devices[0] if mesh is None or not program.spread else mesh)})
     except RuntimeError as error:
         if not _NO_CUDNN.search(str(error)):
             raise
@@ -87,8 +92,13 @@ def _has_cuda() -> bool:
     return any(importlib.util.find_spec(f"jax_plugins.{name}") is not None for name in _CUDA_PLUGINS)
 
 
-def _device(target: Target) -> Any:
-    """Returns the first device of the target's topology, as the compiler describes it.
+def _mesh(text: str, devices: Sequence[Any]) -> Mesh:
+    sizes = parse_axes(text)
+    return make_mesh(Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes)))
+
+
+def _devices(target: Target) -> Sequence[Any]:
+    """Returns the devices of the target's topology, as the compiler describes them.
 
     Raises:
       ValueError: the compiler knows no such topology.
@@ -100,15 +110,17 @@ def _device(target: Target) -> Any:
             found = topologies.get_topology_desc(platform="cuda", target_config=h100.DESCRIPTION, topology=target.topology)
     except Exception as error:  # of any kind: the plug-in's own
         raise ValueError(f"the compiler knows no {target.text}: {_first_line(error)}") from error
-    return found.devices[0]
+    return found.devices
 
 
-def compiled(program: Program, device: Any) -> dict[str, Any]:
-    """Returns what the compiler says of a program for a device, or why it refuses it for want of memory."""
-    sharding = SingleDeviceSharding(device)
+def compiled(program: Program, place: Any) -> dict[str, Any]:
+    """Returns what the compiler says of a program for a device or a mesh, or why it refuses it for want of memory."""
+    on_mesh = isinstance(place, Mesh)
+    sharding = NamedSharding(place, PartitionSpec()) if on_mesh else SingleDeviceSharding(place)
     arguments = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), program.arguments)
-    traced = jax.jit(program.function).trace(*arguments)
-    lowered = traced.lower()
+    with jax.set_mesh(place) if on_mesh else contextlib.nullcontext():
+        traced = jax.jit(program.function).trace(*arguments)
+        lowered = traced.lower()
     row = {
         "program": program.name,
         "what": program.what,

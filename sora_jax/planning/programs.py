@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from sora_jax.config import policy_of
 from sora_jax.devices.attention_choice import choose_forms, form_name
+from sora_jax.devices.axes import AXES, check_mesh_request, parse_axes
 from sora_jax.inputs import sizes
 from sora_jax.networks import registry
 from sora_jax.networks.vae.codec import chunks, latent_size
@@ -50,6 +51,7 @@ class Program:
       attention: the form of every attention of a pair of blocks, by name; empty for other networks.
       function: what is compiled.
       arguments: shapes in place of arrays.
+      spread: whether the devices of a mesh run it together; else each of them runs it by itself.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Program:
     attention: Mapping[str, str] = dataclasses.field(default_factory=dict)
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    spread: bool = False
 
 
 def programs(request: Request, platform: str) -> Iterator[Program]:
@@ -86,7 +89,9 @@ class _Parts:
         self.settings, self.config = self.model.settings, self.model.config
         self.forms = choose_forms(request.attention, platform=platform, dtype=self.settings.dtype)
         self.compute = jnp.dtype(policy_of(self.settings.dtype).compute)
-        self.rows = 2 if self.settings.guided else 1
+        self.rows, self.mesh = 2 if self.settings.guided else 1, request.mesh
+        if self.mesh is not None:
+            check_mesh_request(parse_axes(self.mesh), guided=self.settings.guided, num_clips=1)
 
     def network(self, name: str) -> Any:
         """Returns a network of shapes, in the dtypes in which it lies in memory."""
@@ -128,7 +133,11 @@ class _Parts:
         """Returns what computes every attention of a pair of blocks."""
         config, (_, frames, rows, columns, _) = self.config.stdit3, self.latents.shape
         places = -(-rows // config.patch_size[1]) * -(-columns // config.patch_size[2])
-        shapes = attention_shapes(config, self.rows, frames, places, self.forms)
+        axes = parse_axes(self.mesh) if self.mesh else dict.fromkeys(AXES, 1)
+        rows, each = -(-self.rows // axes["guidance"]), axes["sequence"]
+        by_frame = attention_shapes(config, rows, -(-frames // each), places, self.forms)
+        by_place = attention_shapes(config, rows, frames, -(-places // each), self.forms)
+        shapes = {**by_place, "spatial": by_frame["spatial"]}
         options: dict[str, Any] = {"head_size": config.head_size, "dtype": self.settings.dtype}
         return {
             name: form_name(self.forms.attention, shape, masked="cross" in name, **options) for name, shape in shapes.items()
@@ -157,6 +166,7 @@ class _Parts:
             counted=f"one evaluation, all {depth} pairs",
             times=self.settings.num_steps,
             attention=self.attention(),
+            spread=True,
             function=_evaluated,
             arguments=(dataclasses.replace(velocity, network=scanned), rows, _array((self.rows,), jnp.float32)),
         )
@@ -173,6 +183,7 @@ class _Parts:
             counted="one step, each loop over steps once",
             times=self.settings.num_steps,
             attention=self.attention(),
+            spread=True,
             function=functools.partial(_sampled, structure),
             arguments=(velocity, [_shape(number) for number in numbers], start, _array((), jnp.int32)),
         )

@@ -6,12 +6,14 @@ imported.
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Self
 
 from sora_jax.config import ModelConfig, open_sora_1_2
+from sora_jax.devices.axes import parse_axes
 from sora_jax.devices.compute_dtype import choose_dtype
 from sora_jax.devices.names import check_attention
 from sora_jax.pipeline import frame_size
@@ -47,6 +49,7 @@ class Request:
       programs: some of `PROGRAMS`.
       optimisation: the compiler's effort on a TPU: ``fast`` takes about a quarter of the time of ``full`` and overestimates
         temporaries by up to a half; another platform knows no such difference.
+      mesh: axes as `Pipeline` takes them, over all devices of the target; None: one device.
     """
 
     model: str
@@ -55,9 +58,15 @@ class Request:
     attention: str = "auto"
     programs: Sequence[str] = DEFAULT_PROGRAMS
     optimisation: str = "fast"
+    mesh: str | None = None
 
     def __post_init__(self) -> None:
-        parse_target(self.target)
+        target = parse_target(self.target)
+        if self.mesh is not None and (asked := math.prod(parse_axes(self.mesh).values())) != target.num_devices:
+            raise ValueError(
+                f"mesh {self.mesh!r} has {asked} devices, but {target.text} has {target.num_devices}; expected axes whose "
+                f"product is {target.num_devices}."
+            )
         unknown = [name for name in self.programs if name not in PROGRAMS]
         if unknown or not self.programs:
             got = repr(unknown[0]) if unknown else "none"
@@ -69,7 +78,7 @@ class Request:
     @property
     def hardware(self) -> Target:
         """The hardware that is named."""
-        return parse_target(self.target)
+        return dataclasses.replace(parse_target(self.target), mesh=self.mesh)
 
     def to_json(self) -> str:
         """Returns one line of JSON; the model's path is absolute in it."""

@@ -5,6 +5,7 @@ imported.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -68,10 +69,19 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """A chip and the topology it is one of; ``topology`` is as the compiler names it, without the chip."""
+    """A chip and the topology it is one of; ``topology`` is as the compiler names it, without the chip.
+
+    With a ``mesh`` programs are for all devices of the topology together.
+    """
 
     chip_name: str
     topology: str
+    mesh: str | None = None
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the topology."""
+        return math.prod(int(number) for number in self.topology.split("x"))
 
     @property
     def chip(self) -> Chip:
@@ -86,6 +96,8 @@ class Target:
     @property
     def title(self) -> str:
         """What programs are compiled for, for people."""
+        if self.mesh is not None:
+            return f"each {self.chip.title} of {self.text} in the mesh {self.mesh}"
         return f"one {self.chip.title} of {self.text}"
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sora_jax import layout
 from sora_jax.sampling.guidance import guided, guided_from_conditional
 from sora_jax.sampling.options import Sampling
 from sora_jax.sampling.reuse import FULL, HALF, REUSE
@@ -35,7 +36,7 @@ def empty_kept(sampling: Sampling, at: Point) -> Kept | None:
     residual = None
     if plan.keep == "residual":
         shape = jax.eval_shape(lambda: at.evaluate_keeping(_copies(sampling))[1])
-        residual = jnp.zeros(shape.shape, shape.dtype)
+        residual = layout.residual(jnp.zeros(shape.shape, shape.dtype))
     return Kept(residual=residual, difference=jnp.zeros_like(at.z) if plan.halves else None, half=jnp.asarray(False))
 
 
@@ -55,6 +56,8 @@ def evaluate(sampling: Sampling, carry: Carry, at: Point, *, continues: Bool[Arr
         costs += [0.5, 0.0]
         code = jnp.where((code == REUSE) & kept.half, HALF + 1, code)
     v, kept = jax.lax.switch(code, branches)
+    if kept.residual is not None:
+        kept = dataclasses.replace(kept, residual=layout.residual(kept.residual))
     return Evaluation(v=v, fresh=code == FULL, cost=jnp.asarray(costs, jnp.float32)[code], kept=kept)
 
 
@@ -85,7 +88,7 @@ class _PlannedStep:
     def half(self, kept: Kept) -> tuple[Array, Kept]:
         conditional, residual = self._evaluated(1, kept)
         if residual is not None and kept.residual is not None:
-            residual = jnp.concatenate([residual, kept.residual[len(residual) :]])
+            residual = layout.joined(residual, kept.residual[len(residual) :])
         return self._completed(conditional, kept), dataclasses.replace(kept, residual=residual, half=jnp.asarray(True))
 
     def reuse(self, kept: Kept) -> tuple[Array, Kept]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sora_jax import layout
 from sora_jax.sampling.arguments import is_traced, shown
 from sora_jax.sampling.options import Options, Sampling
 from sora_jax.sampling.schedule import Schedule
@@ -165,7 +166,7 @@ def _refuse_tracing(name: str, tree: Any) -> None:
 
 @jax.jit
 def _start(sampler: Sampler, z: Array) -> Carry:
-    return first_carry(sampler.sampling, opened(sampler.velocity), z, recorded=True)
+    return _placed(first_carry(sampler.sampling, opened(sampler.velocity), z, recorded=True))
 
 
 @jax.jit
@@ -174,7 +175,18 @@ def _run(sampler: Sampler, carry: Carry, until: Array) -> Carry:
     until = jnp.minimum(until, sampling.schedule.num_steps)
     if sampling.merge_steps is not None:
         carry = _loop(sampling, velocity, carry, jnp.minimum(until, sampling.merge_steps), merged=True)
-    return _loop(sampling, velocity, carry, until, merged=False)
+    return _placed(_loop(sampling, velocity, carry, until, merged=False))
+
+
+def _placed(carry: Carry) -> Carry:
+    """Returns the carry in the one layout that every call of the program takes and returns it in."""
+    kept = carry.kept
+    whole = layout.everywhere(dataclasses.replace(carry, kept=None))
+    if kept is None:
+        return whole
+    residual = None if kept.residual is None else layout.residual(kept.residual)
+    rest = layout.everywhere(dataclasses.replace(kept, residual=None))
+    return dataclasses.replace(whole, kept=dataclasses.replace(rest, residual=residual))
 
 
 def _loop(sampling: Sampling, velocity: VideoVelocity, carry: Carry, until: Array, *, merged: bool) -> Carry:

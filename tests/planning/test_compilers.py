@@ -21,7 +21,15 @@ def compiled(target: str, program: str, model: str = "open-sora-1.2", **options:
     if python is None and importlib.util.find_spec(MODULES[platform]) is None:
         pytest.skip(f"{sys.executable} has no {MODULES[platform]}, and {VARIABLES[platform]} names no interpreter that has it")
     attention = str(options.pop("attention", "auto"))
-    request = Request(model=model, target=target, options=options, attention=attention, programs=(program,))
+    mesh = options.pop("mesh", None)
+    request = Request(
+        model=model,
+        target=target,
+        options=options,
+        attention=attention,
+        programs=(program,),
+        mesh=None if mesh is None else str(mesh),
+    )
     (outcome,) = compile_ahead(request)
     return outcome
 
@@ -56,3 +64,16 @@ def test_attention_at_480p_on_an_h100_is_what_dense_and_chunks_differ_in() -> No
     )
     assert chunked.operations == pytest.approx(dense.operations, rel=0.01)
     assert dense.temporary_bytes - chunked.temporary_bytes > 4.9e9  # the logits of one spatial attention, in float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "mesh", "sequence", "most_bytes"),
+    [("v5e:4x4", "guidance=2,sequence=8", 8, 3.0e9), ("h100:1x1x8", "guidance=2,sequence=4", 4, 3.2e9)],
+)
+def test_720p_on_a_mesh_fits_with_two_exchanges_a_pair(target: str, mesh: str, sequence: int, most_bytes: float) -> None:
+    """51 frames are 15 latent frames of 3,600 places; what a device brings is its row's tokens in bfloat16."""
+    outcome = compiled(target, "evaluation", resolution="720p", num_frames=51, attention="chunked", mesh=mesh)
+    assert outcome.fits
+    assert outcome.peak_bytes <= most_bytes
+    assert outcome.collectives["all-to-all"] == {"number": 56, "bytes": 56 * 16 * 3600 // sequence * 1152 * 2}

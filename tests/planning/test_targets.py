@@ -3,6 +3,7 @@
 import pytest
 
 from sora_jax.planning import h100
+from sora_jax.planning.request import Request
 from sora_jax.planning.targets import CHIPS, parse_target
 
 
@@ -49,3 +50,9 @@ def test_every_chip_has_what_an_estimate_needs() -> None:
         assert chip.flops_per_s["bfloat16"] > 5 * chip.flops_per_s["float32"] > 0
         assert all(topology.count("x") + 1 == chip.axes for topology in chip.topologies)
     assert f"device_memory_size: {CHIPS['h100'].memory_bytes} " in h100.DESCRIPTION
+
+
+def test_a_mesh_takes_all_devices_of_a_topology() -> None:
+    assert [parse_target(text).num_devices for text in ("v5e:4x4", "h100", "h100:1x4x8")] == [16, 1, 32]
+    request = Request(model="pocket", target="v5e:4x4", mesh="guidance=2,sequence=8")
+    assert Request.from_json(request.to_json()).hardware.title == "each TPU v5e of v5e:4x4 in the mesh guidance=2,sequence=8"
