@@ -1,6 +1,7 @@
 """Core AI assets in Apple's own runtime: the floors, shared weights, and what is refused when one is opened."""
 
 import dataclasses
+import gc
 import importlib.metadata
 import math
 import re
@@ -88,6 +89,7 @@ def test_an_asset_that_is_none_is_named(text, tmp_path):
 
 
 def test_functions_that_are_open_together_share_one_model(text):
+    gc.collect()  # what refused programs of other tests left, in the cycles of their errors
     final = ExportedModel(text).stages["t5_final"]
     first, second = (
         open_function("coreai", Contents(text, None), final, function)
