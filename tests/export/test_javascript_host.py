@@ -58,7 +58,6 @@ def test_captions_are_cleaned_as_the_page_says():
 
 @needs_node
 @pytest.mark.slow
-@pytest.mark.artefacts
 def test_the_page_suffices_for_every_vector_and_pockets_clip(tmp_path):
     for module in ("jax2onnx", "onnx", "onnxruntime"):
         pytest.importorskip(module, reason="the onnx extra is not installed")

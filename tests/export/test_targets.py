@@ -16,7 +16,9 @@ from sora_jax import Pipeline
 from sora_jax.commands import main
 from sora_jax.export import ExportedModel, manifest, resident, weight_file
 from sora_jax.export.contents import file_sha256
+from sora_jax.export.size import Size
 from sora_jax.networks.stdit3 import STDiT3
+from sora_jax.sampling import noise
 from sora_jax.storage import directory as model_directory
 from sora_jax.storage.checkpoint import flatten, save_network
 from tests.export.test_stablehlo import run_by_documented_lines
@@ -56,6 +58,23 @@ def test_artefacts_alone_make_the_pipelines_video(tiny_model, tmp_path, target, 
     command = ["run-exported", str(tmp_path / "elsewhere"), PROMPT, "--seed", "3", "--unload", "-o", str(tmp_path / "clip.npz")]
     assert main.main(command) == main.OK
     assert psnr_db(clip.frames, np.load(tmp_path / "clip.npz")["frames"][None]) >= EQUAL_DB
+
+
+@pytest.mark.slow
+def test_a_second_size_makes_its_own_clip(tiny_model, tmp_path, target, in_process):
+    second = Size(num_frames=5, height=32, width=32)
+    made = export_tiny(tiny_model, tmp_path / "out", target, settings=GIVEN, further_sizes=[second])
+    assert [size["key"] for size in made["sizes"]] == [SMALL.key, second.key]
+    pipeline, model = Pipeline.from_pretrained(tiny_model), ExportedModel(tmp_path / "out")
+    expected = pipeline(PROMPT, seed=3, **GIVEN, **dataclasses.asdict(second)).frames
+    z = np.asarray(noise.initial_noise(3, (1, *made["sizes"][1]["latents"])))
+    for loop in ("stages", "sampler") if target == "stablehlo" else ("stages",):
+        frames = frames_of(model, pipeline, seed=3, noise_BTHWC=z, size=second.key, loop=loop)
+        assert frames.shape == (1, 5, 32, 32, 3)
+        assert psnr_db(expected, frames) >= EQUAL_DB
+    clip = str(tmp_path / "clip.npz")
+    assert main.main(["run-exported", str(model.folder), PROMPT, "--seed", "3", "--size", second.key, "-o", clip]) == main.OK
+    assert psnr_db(expected, np.load(clip)["frames"][None]) >= EQUAL_DB
 
 
 def test_int8_is_a_quarter_of_the_bytes(tiny_model, tmp_path, target, in_process):
