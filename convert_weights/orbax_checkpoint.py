@@ -2,12 +2,15 @@
 
 Invariant: the checkpoint is one flat dictionary of arrays by our names, which orbax restores without this package, spread over
 devices if the caller says how; network, configuration and stored dtype are in its custom metadata. What comes back was compared
-with the network's shapes and types before a value was read, and is read one layer at a time. Writing holds the network in
-memory, because orbax takes it whole.
+with the network's shapes and types before a value was read, and is read one layer at a time; values of a checkpoint of ours are
+compared with the checksums in its metadata, because orbax has none. Writing holds the network in memory: orbax takes it whole.
 """
 
+import contextlib
+import hashlib
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,7 @@ def to_orbax(manifest: Manifest, path: str | os.PathLike[str], *, dtype: str | N
     with files.whole_file(path, overwrite=overwrite) as temporary:
         flat = Reader(manifest).arrays(list(manifest.parameters)) if dtype is None else load_parameters(manifest, dtype=dtype)
         described = {"network": manifest.network, "config": manifest.config.to_dict(), "dtype": dtype or manifest.dtype}
+        described["sha256"] = {name: _digest(array) for name, array in flat.items()}
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(temporary.absolute(), flat, custom_metadata={"sora_jax": described})
     return path
@@ -101,19 +105,28 @@ def from_orbax(
     identity = {"orbax": str(path.resolve()), "mtime_ns": (path / _MARK).stat().st_mtime_ns}
     with NetworkWriter(Path(directory), network, config, dtype=stored, overwrite=overwrite, identity=identity) as writer:
         try:
-            _copy(path, found, writer, as_is=own == "int8")
+            _copy(path, found, writer, described.get("sha256"), as_is=own == "int8")
         except (ConversionError, SourceError):
             writer.discard()
             raise
         return writer.finish({"format": "orbax", "config": str(config_file or "the metadata of the checkpoint")})
 
 
-def _copy(path: Path, found: Mapping[str, tuple[tuple[int, ...], str]], writer: NetworkWriter, *, as_is: bool) -> None:
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _copy(
+    path: Path, found: Mapping[str, tuple[tuple[int, ...], str]], writer: NetworkWriter, digests: Any, *, as_is: bool
+) -> None:
     faults: list[str] = []
+    known = digests if isinstance(digests, dict) else {}  # a checkpoint of others has none
     for layer in writer.config.layers:
         names = [name for name in found if layer_of(name, writer.config.layers) == layer and name not in writer.recorded]
         for name, array in _restored(path, {name: found[name] for name in names}).items():
-            if array.dtype.kind != "i" and not_finite(array):
+            if name in known and known[name] != _digest(array):
+                faults.append(f"{name}: values differ from the checksum in the checkpoint's metadata")
+            elif array.dtype.kind != "i" and not_finite(array):
                 faults.append(f"{name}: {not_finite(array)} of {array.size} values are NaN or infinite")
             elif not faults:
                 try:
@@ -137,12 +150,23 @@ def _restored(path: Path, wanted: Mapping[str, tuple[tuple[int, ...], str]]) -> 
     shapes = {name: jax.ShapeDtypeStruct(shape, STORED_DTYPES[kind]) for name, (shape, kind) in wanted.items()}
     how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _quietly(), ocp.PyTreeCheckpointer() as checkpointer:
             arguments = ocp.args.PyTreeRestore(item=shapes, restore_args=how, partial_restore=True)
             found: dict[str, np.ndarray] = checkpointer.restore(path.absolute(), args=arguments)
     except (ValueError, OSError, KeyError) as error:
         raise SourceError(f"{path} cannot be read by orbax: {printable(error, 300)}") from error
     return found
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps orbax's own lines about a damaged checkpoint from the terminal: our error says what matters."""
+    logger, before = logging.getLogger("absl"), logging.getLogger("absl").level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _metadata(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], Mapping[str, Any]]:
@@ -152,9 +176,9 @@ def _metadata(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], Mappi
     if not is_orbax(path):
         raise SourceError(f"{path} is no orbax checkpoint (it has no {_MARK}).")
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _quietly(), ocp.StandardCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(path.absolute())
-        tree = metadata.item_metadata.tree
+        tree = None if metadata.item_metadata is None else metadata.item_metadata.tree
         custom = metadata.custom_metadata or {}
     except Exception as error:  # orbax raises whatever its readers of JSON and of arrays raise
         raise SourceError(f"{path} cannot be read by orbax: {type(error).__name__}: {printable(error, 300)}") from error

@@ -60,17 +60,6 @@ def describe(
     ]
 
 
-def evaluations_of(settings: Settings) -> tuple[float, bool]:
-    """Returns how often a clip's sampling evaluates the transformer, and whether a leap may end it earlier."""
-    if settings.plan is not None:
-        return settings.plan.evaluations, settings.leap != "off"
-    if isinstance(settings.leap, int):
-        steps = settings.leap + 1
-        return float(2 * steps - 1 if settings.solver == "heun" else steps), False
-    steps = settings.num_steps
-    return float(2 * steps - 1 if settings.solver == "heun" else steps), settings.leap != "off"
-
-
 def _memory_plan(
     model: ModelFile, settings: Settings, samples: Sequence[Sample], batch: int, memory_budget: str | None, attention: str
 ) -> MemoryPlan:
@@ -89,10 +78,10 @@ def _what(model: ModelFile, settings: Settings, jobs: Sequence[Job], batch: int)
     clips = f"{counted(len(jobs), 'clip')} of {counted(settings.num_frames, 'frame')}"
     loop = f", {settings.loop} in a row" if settings.loop > 1 else ""
     together = f", {batch} together" if batch > 1 else ""
-    count, may_leap = evaluations_of(settings)
+    count, may_leap = settings.evaluations()
     merged = f", the first {settings.merge_steps} merged" if settings.merge_steps else ""
     guided = "caption and null caption" if settings.guided else "caption alone"
-    steps = f"{'at most ' if may_leap else ''}{count:g} in {counted(settings.num_steps, 'step')} of {settings.solver}{merged}"
+    steps = f"{'at most ' if may_leap else ''}{count:g} in {settings.steps_in_words}{merged}"
     return [
         f"model: {model.model_id}, in {settings.dtype}",
         f"{clips}{loop}{together}: {height} x {width} pixels, {settings.save_fps:g} frames per second",
@@ -103,7 +92,7 @@ def _what(model: ModelFile, settings: Settings, jobs: Sequence[Job], batch: int)
 
 def _cost(plan: MemoryPlan, settings: Settings, num_batches: int) -> list[str]:
     speed = FLOP_PER_S_AND_CORE * (os.cpu_count() or 1)
-    count = math.ceil(evaluations_of(settings)[0])
+    count = math.ceil(settings.evaluations()[0])
     seconds = {}
     for stage in plan.stages:
         planned = dataclasses.replace(stage, evaluations=count) if stage.name == "denoise" else stage

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 PRESETS = ("exact", "recommended")
+WAYS = ("num_steps", "solver", "shift", "leap", "merge_steps")  # the options that ways of sampling differ in
+FINER: Mapping[str, Any] = {"solver": "heun", "num_steps": 60, "shift": 1.0}  # 119 evaluations, to compare ways with
 # Source: benchmarks/results/sampler_study.md, "AB2 shift 4 16": the embedded model's own times are shifted by 0.4, and those
 # of Open-Sora at 51 frames of 240p by 2.4, which stay as they are.
 _LEAST_SHIFT = 1.6

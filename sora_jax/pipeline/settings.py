@@ -270,6 +270,18 @@ class Settings:
         """Whether steps are Euler's and all evaluate the transformer, merged as published: the loop of exported models."""
         return self.solver == _DEFAULTS["solver"] and self.plan is None and self.merge == _DEFAULTS["merge"]
 
+    @property
+    def steps_in_words(self) -> str:
+        """How many steps of which solver."""
+        return f"{self.num_steps} step{'' if self.num_steps == 1 else 's'} of {self.solver}"
+
+    def evaluations(self) -> tuple[float, bool]:
+        """Returns how often a clip's sampling evaluates the transformer, and whether a leap may end it earlier."""
+        if self.plan is not None:
+            return self.plan.evaluations, self.leap != OFF
+        steps, may_leap = (self.leap + 1, False) if isinstance(self.leap, int) else (self.num_steps, self.leap != OFF)
+        return float(2 * steps - 1 if self.solver == "heun" else steps), may_leap
+
     def with_seed(self, seed: int) -> "Settings":
         """Returns the same settings with another seed, taken modulo 2^32."""
         return dataclasses.replace(self, seed=seed % (_MAX_SEED + 1))

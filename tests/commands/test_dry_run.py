@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from sora_jax.commands import main
-from sora_jax.commands.dry_run import evaluations_of
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.sampling.reuse import Plan
 
@@ -57,4 +56,4 @@ def test_it_refuses_what_a_run_refuses(
     ],
 )
 def test_evaluations_are_counted_without_sampling(tiny_model: Path, options: dict, expected: tuple[float, bool]) -> None:
-    assert evaluations_of(ModelFile.read(tiny_model).resolve(options)) == expected
+    assert ModelFile.read(tiny_model).resolve(options).evaluations() == expected

@@ -92,6 +92,19 @@ def test_what_does_not_fit_is_one_report(tmp_path: Path, change: dict[str, Any],
     assert not (tmp_path / "again").exists()
 
 
+def test_a_flipped_bit_of_a_checkpoint_that_we_wrote_is_found(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = to_orbax(_network(tmp_path / "model"), tmp_path / "checkpoint")
+    values = max((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    data = bytearray(values.read_bytes())
+    data[len(data) // 2] ^= 1
+    values.write_bytes(data)
+    capfd.readouterr()
+    with pytest.raises((ConversionError, SourceError), match=r"differ from the checksum|cannot be read by orbax"):
+        from_orbax(path, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    assert capfd.readouterr().err == ""
+
+
 def test_what_is_no_flat_dictionary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is no orbax checkpoint"):
         from_orbax(tmp_path, tmp_path / "x")

@@ -55,7 +55,7 @@ def test_a_model_that_misstates_its_training_is_refused(tiny_model: Path, tmp_pa
     [
         ({}, ""),
         ({"height": 64, "width": 64}, ""),
-        ({"num_frames": 1, "fps": 24}, ""),
+        ({"num_frames": 1}, ""),
         ({"guidance": 1}, ""),
         ({"height": 48, "width": 32}, "48 x 32 pixels lies outside what this model was made for"),
         ({"num_frames": 34}, "34 frames lies outside"),

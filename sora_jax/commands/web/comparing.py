@@ -15,8 +15,8 @@ from sora_jax.commands.web.studio import Made, Step, Studio
 from sora_jax.metrics import psnr
 from sora_jax.pipeline import video
 from sora_jax.pipeline.clip import Clip
+from sora_jax.pipeline.presets import FINER
 
-_FINER = {"solver": "heun", "num_steps": 60, "shift": 1.0}  # 119 evaluations
 _GAIN = 4  # of the difference, which is small
 
 
@@ -50,7 +50,7 @@ def compare(studio: Studio, first: Request, second: Request, report: Callable[[S
     exact = None
     if finer:
         plain = {name: value for name, value in first.options.items() if name not in ("preset", "leap", "plan", "merge_steps")}
-        exact = studio.clip_of(dataclasses.replace(first, options={**plain, **_FINER}), report)
+        exact = studio.clip_of(dataclasses.replace(first, options={**plain, **FINER}), report)
     made = [studio.keep(request, clip) for request, clip in zip((first, second), clips, strict=True)]
     path = made[1].path.with_name(f"difference_{made[0].number:04d}_{made[1].number:04d}.mp4")
     distance = np.abs(clips[0].frames[0].astype(np.int16) - clips[1].frames[0])

@@ -10,15 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from sora_jax.pipeline.model_file import ModelFile
+from sora_jax.pipeline.presets import WAYS
 from sora_jax.pipeline.settings import OPTIONS
 
 # Fields of the form in addition to prompt, size, length, seed and preset; most are folded away.
 USUAL = ("num_steps", "guidance")
 RARE = (
-    "solver",
-    "shift",
-    "leap",
-    "merge_steps",
+    *(name for name in WAYS if name not in USUAL),
     "loop",
     "condition_frame_length",
     "fps",

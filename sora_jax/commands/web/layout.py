@@ -16,13 +16,13 @@ from sora_jax.commands.web.studio import Made, Step, Studio, numbers
 from sora_jax.inputs.references import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from sora_jax.inputs.tokenizer import listed_words
 from sora_jax.pipeline.option import Declared
-from sora_jax.pipeline.presets import PRESETS
+from sora_jax.pipeline.presets import PRESETS, WAYS
 from sora_jax.pipeline.settings import OPTIONS
 from sora_jax.storage.location import Location
 
 _COMPUTES: dict[str, Any] = {"concurrency_id": "computes", "concurrency_limit": 1}
 _EXAMPLE = "a red circle moves right on a blue background"
-_WAY = ("preset", "num_steps", "solver", "shift", "leap", "merge_steps")  # what two ways of sampling differ in
+_WAY = ("preset", *WAYS)
 
 
 def theme() -> gr.themes.Base:
