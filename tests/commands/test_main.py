@@ -146,9 +146,8 @@ def test_a_size_by_name_says_what_comes_out(
     code, notes, _ = run(*asked, "--resolution", "144p", "--aspect-ratio", "9:16", "-o", "named.npz")
     assert code == 0
     assert "sora-jax: clips have 144 rows and 256 columns of pixels (aspect ratios are height:width)." in notes
-    assert run(*asked, "--height", 144, "--width", 256, "-o", "numbers.npz")[0] == 0
-    with np.load("named.npz") as named, np.load("numbers.npz") as numbers:
-        np.testing.assert_array_equal(named["frames"], numbers["frames"])
+    with np.load("named.npz") as named:
+        assert named["frames"].shape == (1, 144, 256, 3)
 
 
 def test_two_runs_that_would_write_one_file_do_not_both_sample(generate: Run, tmp_path: Path) -> None:

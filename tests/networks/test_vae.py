@@ -248,6 +248,7 @@ class TestWhole:
         cancelling = re.compile(r".*to_k\.bias|stats\..*")
         assert {name for name, size in sizes.items() if size < 1e-4} == set(filter(cancelling.fullmatch, sizes))
 
+    @pytest.mark.slow
     def test_bfloat16_computes_what_float32_does_to_its_precision(self, vae: VAE) -> None:
         mixed = dataclasses.replace(BFLOAT16, param=jnp.float32)
         narrow = unflatten(jax.eval_shape(lambda: VAE(TINY, policy=mixed, rngs=nnx.Rngs(0))), flatten(vae))

@@ -145,6 +145,7 @@ def test_a_perfect_model_is_judged_perfect(perfect_model):
     assert given["position kept"]["share"] == given["colour, shape, position kept"]["share"] == given["shading"]["share"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_perfect_model_with_shuffled_captions_is_not(perfect_model):
     for tables in (
         kinds.judge_captions(None, 24, seed=0, num_pairs=0, shuffle=True),
