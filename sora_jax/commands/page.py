@@ -17,7 +17,7 @@ from typing import Annotated
 
 from sora_jax import files, shell
 from sora_jax.commands import options
-from sora_jax.commands.user_cache import use_compile_cache
+from sora_jax.commands.user_cache import preview_folder, use_compile_cache
 from sora_jax.pipeline import command_line
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Option, declared
@@ -104,11 +104,12 @@ def run(asked: Arguments) -> None:
         files.refuse_unwritable(asked.folder)
     folder = asked.folder if asked.folder is not None else Path(tempfile.mkdtemp(prefix="sora_jax-page-"))
     use_compile_cache(asked.compile_cache)
+    from sora_jax.commands.web.gallery import SERVED  # brings JAX along
 
     def clean_up() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave the folder behind
         files.remove_partial(folder)
-        shutil.rmtree(folder if asked.folder is None else folder / "served", ignore_errors=True)
+        shutil.rmtree(folder if asked.folder is None else folder / SERVED, ignore_errors=True)
 
     shell.interruptibly(lambda: _serve(asked, model, folder.resolve(), credentials), clean_up)
 
@@ -120,7 +121,8 @@ def _serve(asked: Arguments, model: ModelFile, folder: Path, credentials: tuple[
 
     server.prepare(folder)
     pipeline = Pipeline.open(model, memory_budget=asked.memory_budget, attention=asked.attention or "auto")
-    _, address = server.serve(Studio(pipeline, folder), host=asked.host, port=asked.port, auth=credentials)
+    studio = Studio(pipeline, folder, previews=preview_folder())
+    _, address = server.serve(studio, host=asked.host, port=asked.port, auth=credentials)
     shell.result(address)
     threading.Event().wait()
 

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from sora_jax.commands import main
-from sora_jax.commands.web import form, timeline
+from sora_jax.commands.web import form, gallery, timeline
 from sora_jax.commands.web.comparing import compare
+from sora_jax.commands.web.gallery import Galleries, Gallery
 from sora_jax.commands.web.server import Guard
 from sora_jax.commands.web.studio import Step, Studio
 from sora_jax.pipeline.clip_frames import read_frames
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.pipeline import Pipeline
+from sora_jax.pipeline.preview import PreviewMap, chunk_of, shape_of
 from sora_jax.streaming.profile import Interval
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
@@ -23,26 +25,72 @@ PROMPT = "a red circle"
 
 @pytest.fixture(scope="module")
 def studio(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Studio:
-    return Studio(Pipeline.from_pretrained(tiny_model), tmp_path_factory.mktemp("clips"))
+    studio = Studio(Pipeline.from_pretrained(tiny_model), tmp_path_factory.mktemp("clips"))
+    vae = studio.pipeline.model.manifests["vae"]
+    weights = np.random.default_rng(0).normal(size=shape_of(vae.config)).astype(np.float32)
+    studio.pipeline._previews._map = PreviewMap(weights=weights, chunk=chunk_of(vae.config))  # a fit would take seconds
+    return studio
+
+
+@pytest.fixture
+def visitor(studio: Studio) -> Gallery:
+    return studio.galleries.of(None)
 
 
 def request(**fields: str) -> form.Request:
     return form.read(prompt=PROMPT, size=None, fields=fields)
 
 
-def test_a_clip_of_the_page_is_the_clip_of_the_command_line(studio: Studio, tiny_model: Path, tmp_path: Path) -> None:
-    steps = list(studio.make(request(seed="7", num_steps="2")))
+def test_a_clip_of_the_page_is_the_clip_of_the_command_line(
+    studio: Studio, visitor: Gallery, tiny_model: Path, tmp_path: Path
+) -> None:
+    steps = list(studio.make(request(seed="7", num_steps="2"), visitor))
     made = steps[-1].made
     assert steps[-1].text.startswith("done: 17 frames of 32 x 48, 2 evaluations")
     command = ["generate", PROMPT, "--model", str(tiny_model), "--seed", "7", "--steps", "2", "-o", str(tmp_path / "a.mp4")]
     assert main.main([*command, "--quiet", "--compile-cache", "off"]) == main.OK
     assert made.path.read_bytes() == (tmp_path / "a.mp4").read_bytes()
-    assert studio.find(made.number) is made
+    assert visitor.find(made.number) is made
+    served = visitor.place(made.path)
+    assert served.read_bytes() == made.path.read_bytes()
+    assert visitor.place(made.path) == served
 
 
-def test_steps_show_progress_and_a_picture(studio: Studio) -> None:
+def test_visitors_are_kept_apart(studio: Studio) -> None:
+    """Each has clips of their own, under names that the others cannot guess, and ends no computation but their own."""
+    mine, others = studio.galleries.of("m" * 32), studio.galleries.of("o" * 32)
+    *_, last = studio.make(request(num_steps="1"), mine)
+    assert (len(mine.titles()), len(others.titles())) == (1, 0)
+    assert (mine.find(last.made.number), others.find(last.made.number)) == (last.made, None)
+    assert mine.place(last.made.path).parent != others.served
+    assert gallery.is_secret(mine.served.name)
+    assert studio.galleries.of("m" * 32) is mine
+    assert all(studio.galleries.of(strange) is not mine for strange in (None, "", "../" * 12, "short"))
+    steps = studio.make(request(num_steps="30"), mine)
+    assert next(steps).made is None
+    assert not studio.cancel(others)
+    assert studio.cancel(mine)
+    *_, last = steps
+    assert last.text == "cancelled; nothing was written."
+
+
+def test_the_page_forgets_the_oldest_visitor_and_the_files_served_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gallery, "MAX_VISITORS", 2)
+    galleries = Galleries(tmp_path / "served")
+    (tmp_path / "clip.mp4").write_bytes(b"x")
+    secrets = [letter * 32 for letter in "abc"]
+    served = [galleries.of(secret).place(tmp_path / "clip.mp4") for secret in secrets[:2]]
+    galleries.of(secrets[0])  # used last
+    galleries.of(secrets[2])
+    assert [path.exists() for path in served] == [True, False]
+    assert (tmp_path / "clip.mp4").exists()
+
+
+def test_steps_show_progress_and_a_picture(studio: Studio, visitor: Gallery) -> None:
     seen: list[Step] = []
-    studio.clip_of(request(num_steps="3"), seen.append)
+    studio.clip_of(request(num_steps="3"), seen.append, visitor)
     sampled = [step for step in seen if step.stage == "denoise"]
     assert [step.step for step in sampled] == [0, 1, 2, 3]
     assert [step.num_steps for step in sampled] == [3] * 4
@@ -51,22 +99,21 @@ def test_steps_show_progress_and_a_picture(studio: Studio) -> None:
     assert any(not np.array_equal(one, other) for one, other in itertools.pairwise(pictures))
 
 
-def test_cancelling_ends_at_the_next_step_and_writes_nothing(studio: Studio) -> None:
+def test_cancelling_ends_at_the_next_step_and_writes_nothing(studio: Studio, visitor: Gallery) -> None:
     before = sorted(studio.folder.iterdir())
-    assert not studio.cancel()  # nothing runs
+    assert not studio.cancel(visitor)  # nothing runs
     steps = []
-    for step in studio.make(request(num_steps="40")):
+    for step in studio.make(request(num_steps="40"), visitor):
         steps.append(step)
-        studio.cancel()
+        studio.cancel(visitor)
     assert steps[-1].text == "cancelled; nothing was written."
     assert sorted(studio.folder.iterdir()) == before
-    assert list(studio.make(request(num_steps="1")))[-1].made is not None  # the next one is not
+    assert list(studio.make(request(num_steps="1"), visitor))[-1].made is not None  # the next one is not
 
 
-def test_two_ways_of_sampling_are_compared_on_the_same_noise(studio: Studio) -> None:
-    found = list(
-        studio.steps(lambda watch: compare(studio, request(num_steps="2"), request(num_steps="3"), watch, finer=False))
-    )
+def test_two_ways_of_sampling_are_compared_on_the_same_noise(studio: Studio, visitor: Gallery) -> None:
+    two, three = request(num_steps="2"), request(num_steps="3")
+    found = list(studio.steps(lambda watch: compare(studio, visitor, two, three, watch, finer=False), visitor))
     result = found[-1].made
     first, second = (read_frames(one.path) for one in (result.first, result.second))
     assert read_frames(result.difference).shape == first.shape == second.shape
@@ -87,9 +134,9 @@ def test_two_ways_of_sampling_are_compared_on_the_same_noise(studio: Studio) -> 
         ({"fields": {"leap": "99"}}, "error: leap index 99 is beyond the last of 4 steps"),
     ],
 )
-def test_what_cannot_be_made_is_one_line(studio: Studio, fields: dict, message: str) -> None:
+def test_what_cannot_be_made_is_one_line(studio: Studio, visitor: Gallery, fields: dict, message: str) -> None:
     asked = form.read(**{"prompt": PROMPT, "size": None, "fields": {}, **fields})
-    *_, last = studio.make(asked)
+    *_, last = studio.make(asked, visitor)
     assert (message in last.text, last.text.count("\n"), last.made) == (True, 0, None), last.text
 
 
@@ -158,13 +205,28 @@ def test_a_page_of_this_machine_answers_to_no_other_name(host: bytes, status: in
     assert b"http" not in headers[b"content-security-policy"]
 
 
+def test_a_visitor_gets_a_secret_once_which_no_script_reads() -> None:
+    first = dict(asked_of(b"localhost:1")[0]["headers"])[b"set-cookie"].decode()
+    cookie, *attributes = first.split("; ")
+    assert attributes == ["Path=/", "HttpOnly", "SameSite=Strict"]
+    assert gallery.secret_of(f"other=1; {cookie}") == cookie.partition("=")[2]
+    assert b"set-cookie" not in dict(asked_of(b"localhost:1", cookie=cookie.encode())[0]["headers"])
+    assert b"set-cookie" in dict(asked_of(b"localhost:1", cookie=b"sora_jax_visitor=../x")[0]["headers"])
+    seen = asked_of(b"localhost:1", cookie=b"a=b")[2]["cookie"]  # what a handler is told on the first visit
+    assert seen.startswith(b"a=b; sora_jax_visitor=")
+
+
 def test_a_request_that_the_server_fails_at_says_nothing_of_it() -> None:
-    first, second = asked_of(b"localhost:1", failing=True)
+    first, second, _ = asked_of(b"localhost:1", failing=True)
     assert (first["status"], second["body"]) == (400, b"the request cannot be read")
 
 
-def asked_of(host: bytes, *, failing: bool = False) -> list[dict]:
+def asked_of(host: bytes, *, failing: bool = False, cookie: bytes | None = None) -> list[dict]:
+    """Returns what is sent for a request, and last the cookie that the page was asked with."""
+    told: dict = {}
+
     async def app(scope, receive, send) -> None:
+        told["cookie"] = dict(scope["headers"]).get(b"cookie")
         if failing:
             raise RuntimeError("secret")
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -176,8 +238,9 @@ def asked_of(host: bytes, *, failing: bool = False) -> list[dict]:
         sent.append(message)
 
     guard = Guard(app, frozenset({"localhost", "127.0.0.1"}))
-    asyncio.run(guard({"type": "http", "headers": [(b"host", host)]}, None, send))
-    return sent
+    headers = [(b"host", host), *([] if cookie is None else [(b"cookie", cookie)])]
+    asyncio.run(guard({"type": "http", "headers": headers}, None, send))
+    return [*sent, told]
 
 
 def test_a_timeline_has_a_bar_for_each_layer() -> None:

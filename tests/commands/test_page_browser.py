@@ -6,6 +6,7 @@ one: what is tested is the page.
 
 import contextlib
 import http.client
+import http.cookiejar
 import json
 import os
 import re
@@ -63,32 +64,64 @@ class Server:
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(30)
 
+    def interrupt(self) -> tuple[int, float]:
+        """Interrupts it, and returns its exit code and the CPU seconds that it used in all."""
+        self.process.send_signal(signal.SIGINT)
+        _, status, used = os.wait4(self.process.pid, 0)
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        return self.process.returncode, used.ru_utime + used.ru_stime
+
+    def ask(self, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
+        """Returns status and text of an answer to somebody who was never here."""
+        return Visitor(self).ask(path, body, **headers)
+
+    def generate(self, prompt: str = PROMPT, seed: int = 0, **fields: Any) -> Any:
+        """Returns what the page answers to a form that is filled in."""
+        return Visitor(self).generate(prompt, seed, **fields)
+
+
+class Visitor:
+    """Somebody who keeps their cookies, without a browser."""
+
+    def __init__(self, server: Server):
+        self.server = server
+        self.opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()))
+
     def ask(self, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
         """Returns status and text of an answer."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        asked = urllib.request.Request(self.address.rstrip("/") + path, data, {"Content-Type": "application/json", **headers})
+        address = self.server.address.rstrip("/") + path
+        asked = urllib.request.Request(address, data, {"Content-Type": "application/json", **headers})
         try:
-            with urllib.request.urlopen(asked, timeout=120) as answer:
+            with self.opener.open(asked, timeout=120) as answer:
                 return answer.status, answer.read().decode("utf-8", "replace")
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode("utf-8", "replace")
 
-    def call(self, function: str, *values: Any) -> Any:
-        """Returns the last answer of a function of the page, through its HTTP interface."""
-        status, text = self.ask(f"/gradio_api/call/{function}", {"data": list(values)})
+    def begin(self, function: str, *values: Any, **more: str) -> str:
+        """Returns the address of the answers of a function of the page, which is asked through its HTTP interface."""
+        status, text = self.ask(f"/gradio_api/call/{function}", {"data": list(values), **more})
         assert status == 200, text
-        _, events = self.ask(f"/gradio_api/call/{function}/{json.loads(text)['event_id']}")
+        return f"/gradio_api/call/{function}/{json.loads(text)['event_id']}"
+
+    def call(self, function: str, *values: Any, **more: str) -> Any:
+        """Returns the last answer of a function of the page."""
+        events = self.ask(self.begin(function, *values, **more))[1]
         return [json.loads(line[6:]) for line in events.splitlines() if line.startswith("data: ")][-1]
 
-    def generate(self, prompt: str = PROMPT, seed: int = 0, **fields: str) -> Any:
-        """Returns what the page answers to a form that is filled in."""
+    def form(self, prompt: str = PROMPT, seed: int = 0, **fields: Any) -> list[Any]:
+        """Returns the values of the form, some of them filled in."""
         config = json.loads(self.ask("/gradio_api/info")[1])["named_endpoints"]["/generate"]["parameters"]
         values = [one.get("parameter_default") for one in config]
         values[0] = prompt
         named = {one["label"].split(" ")[0].lower(): index for index, one in enumerate(config)}
         for name, value in {"seed": str(seed), **fields}.items():
             values[named[name]] = value
-        return self.call("generate", *values)
+        return values
+
+    def generate(self, prompt: str = PROMPT, seed: int = 0, **fields: Any) -> Any:
+        """Returns what the page answers to a form that is filled in."""
+        return self.call("generate", *self.form(prompt, seed, **fields))
 
 
 @pytest.fixture(scope="module")
@@ -389,24 +422,83 @@ def test_an_upload_beyond_the_limit_is_refused(server: Server) -> None:
     assert server.generate(seed=1)[0].startswith("done")
 
 
-def test_a_page_behind_a_password_shows_nothing_without_it(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_page_behind_a_password_keeps_its_visitors_apart(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "password").write_text("secret\n")
     server = Server(tiny_model, tmp_path, "--auth", f"me:{tmp_path / 'password'}")
     assert server.ask("/gradio_api/call/generate", {"data": []})[0] == 401
     assert server.ask("/config")[0] == 401
+    one, other = Visitor(server), Visitor(server)
+    for visitor in (one, other):
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        assert visitor.ask("/login", b"username=me&password=secret", **form)[0] == 200
+    first, second = one.generate("a red circle", seed=1), other.generate("a green square", seed=2)
+    assert [answer[0].startswith("done") for answer in (first, second)] == [True, True]
+    assert [[title for title, _ in answer[3]["choices"]] for answer in (first, second)] == [
+        ["1: a red circle (seed 1)"],
+        ["2: a green square (seed 2)"],
+    ]
+    assert one.ask(f"/gradio_api/file={path_of(first[2])}")[0] == 200
+    # the same clip by the name that can be guessed, for either of them, and in another's form
+    kept = server.clips / "clip_0001.mp4"
+    assert kept.exists()
+    assert [visitor.ask(f"/gradio_api/file={kept}")[0] for visitor in (one, other)] == [403, 403]
+    reference = {"path": str(kept), "meta": {"_type": "gradio.FileData"}}
+    refused = other.generate(reference=reference, how="begin with the reference")
+    assert not isinstance(refused, list) or not str(refused[0]).startswith("done")
+    assert len(list(server.clips.glob("clip_*.mp4"))) == 2
     assert server.end() == 130
 
 
-@pytest.mark.slow
-def test_memory_stays_flat_over_two_hundred_clips(server: Server) -> None:
-    def resident_mb() -> float:
-        status = Path(f"/proc/{server.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1e3
+def path_of(shown: Any) -> str:
+    """Returns the path of a clip in an answer."""
+    return (shown.get("video") or shown)["path"]
 
-    for seed in range(20):
-        server.generate(seed=seed)
-    before = resident_mb()
-    for seed in range(200):
-        assert server.generate(seed=seed)[0].startswith("done")
-    assert resident_mb() < before + 100, before
+
+def test_a_full_queue_refuses_in_words_and_an_interrupt_ends_all_that_waits(tiny_model: Path, tmp_path: Path) -> None:
+    """What is done after an interrupt is counted in CPU seconds: at most one second of two cores, of a clip of many minutes."""
+    server = Server(tiny_model, tmp_path)
+    visitor = Visitor(server)
+    running = visitor.begin("generate", *visitor.form(num_steps="100000"))
+    with visitor.opener.open(server.address.rstrip("/") + running, timeout=120) as events:
+        assert next(line for line in events if re.search(rb"step \d+ of 100000", line))
+        waiting = [visitor.ask("/gradio_api/call/generate", {"data": visitor.form(seed=1)}) for _ in range(64)]
+        assert {status for status, _ in waiting} == {200}
+        status, text = visitor.ask("/gradio_api/call/generate", {"data": visitor.form(seed=1)})
+        assert (status, "Queue is full" in text, "Traceback" in text) == (503, True, False)
+        spent = used_s(server.process.pid)
+        code, in_all = server.interrupt()
+    assert (code, in_all - spent < 2) == (130, True), in_all - spent
+    assert not list(server.clips.glob("clip_*"))
+    assert not list(server.clips.glob("**/.*"))
+    assert not (server.clips / "served").exists()
+    assert server.log.read_text().endswith("sora-jax: error: interrupted\n")
+
+
+def used_s(process: int) -> float:
+    """Returns the CPU seconds that a process has used."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("same", [True, False], ids=["one visitor", "a new visitor each"])
+def test_memory_stays_flat_over_two_hundred_clips(server: Server, same: bool) -> None:
+    """Sessions are what grew: Gradio keeps a copy of the page for each, so as many are made first as it is allowed to keep."""
+    visitor, more = Visitor(server), {"session_hash": "a" * 12} if same else {}
+    values = visitor.form()
+
+    def make(count: int) -> None:
+        for _ in range(count):
+            asked = visitor if same else Visitor(server)
+            assert asked.call("generate", *values, **more)[0].startswith("done")
+
+    make(80)
+    before = resident_mb(server.process.pid)
+    make(200)
+    assert resident_mb(server.process.pid) < before + 12, before
     assert read_frames(max(server.clips.glob("clip_*.mp4"))).dtype == np.uint8
+
+
+def resident_mb(process: int) -> float:
+    """Returns the memory that a process holds."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1]) / 1e3

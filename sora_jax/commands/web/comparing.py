@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax.commands.web.form import Request
-from sora_jax.commands.web.studio import Made, Step, Studio
+from sora_jax.commands.web.form import SAMPLING, Request
+from sora_jax.commands.web.gallery import Gallery
+from sora_jax.commands.web.made import Made
+from sora_jax.commands.web.studio import Step, Studio
 from sora_jax.metrics import psnr
 from sora_jax.pipeline import video
 from sora_jax.pipeline.clip import Clip
@@ -39,19 +41,21 @@ class Comparison:
 HEAD = ["", "evaluations", "seconds of denoising", "PSNR to the other", "PSNR to a finer solution"]
 
 
-def compare(studio: Studio, first: Request, second: Request, report: Callable[[Step], None], *, finer: bool) -> Comparison:
-    """Returns the comparison of two requests; with ``finer`` also against Heun's solution of 119 evaluations.
+def compare(
+    studio: Studio, gallery: Gallery, first: Request, second: Request, report: Callable[[Step], None], *, finer: bool
+) -> Comparison:
+    """Returns the comparison of two requests of a visitor; with ``finer`` also against Heun's solution of 119 evaluations.
 
     Raises:
       ValueError: a request is wrong, or the two clips have different sizes.
     """
-    clips = [studio.clip_of(request, report) for request in (first, second)]
+    clips = [studio.clip_of(request, report, gallery) for request in (first, second)]
     between = psnr(clips[0].frames[0], clips[1].frames[0])
     exact = None
     if finer:
-        plain = {name: value for name, value in first.options.items() if name not in ("preset", "leap", "plan", "merge_steps")}
-        exact = studio.clip_of(dataclasses.replace(first, options={**plain, **FINER}), report)
-    made = [studio.keep(request, clip) for request, clip in zip((first, second), clips, strict=True)]
+        plain = {name: value for name, value in first.options.items() if name not in ("preset", *SAMPLING)}
+        exact = studio.clip_of(dataclasses.replace(first, options={**plain, **FINER}), report, gallery)
+    made = [studio.keep(request, clip, gallery) for request, clip in zip((first, second), clips, strict=True)]
     path = made[1].path.with_name(f"difference_{made[0].number:04d}_{made[1].number:04d}.mp4")
     distance = np.abs(clips[0].frames[0].astype(np.int16) - clips[1].frames[0])
     video.save(np.clip(_GAIN * distance, 0, 255).astype(np.uint8), path, fps=clips[0].fps)

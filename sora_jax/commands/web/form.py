@@ -10,21 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from sora_jax.pipeline.model_file import ModelFile
-from sora_jax.pipeline.presets import WAYS
-from sora_jax.pipeline.settings import OPTIONS
+from sora_jax.pipeline.option import declared
+from sora_jax.pipeline.settings import OPTIONS, SamplingOptions
 
 # Fields of the form in addition to prompt, size, length, seed and preset; most are folded away.
 USUAL = ("num_steps", "guidance")
-RARE = (
-    *(name for name in WAYS if name not in USUAL),
-    "loop",
-    "condition_frame_length",
-    "fps",
-    "aes",
-    "flow",
-    "camera_motion",
-    "align",
-)
+_ELSEWHERE = {"height", "width", "resolution", "aspect_ratio", "num_frames", "seed", "preset"}
+_FILES = {"plan", "recipe"}  # of this machine, whose names no visitor may write
+_LISTED = [name for name, each in OPTIONS.items() if each.option.on_command_line and name not in {*_ELSEWHERE, *_FILES}]
+RARE = tuple(name for name in _LISTED if name not in USUAL)
+SAMPLING = ("num_steps", *(name for name in declared(SamplingOptions) if name in RARE))  # what ways of sampling differ in
 TEXT, BEGIN, CONTINUE = "text alone", "begin with the reference", "continue the reference"
 MODES = (TEXT, BEGIN, CONTINUE)
 _TAKEN_OVER = 5  # latent frames of a reference that is continued, as `--condition-frame-length` has it

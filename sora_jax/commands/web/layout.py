@@ -4,6 +4,7 @@ Invariant: a handler reads the form, asks the `Studio`, and shows what it answer
 our own, and no font or script from elsewhere.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,17 +13,21 @@ import gradio as gr
 from sora_jax import shell
 from sora_jax.commands.inspect import inspect_memory
 from sora_jax.commands.web import comparing, form, timeline
-from sora_jax.commands.web.studio import Made, Step, Studio, numbers
+from sora_jax.commands.web.gallery import Gallery, secret_of
+from sora_jax.commands.web.made import Made
+from sora_jax.commands.web.studio import Step, Studio
 from sora_jax.inputs.references import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from sora_jax.inputs.tokenizer import listed_words
+from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Declared
-from sora_jax.pipeline.presets import PRESETS, WAYS
+from sora_jax.pipeline.presets import PRESETS
 from sora_jax.pipeline.settings import OPTIONS
 from sora_jax.storage.location import Location
 
 _COMPUTES: dict[str, Any] = {"concurrency_id": "computes", "concurrency_limit": 1}
 _EXAMPLE = "a red circle moves right on a blue background"
-_WAY = ("preset", *WAYS)
+_WAY = ("preset", *form.SAMPLING)
+_FORGETS_S = (600, 6 * 3600)  # how often files of the browser are looked through, and at what age they are removed
 
 
 def theme() -> gr.themes.Base:
@@ -32,7 +37,7 @@ def theme() -> gr.themes.Base:
 
 def build(studio: Studio) -> gr.Blocks:
     """Returns the page of a studio."""
-    with gr.Blocks(title="sora_jax", analytics_enabled=False) as page:
+    with gr.Blocks(title="sora_jax", analytics_enabled=False, delete_cache=_FORGETS_S) as page:
         gr.Markdown(f"# sora_jax\nText to video with {studio.pipeline.model_id}. {_trained(studio)}")
         with gr.Tab("Generate", elem_id="tab-generate"):
             _generate_tab(page, studio)
@@ -41,6 +46,11 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Tab("Memory", elem_id="tab-memory"):
             _memory_tab(studio)
     return page
+
+
+def _own(studio: Studio, request: gr.Request) -> Gallery:
+    """Returns the gallery of the visitor who sends a request."""
+    return studio.galleries.of(secret_of(request.headers.get("cookie") or ""))
 
 
 def _trained(studio: Studio) -> str:
@@ -82,23 +92,42 @@ def _generate_tab(page: gr.Blocks, studio: Studio) -> None:
 
     names, inputs = list(options), [prompt, size, reference, mode, strategy, *options.values()]
 
-    def make(text: str, size: str, reference: str, mode: str, strategy: str, *values: Any) -> Iterator[Sequence[Any]]:
+    def make(
+        visit: gr.Request, text: str, size: str, reference: str, mode: str, strategy: str, *values: Any
+    ) -> Iterator[Sequence[Any]]:
+        gallery = _own(studio, visit)
         try:
             fields = dict(zip(names, values, strict=True))
             request = form.read(prompt=text, size=size, fields=fields, mode=mode, reference=reference, strategy=strategy)
         except ValueError as error:
             yield f"error: {shell.describe(error)}", gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
             return
-        for step in studio.make(request):
-            yield step.text, _picture(step), *_shown(studio, step.made)
+        for step in studio.make(request, gallery):
+            yield step.text, _picture(step), *_shown(gallery, step.made)
 
     outputs = [status, preview, shown, listed, about, downloads]
     start.click(make, inputs, outputs, api_name="generate", show_progress="hidden", **_COMPUTES)
-    stop.click(lambda: _stopped(studio), None, status, api_name="cancel", queue=False)
-    listed.input(lambda number: _chosen(studio, number), listed, [shown, about, downloads], api_name=False, queue=False)
-    again.click(lambda number: _again(studio, names, number), listed, [*inputs, status], api_name=False, queue=False)
-    extend.click(lambda number: _extension(studio, number), listed, [reference, mode, status], api_name=False, queue=False)
-    page.load(lambda: _listing(studio), None, listed, api_name=False, queue=False)
+
+    def stopped(visit: gr.Request) -> str:
+        return _stopped(studio, visit)
+
+    def chosen(visit: gr.Request, number: int | None) -> Sequence[Any]:
+        return _chosen(_own(studio, visit), number)
+
+    def as_before(visit: gr.Request, number: int | None) -> Sequence[Any]:
+        return _again(_own(studio, visit), names, number)
+
+    def extended(visit: gr.Request, number: int | None) -> Sequence[Any]:
+        return _extension(_own(studio, visit), number)
+
+    def listing(visit: gr.Request) -> Any:
+        return _listing(_own(studio, visit))
+
+    stop.click(stopped, None, status, api_name="cancel", queue=False)
+    listed.input(chosen, listed, [shown, about, downloads], api_name=False, queue=False)
+    again.click(as_before, listed, [*inputs, status], api_name=False, queue=False)
+    extend.click(extended, listed, [reference, mode, status], api_name=False, queue=False)
+    page.load(listing, None, listed, api_name=False, queue=False)
 
 
 def _usual_fields(studio: Studio) -> tuple[gr.Dropdown, gr.Dropdown, gr.Textbox, gr.Dropdown]:
@@ -114,10 +143,14 @@ def _usual_fields(studio: Studio) -> tuple[gr.Dropdown, gr.Dropdown, gr.Textbox,
         )
     with gr.Row():
         seed = gr.Textbox(value="0", label="Seed", elem_id="seed")
-        costs = {name: model.resolve({"preset": name}).num_steps for name in PRESETS}
-        choices = [("the model's own", ""), *((f"{name}: {steps} steps", name) for name, steps in costs.items())]
-        preset = gr.Dropdown(choices, value="", label="Preset", elem_id="preset")
+        preset = gr.Dropdown(_presets(model), value="", label="Preset", elem_id="preset")
     return size, length, seed, preset
+
+
+def _presets(model: ModelFile) -> list[tuple[str, str]]:
+    """Returns the presets, each with what it costs."""
+    costs = {name: model.resolve({"preset": name}).evaluations()[0] for name in PRESETS}
+    return [("the model's own", ""), *((f"{name}: {count:g} evaluations", name) for name, count in costs.items())]
 
 
 def _field(option: Declared, studio: Studio, suffix: str = "") -> gr.components.Component:
@@ -133,42 +166,43 @@ def _picture(step: Step) -> Any:
     return gr.skip() if step.picture is None else step.picture
 
 
-def _shown(studio: Studio, made: Made | None) -> Sequence[Any]:
+def _shown(gallery: Gallery, made: Made | None) -> Sequence[Any]:
     if made is None:
         return [gr.skip()] * 4
-    path, parameters, files = _outputs(made)
-    return [path, gr.update(choices=numbers(studio.made), value=made.number), parameters, files]
+    path, parameters, files = _outputs(gallery, made)
+    return [path, gr.update(choices=gallery.titles(), value=made.number), parameters, files]
 
 
-def _outputs(made: Made) -> tuple[str, Any, list[str]]:
+def _outputs(gallery: Gallery, made: Made) -> tuple[str, Any, list[str]]:
     """Returns the clip to play, its parameters, and the files to download; the GIF is made when it is first shown."""
     from sora_jax.pipeline import video
     from sora_jax.pipeline.clip_frames import read_frames
 
-    animation = made.path.with_suffix(".gif")
+    shown = gallery.place(made.path)
+    animation = shown.with_suffix(".gif")
     parameters = dict(made.clip.parameters[0])
     if not animation.exists():
-        video.save(read_frames(made.path), animation, fps=made.clip.fps, parameters=parameters)
-    return str(made.path), parameters, [str(made.path), str(animation)]
+        video.save(read_frames(made.path), animation, fps=made.clip.fps, parameters=parameters, overwrite=True)
+    return str(shown), parameters, [str(shown), str(animation)]
 
 
-def _chosen(studio: Studio, number: int | None) -> Sequence[Any]:
-    made = studio.find(number)
-    return [gr.skip()] * 3 if made is None else _outputs(made)
+def _chosen(gallery: Gallery, number: int | None) -> Sequence[Any]:
+    made = gallery.find(number)
+    return [gr.skip()] * 3 if made is None else _outputs(gallery, made)
 
 
-def _listing(studio: Studio) -> Any:
-    newest = studio.made[-1].number if studio.made else None
-    return gr.update(choices=numbers(studio.made), value=newest)
+def _listing(gallery: Gallery) -> Any:
+    newest = gallery.made[-1].number if gallery.made else None
+    return gr.update(choices=gallery.titles(), value=newest)
 
 
-def _stopped(studio: Studio) -> str:
-    return "cancelling at the next step ..." if studio.cancel() else "nothing is being made."
+def _stopped(studio: Studio, visit: gr.Request) -> str:
+    return "cancelling at the next step ..." if studio.cancel(_own(studio, visit)) else "nothing of yours is being made."
 
 
-def _again(studio: Studio, names: Sequence[str], number: int | None) -> Sequence[Any]:
+def _again(gallery: Gallery, names: Sequence[str], number: int | None) -> Sequence[Any]:
     """Returns the fields of the form as they were for a clip."""
-    made = studio.find(number)
+    made = gallery.find(number)
     if made is None:
         return [*[gr.skip()] * (5 + len(names)), "choose a clip of the list first."]
     request, options = made.request, dict(made.request.options)
@@ -180,11 +214,11 @@ def _again(studio: Studio, names: Sequence[str], number: int | None) -> Sequence
     return [request.prompt, size, request.reference or None, mode, form.own_strategy(request), *values, "as for that clip."]
 
 
-def _extension(studio: Studio, number: int | None) -> Sequence[Any]:
-    made = studio.find(number)
+def _extension(gallery: Gallery, number: int | None) -> Sequence[Any]:
+    made = gallery.find(number)
     if made is None:
         return gr.skip(), gr.skip(), "choose a clip of the list first."
-    return str(made.path), form.CONTINUE, f"clip {made.number} will be continued; press Generate."
+    return str(gallery.place(made.path)), form.CONTINUE, f"clip {made.number} will be continued; press Generate."
 
 
 def _compare_tab(studio: Studio) -> None:
@@ -198,7 +232,9 @@ def _compare_tab(studio: Studio) -> None:
         for name, preset in (("A", "exact"), ("B", "recommended")):
             with gr.Column():
                 gr.Markdown(f"### {name}")
-                ways.append(gr.Dropdown(["", *PRESETS], value=preset, label="preset", elem_id=f"preset-{name}"))
+                ways.append(
+                    gr.Dropdown(_presets(studio.pipeline.model), value=preset, label="preset", elem_id=f"preset-{name}")
+                )
                 with gr.Accordion("Options of this way", open=False):
                     ways += [_field(OPTIONS[option], studio, f"-{name}") for option in _WAY[1:]]
     with gr.Row():
@@ -216,7 +252,8 @@ def _compare_tab(studio: Studio) -> None:
     )
     steps = gr.Dataframe(headers=["clip", "step", "time", "evaluations", "what it did"], interactive=False, label="Steps")
 
-    def compare(text: str, seed: str, length: str, finer: bool, *values: Any) -> Iterator[Sequence[Any]]:
+    def compare(visit: gr.Request, text: str, seed: str, length: str, finer: bool, *values: Any) -> Iterator[Sequence[Any]]:
+        gallery = _own(studio, visit)
         try:
             both = []
             for way in (values[: len(_WAY)], values[len(_WAY) :]):
@@ -225,22 +262,26 @@ def _compare_tab(studio: Studio) -> None:
         except ValueError as error:
             yield f"error: {shell.describe(error)}", *[gr.skip()] * 6
             return
-        for step in studio.steps(lambda watch: comparing.compare(studio, both[0], both[1], watch, finer=finer)):
-            yield step.text, *_compared(step.made)
+        work = functools.partial(comparing.compare, studio, gallery, both[0], both[1], finer=finer)
+        for step in studio.steps(work, gallery):
+            yield step.text, *_compared(gallery, step.made)
+
+    def stopped(visit: gr.Request) -> str:
+        return _stopped(studio, visit)
 
     outputs = [status, *videos, table, plot, steps]
     start.click(compare, [prompt, seed, length, finer, *ways], outputs, api_name="compare", show_progress="hidden", **_COMPUTES)
-    stop.click(lambda: _stopped(studio), None, status, api_name=False, queue=False)
+    stop.click(stopped, None, status, api_name=False, queue=False)
 
 
-def _compared(found: comparing.Comparison | None) -> Sequence[Any]:
+def _compared(gallery: Gallery, found: comparing.Comparison | None) -> Sequence[Any]:
     if found is None:
         return [gr.skip()] * 6
     import pandas
 
     rows = pandas.DataFrame(found.traces, columns=["clip", "step", "cosine", "time", "evaluations", "kind"])
     details = rows[["clip", "step", "time", "evaluations", "kind"]].values.tolist()
-    paths = [str(path) for path in (found.first.path, found.second.path, found.difference)]
+    paths = [str(gallery.place(path)) for path in (found.first.path, found.second.path, found.difference)]
     return [*paths, found.rows, rows.dropna(subset=["cosine"]), details]
 
 
@@ -265,8 +306,9 @@ def _memory_tab(studio: Studio) -> None:
         except ValueError as error:
             return f"error: {shell.describe(error)}"
 
-    def draw() -> str:
-        intervals = studio.profile.intervals if studio.profile is not None else []
+    def draw(visit: gr.Request) -> str:
+        profile = _own(studio, visit).profile
+        intervals = profile.intervals if profile is not None else []
         return timeline.svg(intervals) or "<p>Nothing was streamed: start the page with --memory-budget.</p>"
 
     start.click(show, [budget, size, length], plan, api_name="plan", concurrency_limit=2)

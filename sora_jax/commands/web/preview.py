@@ -1,23 +1,16 @@
-"""A picture of latents that are not decoded: the clean latents that a step predicts, three of their channels as colours.
+"""The picture that the page shows while a clip is made: the middle of what a step predicts, enlarged.
 
-Invariant: it reads the sampler's state and changes nothing; colours are those of the latents, not of the clip.
+Invariant: the picture is the pipeline's preview (`Progress.preview`), whose pixels become squares and nothing else.
 """
 
 import numpy as np
-
-from sora_jax.sampling.state import Carry
+from jaxtyping import UInt8
 
 _SIDE_PX = 192
-_TIMESTEPS = 1000.0
 
 
-def preview(carry: Carry) -> np.ndarray:
-    """Returns uint8 [h, w, 3]: the middle latent frame that the last step's velocity leads to, enlarged."""
-    step = int(carry.step)
-    time = float(carry.trace.time_N[step - 1]) / _TIMESTEPS if step and len(carry.trace.time_N) else 0.0
-    z_THWC = np.asarray(carry.z_in[0] + time * carry.v[0], np.float32)
-    picture = z_THWC[len(z_THWC) // 2][..., :3]
-    low, high = np.percentile(picture, (2, 98))
-    pixels = (255 * np.clip((picture - low) / max(float(high - low), 1e-6), 0, 1)).astype(np.uint8)
-    times = max(1, _SIDE_PX // max(pixels.shape[:2]))
-    return pixels.repeat(times, axis=0).repeat(times, axis=1)
+def enlarged(pictures_BThw3: UInt8[np.ndarray, "B T h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the middle latent frame of the first clip, at least about 192 pixels wide or high."""
+    picture = pictures_BThw3[0, pictures_BThw3.shape[1] // 2]
+    times = max(1, _SIDE_PX // max(picture.shape[:2]))
+    return picture.repeat(times, axis=0).repeat(times, axis=1)

@@ -9,10 +9,14 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from sora_jax.commands.web import gallery
 from sora_jax.commands.web.studio import Studio
 
 MAX_UPLOAD = "50mb"
 MAX_WAITING = 64  # requests in the queue; one more is refused in words
+# Gradio keeps a copy of the whole page for every session, 0.2 MB, and as many as 10,000 unless it is told otherwise; a session
+# that it forgot begins anew with the next press.
+_MAX_SESSIONS = 64
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
@@ -27,7 +31,10 @@ _SCOPE = MutableMapping[str, Any]
 
 
 class Guard:
-    """Adds the policy to every answer, refuses hosts of other names, and hides what a failure of the server says."""
+    """Adds the policy to every answer, refuses hosts of other names, and hides what a failure of the server says.
+
+    A visitor without a secret gets one, as a cookie that no script reads and no other page sends.
+    """
 
     def __init__(self, app: Callable[..., Awaitable[None]], hosts: frozenset[str] | None):
         self.app, self.hosts = app, hosts
@@ -41,13 +48,14 @@ class Guard:
         if self.hosts is not None and named not in self.hosts:  # another name that leads to this machine: DNS rebinding
             await _answer(send, 421, b"this page answers to localhost only")
             return
+        scope, added = _known(scope)
         started = False
 
         async def guarded(message: MutableMapping[str, Any]) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
+                message = {**message, "headers": [*message.get("headers", ()), *_HEADERS, *added]}
             await send(message)
 
         try:
@@ -59,6 +67,18 @@ class Guard:
             await _answer(send, 400, b"the request cannot be read")
 
 
+def _known(scope: _SCOPE) -> tuple[_SCOPE, list[tuple[bytes, bytes]]]:
+    """Returns a request with the secret of its visitor, and the headers that tell the visitor a new one."""
+    sent = "; ".join(value.decode("latin-1") for name, value in scope["headers"] if name == b"cookie")
+    if gallery.secret_of(sent) is not None:
+        return scope, []
+    cookie = f"{gallery.COOKIE}={gallery.new_secret()}"
+    others = [(name, value) for name, value in scope["headers"] if name != b"cookie"]
+    cookies = cookie if not sent else f"{sent}; {cookie}"
+    added = (b"set-cookie", f"{cookie}; Path=/; HttpOnly; SameSite=Strict".encode())
+    return {**scope, "headers": [*others, (b"cookie", cookies.encode("latin-1"))]}, [added]
+
+
 async def _answer(send: Callable[..., Any], status: int, text: bytes) -> None:
     headers = [(b"content-type", b"text/plain"), *_HEADERS]
     await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -68,8 +88,9 @@ async def _answer(send: Callable[..., Any], status: int, text: bytes) -> None:
 def prepare(folder: Path) -> None:
     """Sets what Gradio reads when it is imported: its temporary files lie in ``folder``, and it reports to nobody."""
     os.environ |= {
-        "GRADIO_TEMP_DIR": str(folder / "served"),
+        "GRADIO_TEMP_DIR": str(folder / gallery.SERVED),
         "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_ANALYTICS_MAX_EVENTS": "100",  # what its queue remembers of each request, for a page of figures that is off
         "GRADIO_SSR_MODE": "False",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
@@ -99,7 +120,8 @@ def serve(studio: Studio, *, host: str, port: int, auth: tuple[str, str] | None)
         show_error=False,
         auth=auth,
         max_file_size=MAX_UPLOAD,
-        allowed_paths=[str(studio.folder)],
+        allowed_paths=[],  # only what lies in its folder of temporary files, under names that nobody can guess
+        state_session_capacity=_MAX_SESSIONS,
         footer_links=[],
         enable_monitoring=False,
         ssr_mode=False,

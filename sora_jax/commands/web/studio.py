@@ -6,10 +6,11 @@ computation whose reader went away goes on and its clip is kept.  No HTML is kno
 
 import contextlib
 import dataclasses
+import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import numpy as np
 
 from sora_jax import shell
 from sora_jax.commands.web.form import Request
-from sora_jax.commands.web.preview import preview
+from sora_jax.commands.web.gallery import SERVED, Galleries, Gallery
+from sora_jax.commands.web.made import Made, light
+from sora_jax.commands.web.preview import enlarged
 from sora_jax.pipeline.clip import Clip
 from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.pipeline.run import Progress
@@ -25,35 +28,10 @@ from sora_jax.pipeline.samples import refuse_idle
 from sora_jax.streaming.profile import Profile
 
 _MAX_FRAME_VALUES = 2**27  # of the pixels of a clip that a visitor may ask for
-_MAX_LISTED = 200  # clips that the page remembers; the files of older ones stay
 
 
 class Cancelled(Exception):
     """The person who asked for a clip wants it no longer."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Made:
-    """A clip on disk, and the request that it answers."""
-
-    number: int
-    path: Path
-    request: Request
-    clip: Clip
-
-    @property
-    def title(self) -> str:
-        """One line for a list of clips."""
-        return f"{self.number}: {self.request.prompt[:60]} (seed {self.clip.parameters[0]['seed']})"
-
-    @property
-    def summary(self) -> str:
-        """One line on what it took."""
-        clip = self.clip
-        _, frames, height, width = clip.frames.shape[:4]
-        evaluations = 0 if clip.evaluations_B is None else float(clip.evaluations_B[0])
-        taken = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in clip.timings.items())
-        return f"{frames} frames of {height} x {width}, {evaluations:g} evaluations; {taken}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,44 +60,56 @@ class Step:
 
 
 class Studio:
-    """An open pipeline, the folder of its clips, and the computation that runs."""
+    """An open pipeline, the folder of its clips, and the computation that runs.
 
-    def __init__(self, pipeline: Pipeline, folder: Path):
-        self.pipeline, self.folder = pipeline, folder
-        self.made: list[Made] = []
-        self.profile: Profile | None = None
-        self._computing, self._running = threading.Lock(), threading.Event()
+    Args:
+      pipeline: makes the clips.
+      folder: keeps them.
+      previews: folder where the map of previews is kept; None: it is fitted for this process.
+    """
+
+    def __init__(self, pipeline: Pipeline, folder: Path, *, previews: Path | None = None):
+        self.pipeline, self.folder, self._previews = pipeline, folder, previews
+        self.galleries = Galleries(folder / SERVED)
+        self._computing = threading.Lock()
+        self._asked = itertools.count()
+        self._owners: dict[int, Gallery] = {}  # of the computations that run or wait
         self._cancelled: set[int] = set()
-        self._started = self._current = 0
         self._last = max((int(path.stem[5:]) for path in folder.glob("clip_*.mp4") if path.stem[5:].isdecimal()), default=0)
 
-    def cancel(self) -> bool:
-        """Asks the computation that runs to end at its next step; returns whether one does."""
-        if not self._running.is_set():
-            return False
-        self._cancelled.add(self._current)
-        return True
+    def cancel(self, gallery: Gallery) -> bool:
+        """Asks a visitor's computations to end at their next step; returns whether there are any."""
+        own = [number for number, owner in list(self._owners.items()) if owner is gallery]
+        self._cancelled.update(own)
+        return bool(own)
 
-    def make(self, request: Request) -> Iterator[Step]:
-        """Yields the steps of making a clip; the last one has the clip, or the failure in one line."""
-        return self.steps(lambda watch: self.keep(request, self.clip_of(request, watch)))
+    def make(self, request: Request, gallery: Gallery) -> Iterator[Step]:
+        """Yields the steps of making a clip for a visitor; the last one has the clip, or the failure in one line."""
+        return self.steps(lambda watch: self.keep(request, self.clip_of(request, watch, gallery), gallery), gallery)
 
-    def find(self, number: int | None) -> Made | None:
-        """Returns the clip of a number, if the page remembers it."""
-        return next((made for made in self.made if made.number == number), None)
-
-    def steps(self, work: Callable[[Callable[[Step], None]], Any]) -> Iterator[Step]:
-        """Yields what ``work`` reports, and at last what it returns, or why it failed; works wait for each other."""
+    def steps(self, work: Callable[[Callable[[Step], None]], Any], gallery: Gallery) -> Iterator[Step]:
+        """Yields what a visitor's ``work`` reports, then what it returns or why it failed; works wait for each other."""
         steps: queue.Queue[Step] = queue.Queue()
+        this = next(self._asked)
+        self._owners[this] = gallery
+
+        def watch(step: Step) -> None:
+            if this in self._cancelled:
+                raise Cancelled
+            steps.put(step)
 
         def run() -> None:
             try:
                 with self._computing:
-                    steps.put(Step(stage="done", made=self._watched(work, steps.put)))
+                    made = work(watch)
+                steps.put(Step(stage="done", made=made))
             except Cancelled:
                 steps.put(Step(stage="cancelled", failure="cancelled; nothing was written."))
             except BaseException as error:  # a page shows every failure in one line, as the command line does
                 steps.put(Step(stage="failed", failure=f"error: {shell.describe(error)}"))
+            finally:
+                del self._owners[this]
+                self._cancelled.discard(this)
 
         threading.Thread(target=run, daemon=True).start()
         while True:
@@ -131,33 +121,16 @@ class Studio:
             if step.made is not None or step.failure is not None:
                 return
 
-    def _watched(self, work: Callable[[Callable[[Step], None]], Any], report: Callable[[Step], None]) -> Any:
-        """Returns what ``work`` does; `cancel` ends it at its next report."""
-        self._started += 1
-        self._current = this = self._started
-        self._running.set()
-
-        def watch(step: Step) -> None:
-            if this in self._cancelled:
-                raise Cancelled
-            report(step)
-
-        try:
-            return work(watch)
-        finally:
-            self._running.clear()
-            self._cancelled.discard(this)
-
-    def keep(self, request: Request, clip: Clip) -> Made:
-        """Returns the clip as a file of the folder, listed on the page."""
+    def keep(self, request: Request, clip: Clip, gallery: Gallery) -> Made:
+        """Returns the clip as a file of the folder, listed in a visitor's gallery."""
         number = self._last + 1
         (path,) = clip.save(self.folder / f"clip_{number:04d}.mp4")
         self._last = number
-        made = Made(number=number, path=path, request=request, clip=_light(clip))
-        self.made = [*self.made[-_MAX_LISTED + 1 :], made]
+        made = Made(number=number, path=path, request=request, clip=light(clip))
+        gallery.add(made)
         return made
 
-    def clip_of(self, request: Request, report: Callable[[Step], Any]) -> Clip:
+    def clip_of(self, request: Request, report: Callable[[Step], Any], gallery: Gallery) -> Clip:
         """Returns the clip of a request, checked as `sora-jax generate` checks it.
 
         Raises:
@@ -172,7 +145,9 @@ class Studio:
         samples = pipeline.read(request.prompt, settings, references=request.reference, mask_strategies=request.strategy)
         refuse_idle(request.options, samples, settings)
         if pipeline.networks.budget is not None:
-            self.profile = pipeline.networks.profile = Profile()
+            gallery.profile = pipeline.networks.profile = Profile()
+        report(Step(stage="prepare"))
+        pipeline.prepare_preview(self._previews)
         return pipeline.generate(samples, settings, callback=_Watch(report))
 
 
@@ -190,17 +165,5 @@ class _Watch:
                 self._began = time.monotonic()
             elif done:
                 left = (time.monotonic() - self._began) / done * (total - done)
-        picture = None if progress.carry is None else preview(progress.carry)
+        picture = None if progress.carry is None else enlarged(progress.preview())
         self._report(Step(stage=progress.stage, step=done, num_steps=total, left_s=left, picture=picture))
-
-
-def _light(clip: Clip) -> Clip:
-    """Returns the clip without its pixels, of which the file holds the record; its shape stays."""
-    return dataclasses.replace(
-        clip, frames=np.broadcast_to(np.uint8(0), clip.frames.shape), latents=np.broadcast_to(np.float32(0), clip.latents.shape)
-    )
-
-
-def numbers(made: Sequence[Made]) -> list[tuple[str, int]]:
-    """Returns the clips of a list, newest first, each with its number."""
-    return [(one.title, one.number) for one in reversed(made)]
