@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sora_jax.pipeline.parameters import load_parameters
     from sora_jax.pipeline.pipeline import Pipeline
     from sora_jax.sampling.calibration import calibrate
+    from sora_jax.sampling.guidance import Guidance
     from sora_jax.sampling.integration import integrate
     from sora_jax.sampling.leap import Leap
     from sora_jax.sampling.reuse import Plan
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Clip",
+    "Guidance",
     "Leap",
     "Merge",
     "Pipeline",
@@ -38,6 +40,7 @@ __all__ = [
 
 _MODULES = {
     "Clip": "pipeline.clip",
+    "Guidance": "sampling.guidance",
     "Leap": "sampling.leap",
     "Merge": "networks.merging",
     "Pipeline": "pipeline.pipeline",

@@ -8,6 +8,7 @@ import numpy as np
 
 from sora_jax.pipeline.option import OFF
 from sora_jax.pipeline.settings import Settings
+from sora_jax.sampling.guidance import Guidance
 from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.options import Sampling
 from sora_jax.sampling.sampler import Sampler
@@ -36,9 +37,18 @@ def make_schedule(settings: Settings) -> Schedule:
         ) from error
 
 
-def guidance_scale(settings: Settings) -> float | None:
-    """Returns the guidance scale, or None where the caption alone is followed."""
-    return settings.guidance if settings.guided else None
+def make_guidance(settings: Settings) -> Guidance | None:
+    """Returns the rule of guidance, or None where the caption alone is followed."""
+    if not settings.guided:
+        return None
+    interval = settings.guidance_low, settings.guidance_high
+    return Guidance(
+        settings.guidance,
+        interval=None if interval == (0, 1) else interval,
+        zero_star=settings.guidance_rule == "zero-star",
+        zero_steps=settings.guidance_zero_steps,
+        rescale=settings.guidance_rescale,
+    )
 
 
 def make_sampling(settings: Settings, *, frame_weights: np.ndarray | None = None, seed: int = 0) -> Sampling:
@@ -49,7 +59,7 @@ def make_sampling(settings: Settings, *, frame_weights: np.ndarray | None = None
     """
     return Sampling.resolve(
         make_schedule(settings),
-        guidance=guidance_scale(settings),
+        guidance=make_guidance(settings),
         solver=settings.solver,
         leap=leap_rule(settings.leap),
         plan=settings.plan,

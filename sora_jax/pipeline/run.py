@@ -22,7 +22,7 @@ from sora_jax.inputs.tokenizer import Tokenizer
 from sora_jax.networks.stdit3 import STDiT3, with_null_caption
 from sora_jax.networks.vae.codec import latent_size
 from sora_jax.pipeline.coders import Coders
-from sora_jax.pipeline.make_sampler import guidance_scale, make_sampler, make_schedule
+from sora_jax.pipeline.make_sampler import make_guidance, make_sampler, make_schedule
 from sora_jax.pipeline.open_model import Networks
 from sora_jax.pipeline.samples import Sample, continued
 from sora_jax.pipeline.settings import Settings
@@ -148,7 +148,7 @@ class Generation:
                 jnp.asarray(z),
                 make_schedule(settings),
                 keep=keep,
-                guidance=guidance_scale(settings),
+                guidance=make_guidance(settings),
                 merge_steps=settings.merge_steps or None,
                 frame_weights=weights,
                 seed=self._seed,

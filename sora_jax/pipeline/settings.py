@@ -157,7 +157,7 @@ class SamplingOptions(TypedDict, total=False):
         str | None,
         Option(
             "How a step is taken; heun takes two evaluations a step, the others one.",
-            choices=("euler", "ab2", "dpmpp", "heun"),
+            choices=("euler", "ab2", "ab3", "dpmpp", "unipc", "heun"),
             default="euler",
         ),
     ]
@@ -169,6 +169,45 @@ class SamplingOptions(TypedDict, total=False):
             above=0,
             expected="a positive number, 1 for the published times",
             default=1.0,
+        ),
+    ]
+    guidance_low: Annotated[
+        float | None,
+        Option(
+            "Lowest flow time (0 is data) that is guided; at others the caption alone is evaluated, at half the cost.",
+            metavar="T",
+            within=(0, 1),
+            default=0.0,
+        ),
+    ]
+    guidance_high: Annotated[
+        float | None,
+        Option("Highest flow time (1 is noise) that is guided.", metavar="T", within=(0, 1), default=1.0),
+    ]
+    guidance_rule: Annotated[
+        str | None,
+        Option(
+            "How the two velocities are combined; zero-star (CFG-Zero*) scales the one without caption to fit the other.",
+            choices=("plain", "zero-star"),
+            default="plain",
+        ),
+    ]
+    guidance_zero_steps: Annotated[
+        int | None,
+        Option(
+            "First steps that stand still and cost nothing; 1 is CFG-Zero*'s, and goes with its rule.",
+            metavar="N",
+            within=(0, MAX_STEPS),
+            default=0,
+        ),
+    ]
+    guidance_rescale: Annotated[
+        float | str | None,
+        Option(
+            "Share of the captioned velocity's spread that the guided one gets (published: 0.7).",
+            metavar="SHARE|off",
+            within=(0, 1),
+            off=True,
         ),
     ]
     leap: Annotated[
@@ -216,6 +255,7 @@ class Options(ClipOptions, SamplingOptions, total=False):
 OPTIONS: Mapping[str, Declared] = declared(Options)
 _DEFAULTS: Mapping[str, Any] = {name: each.option.default for name, each in OPTIONS.items()}
 _EXACT = {name: _DEFAULTS[name] for name in ("num_steps", *declared(SamplingOptions)) if name != "preset"}
+_GUIDANCE_RULE = ("guidance_low", "guidance_high", "guidance_rule", "guidance_zero_steps", "guidance_rescale")
 _SCORES = ("aes", "flow", "camera_motion")
 
 
@@ -234,6 +274,11 @@ class Settings:
     seed: int
     solver: str
     shift: float
+    guidance_low: float
+    guidance_high: float
+    guidance_rule: str
+    guidance_zero_steps: int
+    guidance_rescale: float | None
     leap: Union[int, str, "Leap"]
     plan: Union["Plan", None]
     merge_steps: int
@@ -258,6 +303,7 @@ class Settings:
             if value is not None or not (option.option.off or name == "plan"):
                 option.check(value)
         self._check_steps()
+        self._check_guidance()
         self._check_loop()
 
     @property
@@ -267,8 +313,10 @@ class Settings:
 
     @property
     def is_published_loop(self) -> bool:
-        """Whether steps are Euler's and all evaluate the transformer, merged as published: the loop of exported models."""
-        return self.solver == _DEFAULTS["solver"] and self.plan is None and self.merge == _DEFAULTS["merge"]
+        """Whether steps are Euler's, guided and merged as published, and all evaluate: the loop of exported models."""
+        return self.plan is None and all(
+            getattr(self, name) == _DEFAULTS[name] for name in ("solver", "merge", *_GUIDANCE_RULE)
+        )
 
     def with_seed(self, seed: int) -> "Settings":
         """Returns the same settings with another seed, taken modulo 2^32."""
@@ -300,6 +348,8 @@ class Settings:
             raise ValueError(f"a plan of {self.num_steps} steps cannot have {evaluations!r} evaluations; {expected}.")
         if half_from is not None and (not isinstance(half_from, int) or half_from not in range(self.num_steps)):
             raise ValueError(f"half_from is {half_from!r}; expected one of the steps, 0 to {self.num_steps - 1}.")
+        if self.guidance_zero_steps:
+            raise ValueError("a plan says what each step evaluates, but guidance_zero_steps stand still; leave them out.")
         if half_from is not None and not self.guided:
             raise ValueError("half steps reuse the guidance difference, but guidance is 1; leave half_from out.")
 
@@ -313,6 +363,24 @@ class Settings:
             raise ValueError(
                 f"merge_steps is {self.merge_steps} of {self.num_steps} steps; expected 0 to {self.num_steps} (all)."
             )
+
+    def _check_guidance(self) -> None:
+        changed = [name for name in _GUIDANCE_RULE if getattr(self, name) != _DEFAULTS[name]]
+        if changed and not self.guided:
+            raise ValueError(
+                f"{changed[0]} says how guidance works, but guidance is 1, which is none; leave it out, or set guidance."
+            )
+        if self.guidance_low > self.guidance_high:
+            raise ValueError(
+                f"guidance_low is {self.guidance_low:g}, above guidance_high, {self.guidance_high:g}: the interval is upside "
+                "down; expected the lower time first."
+            )
+        if self.guidance_zero_steps and self.guidance_rule != "zero-star":
+            raise ValueError("guidance_zero_steps belong to CFG-Zero*; set guidance_rule to zero-star, or leave them out.")
+        if self.guidance_zero_steps >= self.num_steps:
+            raise ValueError(f"guidance_zero_steps is {self.guidance_zero_steps} of {self.num_steps} steps; expected fewer.")
+        if self.guidance_rescale is not None and self.guidance_rule == "zero-star":
+            raise ValueError("guidance_rescale and the rule zero-star are two corrections of one fault; choose one.")
 
     def _check_loop(self) -> None:
         if self.loop == 1:

@@ -41,6 +41,7 @@ from sora_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sora_jax.sampling.calibration import calibrate
+    from sora_jax.sampling.guidance import Guidance
     from sora_jax.sampling.integration import integrate
     from sora_jax.sampling.leap import Leap
     from sora_jax.sampling.options import Options
@@ -48,9 +49,10 @@ if TYPE_CHECKING:
     from sora_jax.sampling.sampler import Sampler, sample
     from sora_jax.sampling.schedule import Schedule
 
-__all__ = ["Leap", "Options", "Plan", "Sampler", "Schedule", "calibrate", "integrate", "sample"]
+__all__ = ["Guidance", "Leap", "Options", "Plan", "Sampler", "Schedule", "calibrate", "integrate", "sample"]
 
 _MODULES = {
+    "Guidance": "guidance",
     "Leap": "leap",
     "Options": "options",
     "Plan": "reuse",

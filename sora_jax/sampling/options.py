@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from sora_jax.sampling import guidance as guiding
 from sora_jax.sampling import joining, noise, reuse, solvers
 from sora_jax.sampling.arguments import is_traced, shown, whole
+from sora_jax.sampling.guidance import Guidance, GuidanceRule
 from sora_jax.sampling.leap import Leap, LeapRule
 from sora_jax.sampling.reuse import Plan, PlanRule
 from sora_jax.sampling.schedule import Schedule
@@ -27,8 +27,10 @@ class Options(TypedDict, total=False):
     """How to sample, in addition to the velocity, the latents and the times; every option may be left out, or be None.
 
     Attributes:
-      guidance: scale of classifier-free guidance, or one for each sample; None calls the velocity on the batch itself.
-      solver: "euler" (the default), "ab2" and "dpmpp" (second order, one evaluation a step) or "heun" (second order, two).
+      guidance: scale of classifier-free guidance, one for each sample, or a `guidance.Guidance` with an interval or a
+        correction; None calls the velocity on the batch itself.
+      solver: "euler" (the default); "ab2", "ab3" (orders 2 and 3 in time), "dpmpp" and "unipc" (orders 2 and 3 in log-SNR), one
+        evaluation a step; "heun" (order 2), two.
       leap: when to leap to the end; the last thing that is decided in a step.  Its numbers may be one for each sample.
       plan: which steps evaluate; not with "heun" or the released leap.
       merge_steps: steps below this index ask for merged temporal tokens.
@@ -37,7 +39,7 @@ class Options(TypedDict, total=False):
       noise_per_step: [steps, B, ...] in place of that noise.
     """
 
-    guidance: int | float | Sequence[float] | Array | np.ndarray | None
+    guidance: int | float | Sequence[float] | Array | np.ndarray | Guidance | None
     solver: str
     leap: Leap | None
     plan: Plan | None
@@ -58,7 +60,7 @@ class Sampling:
 
     Attributes:
       schedule: times and number of steps.
-      guidance: scale of classifier-free guidance, float32 scalar or [B]; None evaluates without it, on the batch itself.
+      guidance: how a caption is followed; None evaluates without guidance, on the batch itself.
       merge_steps: steps below this index merge temporal tokens, int32; None compiles no merged phase.
       weight_BT: frame weights in [0, 1] of masked sampling (see `joining`).
       seed: noise that joining frames get, uint32.
@@ -69,14 +71,14 @@ class Sampling:
     """
 
     schedule: Schedule
-    guidance: Scalar | None
+    guidance: GuidanceRule | None
     merge_steps: Scalar | None
     weight_BT: Array | np.ndarray | None
     seed: Scalar
     noise_NBX: Array | np.ndarray | None
     leap: LeapRule | None
     plan: PlanRule | None
-    solver: str = dataclasses.field(metadata={"static": True})
+    solver: str = dataclasses.field(default="euler", metadata={"static": True})
 
     @classmethod
     def resolve(cls, schedule: Schedule, **options: Unpack[Options]) -> Self:
@@ -91,7 +93,7 @@ class Sampling:
             raise TypeError(f"there is no option {unknown[0]!r}; expected {', '.join(Options.__annotations__)}.")
         _check_kind("schedule", schedule, Schedule, "for example Schedule.uniform(30)")
         num_steps = num_steps_of(schedule)
-        guidance = guiding.checked_scale(options.get("guidance"))
+        guidance = None if options.get("guidance") is None else Guidance.of(options["guidance"])
         solver, seed = options.get("solver"), options.get("seed")
         solver = solvers.check_solver("euler" if solver is None else solver)
         merge_steps = options.get("merge_steps")
@@ -103,12 +105,13 @@ class Sampling:
         if leap is not None:
             _check_kind("leap", leap, Leap, "for example Leap.static(15)")
             _check_leap_joins(leap, weight_BT, schedule)
+            _check_leap_guidance(leap, guidance)
         if plan is not None:
             _check_kind("plan", plan, Plan, "for example Plan.evaluate_at([0, 2, 4], 6)")
             _check_plan(plan, guidance, solver, leap, weight_BT, schedule)
         return cls(
             schedule=schedule,
-            guidance=guidance,
+            guidance=None if guidance is None else guidance.rule(),
             merge_steps=None if merge_steps is None else np.asarray(merge_steps, np.int32),
             weight_BT=weight_BT,
             seed=noise.as_seed(0 if seed is None else seed),
@@ -152,7 +155,7 @@ class Sampling:
             raise ValueError(f"leap 'released' reads rows of video latents [B, T, H, W, C]; got latents of shape {z.shape}.")
 
     def _per_sample(self) -> dict[str, Any]:
-        named = {"guidance": self.guidance}
+        named = {} if self.guidance is None else {"guidance": self.guidance.scale}
         if self.leap is not None:
             fields = {"index": "index", "tolerance": "tolerance", "patience": "patience", "min_share": "first"}
             named |= {f"leap {name}": getattr(self.leap, field) for name, field in fields.items()}
@@ -213,9 +216,24 @@ def _check_leap_joins(leap: Leap, weight_BT: np.ndarray | None, schedule: Schedu
         )
 
 
+def _check_leap_guidance(leap: Leap, guidance: Guidance | None) -> None:
+    if guidance is None:
+        return
+    if leap.mode == "static" and np.min(leap.index) < guidance.zero_steps:
+        raise ValueError(
+            f"leap index {np.min(leap.index)} is one of the first {guidance.zero_steps} steps, which stand still (zero_steps); "
+            f"smallest legal index: {guidance.zero_steps}."
+        )
+    if leap.mode == "released" and (guidance.interval is not None or guidance.zero_steps):
+        raise ValueError(
+            "leap 'released' compares every pair of velocities, also of different guidance; use Leap.dynamic() with an "
+            "interval or with zero_steps."
+        )
+
+
 def _check_plan(
     plan: Plan,
-    guidance: Scalar | None,
+    guidance: Guidance | None,
     solver: str,
     leap: Leap | None,
     weight_BT: np.ndarray | None,

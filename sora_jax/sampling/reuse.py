@@ -19,7 +19,13 @@ import numpy as np
 
 from sora_jax.sampling.arguments import whole
 
+# What a step may be.  A plan consists of the first three; the others come about by half steps and by the guidance.
 FULL, REUSE, HALF = 0, 1, 2
+AFTER_HALF = 3  # reuse of the conditional rows, where the last evaluation was a half step
+ONE, REUSE_ONE = 4, 5  # outside the guidance's interval: the conditional rows are all there is
+STILL = 6  # the latents stand still
+KINDS = ("full", "reuse", "half", "reuse after half", "one row", "reuse of one row", "still")
+COSTS = (1.0, 0.0, 0.5, 0.0, 0.5, 0.0, 0.0)  # evaluations, by kind
 Keep = Literal["residual", "velocity"]
 
 
@@ -73,7 +79,7 @@ class Plan:
     @property
     def evaluations(self) -> float:
         """Velocity evaluations of the plan, a half step counting one half."""
-        return sum({FULL: 1.0, REUSE: 0.0, HALF: 0.5}[code] for code in self.codes)
+        return sum(COSTS[code] for code in self.codes)
 
     def rule(self, num_steps: int, capacity: int) -> "PlanRule":
         """Returns the runtime input for a number of steps.

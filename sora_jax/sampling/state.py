@@ -36,6 +36,23 @@ class Kept:
 @jax.tree_util.register_dataclass
 @no_type_check
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class History:
+    """What solvers of more than two steps remember besides the last step.
+
+    Attributes:
+      age: how many steps before the last one may be used, 0 to 2; scalar, or [B, T] with frame weights.
+      older: of the step before the last one, the velocity (AB3) or the predicted data (UniPC).
+      base: latents of the last step after UniPC's corrector; None for AB3.
+    """
+
+    age: Int[Array, "..."]
+    older: Float[Array, "B ..."]
+    base: Float[Array, "B ..."] | None
+
+
+@jax.tree_util.register_dataclass
+@no_type_check
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Trace:
     """What each step did; rows from the number of steps taken on are zero.
 
@@ -43,6 +60,7 @@ class Trace:
       time_N: the step's time.
       evaluations_N: velocity evaluations the step cost.
       cosine_NB: cosine of this velocity and the one before; NaN where the two cannot be compared.
+      kind_N: what was evaluated, an index of `reuse.KINDS`.
       reused_N: whether the step reused anything: a residual, a velocity or a guidance difference.
       merged_N: whether temporal tokens were merged.
       leapt_NB: whether the sample leapt to the end in this step.
@@ -51,6 +69,7 @@ class Trace:
     time_N: Float[Array, "N"]
     evaluations_N: Float[Array, "N"]
     cosine_NB: Float[Array, "N B"]
+    kind_N: Int[Array, "N"]
     reused_N: Bool[Array, "N"]
     merged_N: Bool[Array, "N"]
     leapt_NB: Bool[Array, "N B"]
@@ -72,6 +91,7 @@ class Carry:
       active_BT: frames that the last step sampled; None without frame weights.
       leap: state of the leap rule; None without a leap.
       kept: what the plan keeps; None without a plan.
+      history: what AB3 or UniPC remembers; None where the last step is all that is needed.
       evaluations_B: velocity evaluations that went into each sample.
       batch_evaluations: velocity evaluations computed so far for the batch.
       trace: record of every step; without rows where nobody reads it (`integration`).
@@ -86,6 +106,7 @@ class Carry:
     active_BT: Bool[Array, "B T"] | None
     leap: LeapState | None
     kept: Kept | None
+    history: History | None
     evaluations_B: Float[Array, "B"]
     batch_evaluations: Float[Array, ""]
     trace: Trace
