@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sora_jax.pipeline.clip import Clip
     from sora_jax.pipeline.parameters import load_parameters
     from sora_jax.pipeline.pipeline import Pipeline
+    from sora_jax.sampling.adaptive import Reuse
     from sora_jax.sampling.calibration import calibrate
     from sora_jax.sampling.guidance import Guidance
     from sora_jax.sampling.integration import integrate
@@ -29,6 +30,7 @@ __all__ = [
     "Merge",
     "Pipeline",
     "Plan",
+    "Reuse",
     "Sampler",
     "Schedule",
     "__version__",
@@ -45,6 +47,7 @@ _MODULES = {
     "Merge": "networks.merging",
     "Pipeline": "pipeline.pipeline",
     "Plan": "sampling.reuse",
+    "Reuse": "sampling.adaptive",
     "Sampler": "sampling.sampler",
     "Schedule": "sampling.schedule",
     "calibrate": "sampling.calibration",

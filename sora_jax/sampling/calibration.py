@@ -120,8 +120,8 @@ def calibrate(
       TypeError: there is no such option.
       ValueError: as `sampler.sample`, and for a plan or a leap.
     """
-    if options.get("plan") is not None or options.get("leap") is not None:
-        raise ValueError("calibrate measures every step of a full sampling; leave plan and leap out.")
+    if any(options.get(name) is not None for name in ("plan", "reuse", "leap")):
+        raise ValueError("calibrate measures every step of a full sampling; leave plan, reuse and leap out.")
     if isinstance(guidance := options.get("guidance"), Guidance) and guidance.zero_steps:
         raise ValueError("calibrate measures what each step evaluates, but zero_steps stand still; leave them out.")
     num_steps = num_steps_of(schedule) if isinstance(schedule, Schedule) else 1

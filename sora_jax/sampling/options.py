@@ -13,12 +13,13 @@ import numpy as np
 from jaxtyping import Array
 
 from sora_jax.sampling import joining, noise, reuse, solvers
+from sora_jax.sampling.adaptive import Reuse, ReuseRule
 from sora_jax.sampling.arguments import is_traced, shown, whole
 from sora_jax.sampling.guidance import Guidance, GuidanceRule
 from sora_jax.sampling.leap import Leap, LeapRule
 from sora_jax.sampling.reuse import Plan, PlanRule
 from sora_jax.sampling.schedule import Schedule
-from sora_jax.sampling.velocity import ReusableVelocity, VideoVelocity
+from sora_jax.sampling.velocity import ReusableVelocity, VideoVelocity, WatchedVelocity
 
 Scalar = np.ndarray | jax.Array
 
@@ -33,6 +34,7 @@ class Options(TypedDict, total=False):
         evaluation a step; "heun" (order 2), two.
       leap: when to leap to the end; the last thing that is decided in a step.  Its numbers may be one for each sample.
       plan: which steps evaluate; not with "heun" or the released leap.
+      reuse: a rule by which steps evaluate or reuse, in place of a plan; it decides for the batch together.
       merge_steps: steps below this index ask for merged temporal tokens.
       frame_weights: [B, T] in [0, 1] for latents [B, T, ...], see `joining`.
       seed: noise of the frames that join late (default 0).
@@ -43,6 +45,7 @@ class Options(TypedDict, total=False):
     solver: str
     leap: Leap | None
     plan: Plan | None
+    reuse: Reuse | None
     merge_steps: int | None
     frame_weights: Array | np.ndarray | None
     seed: int
@@ -67,6 +70,7 @@ class Sampling:
       noise_NBX: recorded noise for joining frames, one per step, in place of the seed's.
       leap: when to leap.
       plan: which steps evaluate.
+      reuse: by which rule they do, in place of a plan.
       solver: one of `solvers.SOLVERS`.
     """
 
@@ -78,6 +82,7 @@ class Sampling:
     noise_NBX: Array | np.ndarray | None
     leap: LeapRule | None
     plan: PlanRule | None
+    reuse: ReuseRule | None = None
     solver: str = dataclasses.field(default="euler", metadata={"static": True})
 
     @classmethod
@@ -101,7 +106,7 @@ class Sampling:
             merge_steps = whole("merge_steps", merge_steps, least=0)
         frame_weights, noise_per_step = options.get("frame_weights"), options.get("noise_per_step")
         weight_BT = None if frame_weights is None else _checked_weights(frame_weights, schedule)
-        leap, plan = options.get("leap"), options.get("plan")
+        leap, plan, adaptive = options.get("leap"), options.get("plan"), options.get("reuse")
         if leap is not None:
             _check_kind("leap", leap, Leap, "for example Leap.static(15)")
             _check_leap_joins(leap, weight_BT, schedule)
@@ -109,6 +114,9 @@ class Sampling:
         if plan is not None:
             _check_kind("plan", plan, Plan, "for example Plan.evaluate_at([0, 2, 4], 6)")
             _check_plan(plan, guidance, solver, leap, weight_BT, schedule)
+        if adaptive is not None:
+            _check_kind("reuse", adaptive, Reuse, "for example Reuse.by_input(0.1)")
+            _check_reuse(solver, leap, plan)
         return cls(
             schedule=schedule,
             guidance=None if guidance is None else guidance.rule(),
@@ -118,6 +126,7 @@ class Sampling:
             noise_NBX=None if noise_per_step is None else _checked_noise(noise_per_step, num_steps),
             leap=None if leap is None else leap.rule(num_steps),
             plan=None if plan is None else plan.rule(num_steps, len(schedule.times) - 1),
+            reuse=None if adaptive is None else adaptive.rule(),
             solver=solver,
         )
 
@@ -127,6 +136,8 @@ class Sampling:
         needed |= {} if self.merge_steps is None else {"merge_steps": VideoVelocity}
         if self.plan is not None and self.plan.keep == "residual":
             needed["a plan that keeps residuals (keep='velocity' does not)"] = ReusableVelocity
+        if self.reuse is not None:
+            needed["reuse"] = WatchedVelocity
         return needed
 
     def check_latents(self, z: Any) -> None:
@@ -247,3 +258,12 @@ def _check_plan(
         raise ValueError("leap 'released' compares every pair of velocities, reused or not; use Leap.dynamic() with a plan.")
     if weight_BT is not None and len(plan.codes) == len(schedule.visited):
         reuse.check_joining(plan.codes, joining.joining_steps(weight_BT, schedule.visited, schedule.num_timesteps))
+
+
+def _check_reuse(solver: str, leap: Leap | None, plan: Plan | None) -> None:
+    if plan is not None:
+        raise ValueError("plan and reuse both say which steps evaluate; choose one.")
+    if solver == "heun":
+        raise ValueError("reuse cannot drive solver 'heun', whose second evaluation it does not cover; use 'ab2' or 'dpmpp'.")
+    if leap is not None and leap.mode == "released":
+        raise ValueError("leap 'released' compares every pair of velocities, reused or not; use Leap.dynamic() with reuse.")

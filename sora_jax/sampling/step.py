@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sora_jax.sampling import joining, noise
-from sora_jax.sampling.evaluation import Evaluation, empty_kept, evaluate
+from sora_jax.sampling.evaluation import Evaluation, Step, empty_kept, empty_watch, evaluate
 from sora_jax.sampling.joining import expand
 from sora_jax.sampling.leap import LeapState, latent_cosine, released_cosine
 from sora_jax.sampling.moving import first_history, move
@@ -19,6 +19,7 @@ from sora_jax.sampling.options import Sampling
 from sora_jax.sampling.reuse import STILL
 from sora_jax.sampling.state import Carry, Trace
 from sora_jax.sampling.velocity import Point, VideoVelocity
+from sora_jax.sampling.watched import evaluate_watched
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ def first_carry(sampling: Sampling, velocity: VideoVelocity, z: Float[Array, "B 
         active_BT=active_BT,
         leap=None if sampling.leap is None else sampling.leap.start(batch),
         kept=empty_kept(sampling, at),
+        watch=empty_watch(sampling, at),
         history=first_history(sampling, z, active_BT),
         evaluations_B=jnp.zeros(batch, jnp.float32),
         batch_evaluations=jnp.asarray(0, jnp.float32),
@@ -61,7 +63,7 @@ def take_step(sampling: Sampling, velocity: VideoVelocity, carry: Carry, *, merg
 
     now = _join_frames(sampling, carry, t)
     at = Point(velocity=velocity, z=now.z_in, t=t, active_BT=now.active_BT, merged=merged)
-    evaluation = evaluate(sampling, carry, at, continues=continues, guided=guided)
+    evaluation = _evaluated(sampling, carry, at, now, continues=continues, guided=guided)
     comparable = continues & evaluation.fresh & carry.fresh
     cosine_B = _cosine(sampling, carry, evaluation.v, now.active_BT, comparable)
     leap, leaps_B = _decide_leap(sampling, carry, cosine_B, now, comparable, restart)
@@ -92,6 +94,7 @@ def take_step(sampling: Sampling, velocity: VideoVelocity, carry: Carry, *, merg
         active_BT=now.active_BT,
         leap=leap,
         kept=evaluation.kept,
+        watch=evaluation.watch,
         history=moved.history,
         evaluations_B=carry.evaluations_B + jnp.where(carry.done_B, 0, cost_B),
         batch_evaluations=carry.batch_evaluations + cost,
@@ -115,6 +118,8 @@ def _empty_trace(capacity: int, batch: int) -> Trace:
         evaluations_N=jnp.zeros(capacity, jnp.float32),
         cosine_NB=jnp.zeros((capacity, batch), jnp.float32),
         kind_N=jnp.zeros(capacity, jnp.int32),
+        change_N=jnp.zeros(capacity, jnp.float32),
+        why_N=jnp.zeros(capacity, jnp.int32),
         reused_N=jnp.zeros(capacity, bool),
         merged_N=jnp.zeros(capacity, bool),
         leapt_NB=jnp.zeros((capacity, batch), bool),
@@ -135,6 +140,15 @@ def _join_frames(sampling: Sampling, carry: Carry, t: Array) -> _Frames:
 
     z_in = joining.join(carry.z, joining_BT, t / num_timesteps, draw)
     return _Frames(z_in=z_in, active_BT=active_BT, joining_BT=joining_BT)
+
+
+def _evaluated(sampling: Sampling, carry: Carry, at: Point, now: _Frames, *, continues: Array, guided: Array) -> Evaluation:
+    """Returns the step's guided velocity, by its plan, or by what has changed."""
+    step = Step(sampling=sampling, at=at, v_before=carry.v, restarts=~continues)
+    if sampling.reuse is None:
+        return evaluate(sampling, carry, step, continues=continues, guided=guided)
+    joins = jnp.asarray(False) if now.joining_BT is None else jnp.any(now.joining_BT)
+    return evaluate_watched(sampling, carry, step, continues=continues, guided=guided, joins=joins)
 
 
 def _cosine(sampling: Sampling, carry: Carry, v: Array, active_BT: Array | None, comparable: Array) -> Array:
@@ -184,6 +198,8 @@ def _record(
         evaluations_N=trace.evaluations_N.at[step].set(cost),
         cosine_NB=trace.cosine_NB.at[step].set(cosine_B),
         kind_N=trace.kind_N.at[step].set(evaluation.kind),
+        change_N=trace.change_N.at[step].set(evaluation.change),
+        why_N=trace.why_N.at[step].set(evaluation.why),
         reused_N=trace.reused_N.at[step].set(~evaluation.fresh & (evaluation.kind != STILL)),
         merged_N=trace.merged_N.at[step].set(merged),
         leapt_NB=trace.leapt_NB.at[step].set(leapt_B),

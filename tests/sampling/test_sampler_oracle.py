@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sora_jax.sampling.adaptive import Reuse
 from sora_jax.sampling.guidance import Guidance
 from sora_jax.sampling.joining import smallest_legal_leap
 from sora_jax.sampling.leap import Leap
@@ -15,7 +16,7 @@ from sora_jax.sampling.reuse import Plan
 from sora_jax.sampling.sampler import Sampler, finish
 from sora_jax.sampling.schedule import Schedule
 from tests.support import sampler_oracle
-from tests.support.sampler_oracle import AFTER_HALF, FULL, HALF, REUSE, REUSE_ONE, Case, Wavy
+from tests.support.sampler_oracle import AFTER_HALF, BELOW, FULL, HALF, REUSE, REUSE_ONE, Case, Wavy
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
 
@@ -59,6 +60,15 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "unipc_interval_plan_dynamic": {
         "solver": "unipc", "guided": True, "interval": True, "plan": "residual", "leap_mode": "dynamic",
     },
+    "plan_extrapolated": {"guided": True, "plan": "residual", "halves": True, "line": True, "interval": True},
+    "input_reuse": {"watched": "input", "merged": True},
+    "input_reuse_everything": {
+        "guided": "each", "interval": True, "watched": "input", "line": True, "leap_mode": "dynamic", "solver": "ab2",
+    },
+    "first_block_masked": {"guided": True, "watched": "first_block", "masked": True, "merged": True, "leap_mode": "static"},
+    "first_block_zero_star": {
+        "guided": True, "watched": "first_block", "line": True, "zero_star": True, "interval": True, "solver": "dpmpp",
+    },
     "everything": {
         "guided": True, "plan": "residual", "halves": True, "merged": True, "masked": True, "solver": "ab2",
         "leap_mode": "dynamic", "extrapolate": True,
@@ -68,7 +78,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
 # The default tests take one program of each idea; the rest, which combine the same branches otherwise, are slow.
 SLOW = {
     "interval_dynamic", "interval_heun_merged", "interval_plan_halves", "zero_star_dynamic_heun", "zero_star_interval_velocity",
-    "ab3", "ab3_plan_velocity", "unipc", "unipc_masked_merged",
+    "input_reuse", "first_block_zero_star", "ab3", "ab3_plan_velocity", "unipc", "unipc_masked_merged",
 }  # fmt: skip
 
 
@@ -119,6 +129,11 @@ def draw_case(rng: np.random.Generator, structure: dict[str, Any]) -> Case:
         if case.weights is not None:
             codes[_joining(case)] = FULL
         case.codes = tuple(int(code) for code in codes)
+    if "watched" in structure:
+        case.watched = structure["watched"]
+        case.threshold = float(10 ** rng.uniform(*((-1.5, 0) if case.watched == "input" else (-1.5, -0.2))))
+        case.first, case.last = int(rng.integers(1, 3)), int(rng.integers(0, 3))
+    case.line = structure.get("line", False)
     return case
 
 
@@ -152,7 +167,10 @@ def make_sampler(case: Case, bias: np.ndarray, structure: dict[str, Any]) -> Sam
         leap = Leap.released()
     plan = None
     if case.codes is not None:
-        plan = Plan(codes=case.codes, keep=case.keep, halves=structure.get("halves", False))
+        plan = Plan(codes=case.codes, keep=case.keep, halves=structure.get("halves", False), extrapolate=case.line)
+    reuse = None
+    if case.watched is not None:
+        reuse = Reuse(watched=case.watched, threshold=case.threshold, first=case.first, last=case.last, extrapolate=case.line)
     return Sampler.create(
         Counted(jnp.asarray(bias)),
         Schedule.from_times(case.times),
@@ -160,6 +178,7 @@ def make_sampler(case: Case, bias: np.ndarray, structure: dict[str, Any]) -> Sam
         solver=case.solver,
         leap=leap,
         plan=plan,
+        reuse=reuse,
         merge_steps=case.merge_steps,
         frame_weights=case.weights,
         noise_per_step=case.noise,
@@ -171,6 +190,7 @@ class Tally:
     draws: int = 0
     ties: int = 0
     leaps: int = 0
+    reused: int = 0
 
 
 TALLY = Tally()
@@ -206,6 +226,9 @@ def compare(result: Any, expected: sampler_oracle.Outcome, times: np.ndarray) ->
     np.testing.assert_array_equal(trace.evaluations_N, expected.costs)
     assert trace.kind_N.tolist() == expected.kinds
     assert trace.reused_N.tolist() == [kind in (REUSE, HALF, AFTER_HALF, REUSE_ONE) for kind in expected.kinds]
+    assert trace.why_N.tolist() == expected.whys
+    TALLY.reused += expected.whys.count(BELOW)
+    np.testing.assert_allclose(trace.change_N, expected.changes, rtol=1e-4, atol=1e-5)
     assert trace.merged_N.tolist() == expected.merged
     leapt = [int(column.argmax()) if column.any() else None for column in trace.leapt_NB.T]
     assert leapt == expected.leapt_at
@@ -223,4 +246,5 @@ def test_there_were_enough_draws_and_few_ties() -> None:
     assert len(STRUCTURES) <= 40
     assert TALLY.draws >= 300
     assert TALLY.ties < 0.01 * TALLY.draws
+    assert TALLY.reused >= 30, "few steps reused by a rule"
     assert TALLY.leaps >= 80, "few draws leapt: the decisions were hardly tested"

@@ -17,6 +17,8 @@ import numpy as np
 FULL, REUSE, HALF, AFTER_HALF, ONE, REUSE_ONE, STILL = range(7)
 COST = {FULL: 1.0, HALF: 0.5, ONE: 0.5}
 TIE = 2e-6
+SHARE = 0.25  # of the first block in an evaluation
+NO_RULE, PROTECTED, RESTARTED, JOINS, CHANGED, BELOW = range(6)
 SCALE = 1000  # the time of pure noise
 
 
@@ -42,6 +44,11 @@ class Case:
     extrapolate: bool = False
     codes: tuple[int, ...] | None = None
     keep: str = "residual"
+    watched: str | None = None
+    threshold: float = 0.0
+    first: int = 1
+    last: int = 1
+    line: bool = False
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -53,6 +60,8 @@ class Outcome:
     leapt_at: list[int | None]
     costs: list[float] = dataclasses.field(default_factory=list)
     kinds: list[int] = dataclasses.field(default_factory=list)
+    changes: list[float] = dataclasses.field(default_factory=list)
+    whys: list[int] = dataclasses.field(default_factory=list)
     merged: list[bool] = dataclasses.field(default_factory=list)
     cosines: list[np.ndarray] = dataclasses.field(default_factory=list)
     near_ties: int = 0
@@ -77,6 +86,22 @@ class Wavy:
         bias = self.bias_R[: len(z)][:, None, None, None, None]
         residual = xp.sin(1.3 * y + bias + 2 * tau) * (1 + tau)
         return residual - 0.4 * z * tau, residual
+
+    def modulated_input(self, z: Any, t_B: Any, *, frame_mask_BT: Any) -> Any:
+        return z * (1 + _frame_times(z, t_B, frame_mask_BT))
+
+    def first_block(self, z: Any, t_B: Any, *, frame_mask_BT: Any, merged: bool) -> tuple[Any, Any]:
+        xp, tau = _library(z), _frame_times(z, t_B, frame_mask_BT)
+        y = xp.repeat((z[:, 0::2] + z[:, 1::2]) / 2, 2, axis=1) if merged else z
+        added = 0.3 * xp.sin(y + self.bias_R[: len(z)][:, None, None, None, None] + tau)
+        return z + added, added
+
+    def rest(self, z: Any, t_B: Any, tokens: Any, *, frame_mask_BT: Any, merged: bool) -> tuple[Any, Any]:
+        v, residual = self.evaluate_keeping(z, t_B, frame_mask_BT=frame_mask_BT, merged=merged)
+        return v, residual - (tokens - z)
+
+    def first_block_share(self) -> float:
+        return SHARE
 
     def reuse(self, z: Any, t_B: Any, residual: Any, *, frame_mask_BT: Any) -> Any:
         return residual - 0.4 * z * _frame_times(z, t_B, frame_mask_BT)
@@ -109,7 +134,10 @@ class State:
     patience: list[int]
     noisy: np.ndarray | None
     past: "Step | None" = None
-    residual: Any = None
+    kept: dict[int, list[tuple[float, Any]]] = dataclasses.field(default_factory=dict)  # by row: times and residuals
+    watch: Any = None
+    summed: float = 0.0
+    ties: int = 0
     difference: Any = None
     half: bool = False
 
@@ -134,6 +162,8 @@ class Step:
     past: "Step | None" = None
     v: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
     kind: int = FULL
+    change: float = math.nan
+    why: int = NO_RULE
     age: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
     base: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
@@ -173,9 +203,12 @@ def run(case: Case, z: np.ndarray, bias: np.ndarray) -> Outcome:
                 state.done[b] = leaps[b] or i + 1 == num_steps
         out.costs.append(cost * (1 + (second is not None)))
         out.kinds.append(now.kind)
+        out.changes.append(now.change)
+        out.whys.append(now.why)
         out.merged.append(now.merged)
         out.cosines.append(cosine)
         state.past, state.noisy = now, now.active
+    out.near_ties += state.ties
     return out
 
 
@@ -253,6 +286,8 @@ def evaluate(state: State, now: Step) -> float:
     else:
         c = rows_of(state, now, 1)
         now.v, state.half = guided(state, now, c, c - state.difference), True
+    if case.watched == "first_block" and now.kind in (REUSE, REUSE_ONE):
+        return SHARE * (1.0 if now.kind == REUSE else 0.5)
     return COST.get(now.kind, 0.0)
 
 
@@ -260,6 +295,9 @@ def kind_of(state: State, now: Step) -> int:
     case = state.case
     if now.i < case.zero_steps:
         return STILL
+    if case.watched is not None:
+        reuses = unchanged(state, now)
+        return (REUSE if reuses else FULL) if now.guided else (REUSE_ONE if reuses else ONE)
     kind = FULL if now.restarts or case.codes is None else case.codes[now.i]
     if not now.guided:
         return REUSE_ONE if kind == REUSE else ONE
@@ -271,8 +309,62 @@ def rows_of(state: State, now: Step, copies: int) -> np.ndarray:
     if now.kind in (REUSE, AFTER_HALF, REUSE_ONE):
         return reused(state, now, copies)
     v, residual = keeping(state, now, copies)
-    state.residual = residual if state.residual is None else np.concatenate([residual, state.residual[len(residual) :]])
+    if state.case.watched == "first_block":
+        residual = residual - first_block(state, now, copies)
+    for row, each in enumerate(residual):
+        before = [] if now.restarts else state.kept.get(row, [])
+        state.kept[row] = [*before[-1:], (now.t, each)]
     return v
+
+
+# Adaptive reuse: by how much the input, or what the first block adds, has changed since the last evaluation.
+
+
+def unchanged(state: State, now: Step) -> bool:
+    case = state.case
+    copies = 2 if case.guidance is not None and now.guided else 1
+    leaps = case.leap_mode == "static" and now.i == case.leap_index
+    if now.i < case.first or now.i >= len(case.times) - case.last or leaps:
+        now.why = PROTECTED
+    elif now.restarts:
+        now.why = RESTARTED
+    elif now.joins.any():
+        now.why = JOINS
+    values = modulated(state, now) if case.watched == "input" else first_block(state, now, copies)
+    rows = len(values)
+    if state.watch is None:
+        state.watch = np.zeros((2 * len(now.z_in), *values.shape[1:]))
+    counts = np.tile(~np.asarray(state.done), rows // len(now.z_in))
+    before = state.watch[:rows][counts]
+    change = np.abs(values[counts] - before).sum() / max(np.abs(before).sum(), 1e-8)
+    change += state.summed if case.watched == "input" else 0
+    reuses = bool(now.why == NO_RULE and change < case.threshold)
+    state.ties += now.why == NO_RULE and abs(change - case.threshold) < 1e-5 * max(1, change)
+    now.change = math.nan if now.restarts else change
+    now.why = now.why or (BELOW if reuses else CHANGED)
+    state.summed = change if reuses else 0.0
+    if case.watched == "input" or not reuses:
+        state.watch[:rows] = values
+    return reuses
+
+
+def modulated(state: State, now: Step) -> np.ndarray:
+    z, t, mask = _rows(now, 1)
+    return state.velocity.modulated_input(z, t, frame_mask_BT=mask)
+
+
+def first_block(state: State, now: Step, copies: int) -> np.ndarray:
+    z, t, mask = _rows(now, copies)
+    return state.velocity.first_block(z, t, frame_mask_BT=mask, merged=now.merged)[1]
+
+
+def continued(state: State, row: int, t: float) -> np.ndarray:
+    """Returns a row's last residual, or the line through its last two at time t."""
+    *before, (t_1, residual) = state.kept[row]
+    if not state.case.line or not before:
+        return residual
+    ((t_2, older),) = before
+    return residual + (t - t_1) / (t_1 - t_2) * (residual - older)
 
 
 def keeping(state: State, now: Step, copies: int) -> tuple[np.ndarray, np.ndarray]:
@@ -282,7 +374,10 @@ def keeping(state: State, now: Step, copies: int) -> tuple[np.ndarray, np.ndarra
 
 def reused(state: State, now: Step, copies: int) -> np.ndarray:
     z, t, mask = _rows(now, copies)
-    return state.velocity.reuse(z, t, state.residual[: len(z)], frame_mask_BT=mask)
+    residual = np.stack([continued(state, row, now.t) for row in range(len(z))])
+    if state.case.watched == "first_block":
+        residual = residual + first_block(state, now, copies)
+    return state.velocity.reuse(z, t, residual, frame_mask_BT=mask)
 
 
 def _rows(now: Step, copies: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
