@@ -4,13 +4,17 @@ Invariant: whoever samples with a model goes through `make_sampler`, so that the
 pipeline, in calibration and in the studies.  Nothing here computes.
 """
 
+import dataclasses
+
 import numpy as np
 
 from sora_jax.pipeline.option import OFF
 from sora_jax.pipeline.settings import Settings
+from sora_jax.sampling.adaptive import Reuse
 from sora_jax.sampling.guidance import Guidance
 from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.options import Sampling
+from sora_jax.sampling.reuse import Plan
 from sora_jax.sampling.sampler import Sampler
 from sora_jax.sampling.schedule import Schedule
 from sora_jax.sampling.velocity import Velocity
@@ -51,6 +55,26 @@ def make_guidance(settings: Settings) -> Guidance | None:
     )
 
 
+def make_plan(settings: Settings) -> Plan | None:
+    """Returns the plan, with what its reused steps take."""
+    if settings.plan is None or not settings.reuse_order:
+        return settings.plan
+    return dataclasses.replace(settings.plan, extrapolate=True)
+
+
+def make_reuse(settings: Settings) -> Reuse | None:
+    """Returns the rule of adaptive reuse; None where there is none."""
+    if settings.reuse is None:
+        return None
+    return Reuse(
+        watched="input" if settings.reuse == "input" else "first_block",
+        threshold=settings.reuse_threshold,
+        first=settings.reuse_first,
+        last=settings.reuse_last,
+        extrapolate=settings.reuse_order == 1,
+    )
+
+
 def make_sampling(settings: Settings, *, frame_weights: np.ndarray | None = None, seed: int = 0) -> Sampling:
     """Returns times and options that the settings ask for.
 
@@ -62,7 +86,8 @@ def make_sampling(settings: Settings, *, frame_weights: np.ndarray | None = None
         guidance=make_guidance(settings),
         solver=settings.solver,
         leap=leap_rule(settings.leap),
-        plan=settings.plan,
+        plan=make_plan(settings),
+        reuse=make_reuse(settings),
         merge_steps=settings.merge_steps or None,
         frame_weights=frame_weights,
         seed=seed,

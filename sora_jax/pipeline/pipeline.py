@@ -168,6 +168,11 @@ class Pipeline:
             attention runs.
         """
         settings.check_room(num_clips)
+        if settings.reuse is not None and num_clips > 1:
+            raise ValueError(
+                f"reuse decides for a batch together, so that a clip would depend on its neighbours; make one at a time "
+                f"(batch size 1), not {num_clips}."
+            )
         self.networks.forms(settings.dtype)
         planned(self.networks, settings, num_clips)
         if settings.merge_steps:

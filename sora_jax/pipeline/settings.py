@@ -18,6 +18,7 @@ import numpy as np
 from sora_jax.devices.names import AUTO, DTYPES
 from sora_jax.inputs import sizes
 from sora_jax.networks.merge_rule import Merge
+from sora_jax.pipeline import consistency
 from sora_jax.pipeline.frame_size import MAX_FRAMES, MAX_SIDE_PX, frame_size
 from sora_jax.pipeline.option import OFF, Declared, Option, declared, said
 from sora_jax.pipeline.presets import PRESETS, preset_values
@@ -230,6 +231,42 @@ class SamplingOptions(TypedDict, total=False):
             expected="a file of sora-jax calibrate, or a sora_jax.Plan",
         ),
     ]
+    reuse: Annotated[
+        str | None,
+        Option(
+            "Reuse what the blocks added before while little changes: their input (TeaCache), or what the first one adds "
+            "(first-block cache). Makes one clip at a time.",
+            metavar="off|input|first-block",
+            choices=("input", "first-block"),
+            off=True,
+        ),
+    ]
+    reuse_threshold: Annotated[
+        float | None,
+        Option(
+            "Relative change from which on a step evaluates; of the input it is summed up. Thresholds do not carry over "
+            "from model to model.",
+            metavar="X",
+            within=(0, 1000),
+            default=0.1,
+        ),
+    ]
+    reuse_first: Annotated[
+        int | None, Option("First steps that evaluate in any case.", metavar="N", within=(1, MAX_STEPS), default=1)
+    ]
+    reuse_last: Annotated[
+        int | None, Option("Last steps that evaluate in any case.", metavar="N", within=(0, MAX_STEPS), default=1)
+    ]
+    reuse_order: Annotated[
+        int | None,
+        Option(
+            "What a reused step takes, with reuse or with a plan: 0 the last residual, 1 the line through the last two "
+            "(TaylorSeer, first order).",
+            metavar="0|1",
+            within=(0, 1),
+            default=0,
+        ),
+    ]
     merge_steps: Annotated[
         int | None,
         Option(
@@ -281,6 +318,11 @@ class Settings:
     guidance_rescale: float | None
     leap: Union[int, str, "Leap"]
     plan: Union["Plan", None]
+    reuse: str | None
+    reuse_threshold: float
+    reuse_first: int
+    reuse_last: int
+    reuse_order: int
     merge_steps: int
     merge: Merge
     height: int
@@ -302,9 +344,12 @@ class Settings:
             value, option = getattr(self, name), OPTIONS[name]
             if value is not None or not (option.option.off or name == "plan"):
                 option.check(value)
-        self._check_steps()
-        self._check_guidance()
-        self._check_loop()
+        changed = [name for name in _GUIDANCE_RULE if getattr(self, name) != _DEFAULTS[name]]
+        if changed and not self.guided:
+            raise ValueError(
+                f"{changed[0]} says how guidance works, but guidance is 1, which is none; leave it out, or set guidance."
+            )
+        consistency.check(self)
 
     @property
     def guided(self) -> bool:
@@ -314,8 +359,10 @@ class Settings:
     @property
     def is_published_loop(self) -> bool:
         """Whether steps are Euler's, guided and merged as published, and all evaluate: the loop of exported models."""
-        return self.plan is None and all(
-            getattr(self, name) == _DEFAULTS[name] for name in ("solver", "merge", *_GUIDANCE_RULE)
+        return (
+            self.plan is None
+            and self.reuse is None
+            and all(getattr(self, name) == _DEFAULTS[name] for name in ("solver", "merge", *_GUIDANCE_RULE))
         )
 
     def with_seed(self, seed: int) -> "Settings":
@@ -337,63 +384,8 @@ class Settings:
             )
 
     def check_calibration(self, evaluations: int, half_from: int | None) -> None:
-        """Refuses a reuse plan that no calibration with these settings can find.
-
-        Raises:
-          ValueError: says how many steps there are.
-        """
-        least = 2 if 0 < self.merge_steps < self.num_steps else 1  # the first step, and the first one after merging
-        if not isinstance(evaluations, int) or not least <= evaluations <= self.num_steps:
-            expected = f"expected {least} to {self.num_steps}"
-            raise ValueError(f"a plan of {self.num_steps} steps cannot have {evaluations!r} evaluations; {expected}.")
-        if half_from is not None and (not isinstance(half_from, int) or half_from not in range(self.num_steps)):
-            raise ValueError(f"half_from is {half_from!r}; expected one of the steps, 0 to {self.num_steps - 1}.")
-        if self.guidance_zero_steps:
-            raise ValueError("a plan says what each step evaluates, but guidance_zero_steps stand still; leave them out.")
-        if half_from is not None and not self.guided:
-            raise ValueError("half steps reuse the guidance difference, but guidance is 1; leave half_from out.")
-
-    def _check_steps(self) -> None:
-        if isinstance(self.leap, int) and self.leap >= self.num_steps:
-            raise ValueError(
-                f"leap index {self.leap} is beyond the last of {self.num_steps} steps; expected 0 to {self.num_steps - 1} "
-                f"({self.num_steps - 1} leaps nowhere)."
-            )
-        if self.merge_steps > self.num_steps:
-            raise ValueError(
-                f"merge_steps is {self.merge_steps} of {self.num_steps} steps; expected 0 to {self.num_steps} (all)."
-            )
-
-    def _check_guidance(self) -> None:
-        changed = [name for name in _GUIDANCE_RULE if getattr(self, name) != _DEFAULTS[name]]
-        if changed and not self.guided:
-            raise ValueError(
-                f"{changed[0]} says how guidance works, but guidance is 1, which is none; leave it out, or set guidance."
-            )
-        if self.guidance_low > self.guidance_high:
-            raise ValueError(
-                f"guidance_low is {self.guidance_low:g}, above guidance_high, {self.guidance_high:g}: the interval is upside "
-                "down; expected the lower time first."
-            )
-        if self.guidance_zero_steps and self.guidance_rule != "zero-star":
-            raise ValueError("guidance_zero_steps belong to CFG-Zero*; set guidance_rule to zero-star, or leave them out.")
-        if self.guidance_zero_steps >= self.num_steps:
-            raise ValueError(f"guidance_zero_steps is {self.guidance_zero_steps} of {self.num_steps} steps; expected fewer.")
-        if self.guidance_rescale is not None and self.guidance_rule == "zero-star":
-            raise ValueError("guidance_rescale and the rule zero-star are two corrections of one fault; choose one.")
-
-    def _check_loop(self) -> None:
-        if self.loop == 1:
-            return
-        if self.num_frames == 1:
-            raise ValueError(f"loop {self.loop} cannot extend a single image; set num_frames, or loop 1.")
-        taken = sizes.frames_of_latents(self.condition_frame_length)
-        if taken >= self.num_frames:
-            shorter = f" or condition_frame_length {sizes.LATENTS_PER_CHUNK}" if taken > sizes.FRAMES_PER_CHUNK else ""
-            raise ValueError(
-                f"loop {self.loop} takes over {taken} frames from clip to clip (condition_frame_length "
-                f"{self.condition_frame_length}), but a clip has {self.num_frames}; expected num_frames above {taken}{shorter}."
-            )
+        """Refuses a reuse plan that no calibration with these settings can find; raises what `consistency` raises."""
+        consistency.check_calibration(self, evaluations, half_from)
 
     @classmethod
     def resolve(cls, defaults: Mapping[str, Any], options: Mapping[str, Any]) -> "Settings":
@@ -419,9 +411,12 @@ class Settings:
         settings = cls(**{**fields, "save_fps": fields["fps"] if fields["save_fps"] is None else fields["save_fps"]})
         if "merge" in asked and not settings.merge_steps:
             raise ValueError("merge says what merged steps merge, but merge_steps is 0; set it as well, or leave merge out.")
-        idle = [name for name in ("condition_frame_length", "condition_frame_edit") if name in asked and settings.loop == 1]
+        idle = [name for name in ("reuse_threshold", "reuse_first", "reuse_last") if name in asked and settings.reuse is None]
         if idle:
-            raise ValueError(f"{idle[0]} says how clips of a loop go on, but loop is 1; set loop as well, or leave it out.")
+            raise ValueError(f"{idle[0]} says when a step reuses, but reuse is off; set reuse as well, or leave it out.")
+        alone = [name for name in ("condition_frame_length", "condition_frame_edit") if name in asked and settings.loop == 1]
+        if alone:
+            raise ValueError(f"{alone[0]} says how clips of a loop go on, but loop is 1; set loop as well, or leave it out.")
         if "fps" in asked and num_frames == 1:
             raise ValueError("fps is what a video is conditioned on, but num_frames is 1, an image; leave it out.")
         return settings

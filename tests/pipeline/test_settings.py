@@ -1,14 +1,16 @@
 """Settings: where a value comes from, and which ones are refused."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 
 from sora_jax.networks.merge_rule import Merge
-from sora_jax.pipeline.make_sampler import make_guidance
+from sora_jax.pipeline.make_sampler import make_guidance, make_plan, make_reuse
 from sora_jax.pipeline.option import declared
 from sora_jax.pipeline.settings import OPTIONS, Options, Settings
+from sora_jax.sampling.adaptive import Reuse
 from sora_jax.sampling.guidance import Guidance
 from sora_jax.sampling.reuse import Plan
 from tests.support.tiny_model import DEFAULTS
@@ -76,6 +78,11 @@ def test_the_ends_of_a_range_are_in_it_and_nothing_beyond(name: str) -> None:
             "guidance_rescale and the rule zero-star are two",
         ),
         ({"guidance_rule": "cfg"}, "guidance_rule is 'cfg'; expected plain or zero-star"),
+        ({"reuse": "input", "reuse_threshold": -1}, "reuse_threshold is -1; expected a number from 0 to 1000"),
+        ({"reuse_threshold": 0.2}, "reuse_threshold says when a step reuses, but reuse is off"),
+        ({"reuse": "input", "plan": Plan.evaluate_at([0], 3)}, "plan and reuse both say which steps evaluate; choose one"),
+        ({"reuse": "input", "leap": "released"}, "leap 'released' compares every pair of velocities"),
+        ({"reuse_order": 1}, "reuse_order says what a reused step takes, but none reuses"),
         ({"leap": True}, "leap is True; expected off, dynamic, released"),
         ({"leap": -1}, "leap is -1; expected off, dynamic, released"),
         ({"leap": 1.5}, "leap is 1.5; expected off, dynamic, released"),
@@ -105,6 +112,15 @@ def test_guidance_options_become_the_rule_of_the_sampler() -> None:
     assert make_guidance(Settings.resolve({}, {"guidance_rescale": 0.7})) == Guidance(7.0, rescale=0.7)
     exported = [Settings.resolve({}, options).is_published_loop for options in ({}, {"guidance_low": 0.1}, said)]
     assert exported == [True, False, False]
+
+
+def test_reuse_options_become_the_rule_or_change_the_plan() -> None:
+    assert make_reuse(Settings.resolve({}, {})) is None
+    said = {"reuse": "first-block", "reuse_threshold": 0.2, "reuse_first": 3, "reuse_last": 0, "reuse_order": 1}
+    assert make_reuse(Settings.resolve({}, said)) == Reuse.by_first_block(0.2, first=3, last=0, extrapolate=True)
+    plan = Plan.evaluate_at([0, 2], 3)
+    assert make_plan(Settings.resolve({}, {"plan": plan})) == plan
+    assert make_plan(Settings.resolve({}, {"plan": plan, "reuse_order": 1})) == dataclasses.replace(plan, extrapolate=True)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
