@@ -61,14 +61,14 @@ def describe(
 
 
 def evaluations_of(settings: Settings) -> tuple[float, bool]:
-    """Returns how often a clip's sampling evaluates the transformer, and whether a leap may end it earlier."""
+    """Returns how often a clip's sampling evaluates the transformer at most, and whether it may do so less often."""
+    guides_always = (settings.guidance_low, settings.guidance_high, settings.guidance_zero_steps) == (0, 1, 0)
+    may_be_less = settings.reuse is not None or not guides_always
     if settings.plan is not None:
-        return settings.plan.evaluations, settings.leap != "off"
-    if isinstance(settings.leap, int):
-        steps = settings.leap + 1
-        return float(2 * steps - 1 if settings.solver == "heun" else steps), False
-    steps = settings.num_steps
-    return float(2 * steps - 1 if settings.solver == "heun" else steps), settings.leap != "off"
+        return settings.plan.evaluations, may_be_less or settings.leap != "off"
+    steps = settings.leap + 1 if isinstance(settings.leap, int) else settings.num_steps
+    may_be_less |= not isinstance(settings.leap, int) and settings.leap != "off"
+    return float(2 * steps - 1 if settings.solver == "heun" else steps), may_be_less
 
 
 def _memory_plan(

@@ -16,7 +16,7 @@ from sora_jax.pipeline.frame_size import frames_size
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Option, declared
 from sora_jax.pipeline.presets import PRESETS
-from sora_jax.pipeline.settings import Settings
+from sora_jax.pipeline.settings import OF_PRESETS, Settings
 
 # What a subject is listed as: fields for JSON, lines for people.
 Listed = tuple[Mapping[str, Any], Sequence[str]]
@@ -34,8 +34,7 @@ def presets(asked: "Arguments") -> Listed:
 
 
 def _sampling(settings: Settings) -> Mapping[str, Any]:
-    names = ("num_steps", "solver", "shift", "leap", "merge_steps")
-    return {name: getattr(settings, name) for name in names}
+    return {name: getattr(settings, name) for name in OF_PRESETS}
 
 
 def _shown(value: Any) -> str:

@@ -292,6 +292,7 @@ class Options(ClipOptions, SamplingOptions, total=False):
 OPTIONS: Mapping[str, Declared] = declared(Options)
 _DEFAULTS: Mapping[str, Any] = {name: each.option.default for name, each in OPTIONS.items()}
 _EXACT = {name: _DEFAULTS[name] for name in ("num_steps", *declared(SamplingOptions)) if name != "preset"}
+OF_PRESETS = ("num_steps", "solver", "shift", "leap", "merge_steps")  # what presets differ in
 _GUIDANCE_RULE = ("guidance_low", "guidance_high", "guidance_rule", "guidance_zero_steps", "guidance_rescale")
 _SCORES = ("aes", "flow", "camera_motion")
 
