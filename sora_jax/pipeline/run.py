@@ -141,7 +141,7 @@ class Generation:
             self._report("denoise", done, carry)
 
         self._report("load")
-        with self._transformer() as stdit3, self.timings.measure("denoise"):
+        with self.transformer() as stdit3, self.timings.measure("denoise"):
             self._report("compile")
             return calibrate(
                 self.velocity(stdit3, captions, mask),
@@ -218,7 +218,7 @@ class Generation:
     def _denoise(self, caption_BLE: np.ndarray, mask_BL: np.ndarray, z: np.ndarray, weights: np.ndarray | None) -> Result:
         settings = self.settings
         self._report("load")
-        with self._transformer() as stdit3:
+        with self.transformer() as stdit3:
             velocity = self.velocity(stdit3, caption_BLE, mask_BL)
             sampler = make_sampler(velocity, settings, frame_weights=weights, seed=self._seed)
             self._report("compile")
@@ -230,7 +230,7 @@ class Generation:
                 self._report("denoise", settings.num_steps if ended else int(carry.step), carry)
             return finish(carry)
 
-    def _transformer(self) -> AbstractContextManager[STDiT3 | StreamedSTDiT3]:
+    def transformer(self) -> AbstractContextManager[STDiT3 | StreamedSTDiT3]:
         """Returns a context that provides the transformer, in memory or streamed."""
         fixed_bytes = 0 if self._plan is None else self._plan.stage("denoise").fixed
         return self.networks.transformer(self.settings.dtype, self.timings, fixed_bytes=fixed_bytes)

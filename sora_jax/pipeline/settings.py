@@ -154,6 +154,22 @@ class SamplingOptions(TypedDict, total=False):
             choices=PRESETS,
         ),
     ]
+    recipe: Annotated[
+        Union[str, "os.PathLike[str]", None],
+        Option(
+            "Sample as a recipe of sora-jax tune says; other options replace its values.",
+            metavar="JSON",
+            expected="a file of sora-jax tune",
+        ),
+    ]
+    force_recipe: Annotated[
+        bool | None,
+        Option(
+            "Use a recipe that was tuned for another model, size or number of frames.",
+            expected="True or False",
+            on_command_line=False,
+        ),
+    ]
     solver: Annotated[
         str | None,
         Option(
@@ -291,7 +307,9 @@ class Options(ClipOptions, SamplingOptions, total=False):
 
 OPTIONS: Mapping[str, Declared] = declared(Options)
 _DEFAULTS: Mapping[str, Any] = {name: each.option.default for name, each in OPTIONS.items()}
-_EXACT = {name: _DEFAULTS[name] for name in ("num_steps", *declared(SamplingOptions)) if name != "preset"}
+_OTHERS = ("preset", "recipe", "force_recipe")  # they decide other settings
+_EXACT = {name: _DEFAULTS[name] for name in ("num_steps", *declared(SamplingOptions)) if name not in _OTHERS}
+RECIPE_OPTIONS = tuple(_EXACT)
 OF_PRESETS = ("num_steps", "solver", "shift", "leap", "merge_steps")  # what presets differ in
 _GUIDANCE_RULE = ("guidance_low", "guidance_high", "guidance_rule", "guidance_zero_steps", "guidance_rescale")
 _SCORES = ("aes", "flow", "camera_motion")
@@ -440,7 +458,7 @@ class Settings:
           ValueError: a setting has a value that it cannot have.
         """
         values = {name: fields[name] for name in cls.field_names()}
-        return cls(**{name: _decided(name, _from_json(name, value)) for name, value in values.items()})
+        return cls(**{name: _decided(name, from_json(name, value)) for name, value in values.items()})
 
 
 def _decided(name: str, value: Any) -> Any:
@@ -467,7 +485,7 @@ def _codes(plan: Any) -> tuple[int, ...]:
     return plan.codes
 
 
-def _from_json(name: str, value: Any) -> Any:
+def from_json(name: str, value: Any) -> Any:
     """Returns the object that a setting's JSON stands for."""
     if not isinstance(value, Mapping):
         return value
