@@ -47,21 +47,19 @@ class Candidate:
       name: unique for a number of evaluations.
       options: options of `settings.Options`, JSON-ready.
       planned: evaluations of the calibrated plan that goes with them; None: no plan.
-      evaluations: what it costs; None where that is measured.
     """
 
     name: str
     options: Mapping[str, Any]
     planned: int | None = None
-    evaluations: float | None = None
 
 
 def plain(count: int, *, own_shift: float) -> list[Candidate]:
     """Returns what a search has to beat: Euler's steps at the model's own times, and the recommended preset's way."""
     recommended = {"num_steps": count, "solver": "ab2", "shift": max(1.0, _LEAST_SHIFT / own_shift)}
     return [
-        Candidate(name="Euler", options={"num_steps": count}, evaluations=count),
-        Candidate(name="recommended way", options=recommended, evaluations=count),
+        Candidate(name="Euler", options={"num_steps": count}),
+        Candidate(name="recommended way", options=recommended),
     ]
 
 
