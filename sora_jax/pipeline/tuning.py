@@ -243,6 +243,6 @@ class Tuning:
             raise ValueError(f"{self._lines} is of another model, other settings or other prompts; choose another folder.")
         known: dict[int, dict[tuple[str, int], Measured]] = {}
         for line in lines:
-            at = known.setdefault(line.pop("count"), {})
-            at[line.pop("name"), line.pop("prompt")] = Measured(**line)
+            count, at = line.pop("count"), (line.pop("name"), line.pop("prompt"))
+            known.setdefault(count, {})[at] = Measured(**line)
         return known
