@@ -90,7 +90,7 @@ def check_command(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["generate --step 3", "convert t5 a b --dtyp int8", "export pocket out --wait", "twiddle model"]
+    "words", ["generate --step 3", "convert t5 a b --dtyp int8", "export pocket out --wait", "tunes model"]
 )
 def test_a_command_with_a_mistake_would_be_seen(words: str):
     with pytest.raises(AssertionError, match=r"is no option|does not exist"):
