@@ -23,7 +23,7 @@ from sora_jax.sampling.reuse import Plan
 from sora_jax.sampling.solvers import SOLVERS
 
 PACKAGE = Path(options_table.__file__).parents[1]
-BY_NAME = {"preset", "resolution", "aspect_ratio"}  # they decide other settings
+BY_NAME = {"preset", "recipe", "force_recipe", "resolution", "aspect_ratio"}  # they decide other settings
 PARSER = command_line.make_parser("test", "", generate.GROUPS)
 ACTIONS = {action.dest: action for action in PARSER._actions}
 
