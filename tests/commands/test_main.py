@@ -79,6 +79,7 @@ def test_a_prompt_beyond_the_embedded_model_gets_a_hint_and_a_clip(
         assert len([line for line in notes if "does not know ein, hund, läuft" in line]) == num_hints
 
 
+@pytest.mark.slow
 def test_a_request_beyond_the_training_gets_one_line_and_a_clip(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     trained = {"sizes": [[32, 48]], "num_frames": [1, 17], "fps": [8], "guidance": [1, 3]}

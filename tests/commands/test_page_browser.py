@@ -335,7 +335,7 @@ def hostile() -> Iterator[tuple[str, Any, dict[str, str]]]:
         "C:/x",
         "file:///etc/passwd",
     ]
-    outside += ["//etc/passwd", "/etc/./passwd", "..%2f..%2fetc%2fpasswd", "/work", "/root/.bashrc", "http://127.0.0.1:1/"]
+    outside += ["//etc/passwd", "/etc/./passwd", "..%2f..%2fetc%2fpasswd", "/srv", "/root/.bashrc", "http://127.0.0.1:1/"]
     for path in outside:
         yield f"/gradio_api/file={path}", None, {}
         yield f"/file={path}", None, {}

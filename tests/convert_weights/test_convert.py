@@ -87,9 +87,16 @@ def _whole_t5(folder: Path) -> Path:
 
 
 LAYOUTS = [_safetensors_shards, _torch_shards, _index_file, _ema, _colossal, _tied_storage, _untied, _whole_t5]
+DEAR = (_torch_shards, _colossal)  # other tests read files of torch.save
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__.strip("_"))
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, id=layout.__name__.strip("_"), marks=pytest.mark.slow if layout in DEAR else ())
+        for layout in LAYOUTS
+    ],
+)
 def test_other_layouts_of_the_same_weights(tmp_path: Path, layout: Callable[[Path], Path]) -> None:
     source = layout(tmp_path / "source")
     convert_checkpoint("t5", source, tmp_path / "model")

@@ -173,6 +173,7 @@ def test_verify_takes_the_folder_that_pipeline_took(tmp_path: Path, downloads: P
     assert "final.linear.bias: differs from the source's value" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_to_torch_and_back_keeps_tokenizer_and_defaults(tmp_path: Path, downloads: Path) -> None:
     model, back, again = tmp_path / "model", tmp_path / "back", tmp_path / "again"
     convert_pipeline(downloads, model, dtypes=DTYPES)

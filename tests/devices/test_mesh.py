@@ -50,6 +50,7 @@ def check(outcome: dict[str, Any]) -> None:
     assert outcome["programs"] == 1, outcome  # at the second call of the program too
 
 
+@pytest.mark.slow
 def test_samples_on_a_mesh_are_those_of_one_device() -> None:
     (outcome,) = run(DEFAULT)
     check(outcome)

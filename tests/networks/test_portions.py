@@ -73,6 +73,7 @@ def test_portions_give_the_numbers_of_the_whole_block(temporal: bool, merge: Mer
     assert error <= REL_L2, f"relative L2 {error:.2e}"
 
 
+@pytest.mark.slow
 def test_gradients_go_through_portions() -> None:
     x_BTSD, conditioning = tokens(by_frame=False)
 

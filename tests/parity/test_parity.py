@@ -13,9 +13,14 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = find_suites(GOLDEN)
 
 
+# Clips of several chunks, whose programs are dear to compile: a stage of .ci/run has them.
+LONG = {("vae", f"{direction}_{frames}") for direction in ("encode", "decode") for frames in (20, 34)}
+
+
 def every_case() -> list[object]:
+    slow = pytest.mark.slow
     return [
-        pytest.param(case, id=f"{case.suite}/{case.name}", marks=[pytest.mark.slow] if suite == "wide" else [])
+        pytest.param(case, id=f"{suite}/{case.name}", marks=[slow] if suite == "wide" or (suite, case.name) in LONG else [])
         for suite, folder in FOLDERS.items()
         for case in runner.list_cases(suite, folder)
     ]

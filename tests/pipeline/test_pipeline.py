@@ -176,6 +176,7 @@ def test_guidance_one_is_the_conditional_velocity(pipe: Pipeline) -> None:
     np.testing.assert_allclose(bare, guided, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_bfloat16(pipe: Pipeline, clip: Clip) -> None:
     rough = pipe(PROMPT, seed=5, dtype="bfloat16").latents
     error = np.linalg.norm(rough - clip.latents) / np.linalg.norm(clip.latents)

@@ -230,6 +230,7 @@ def test_clips_that_ignore_the_seed_have_no_variety(perfect_model):
     assert rates["other seed, other place"]["share"] == 0.0
 
 
+@pytest.mark.slow
 def test_command_prints_and_writes_every_table(tiny_model, tmp_path, capsys):
     asked = "--captions 2 --pairs 1 --cosines --given-frame 2 --codec 2 --real 8 --seed 3"
     judge.main([str(tiny_model), *f"{asked} --steps 2 --guidance 1 --json {tmp_path / 'judged.json'}".split()])

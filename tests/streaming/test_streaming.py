@@ -49,7 +49,7 @@ def in_memory(directory: Path) -> Result:
     return streamed.sample(streamed.resident(directory), **EVERYTHING)
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+@pytest.fixture(scope="module", params=["mmap", pytest.param("host", marks=pytest.mark.slow)])  # host: as a portable callback
 def stream(request: pytest.FixtureRequest, directory: Path) -> STDiT3Stream:
     return STDiT3Stream(directory, **BACKENDS[request.param])
 

@@ -96,8 +96,7 @@ def _generate_tab(page: gr.Blocks, studio: Studio) -> None:
     start.click(make, inputs, outputs, api_name="generate", show_progress="hidden", **_COMPUTES)
     stop.click(lambda: _stopped(studio), None, status, api_name="cancel", queue=False)
     listed.input(lambda number: _chosen(studio, number), listed, [shown, about, downloads], api_name=False, queue=False)
-    fields = [prompt, size, reference, mode, strategy, *options.values()]
-    again.click(lambda number: _again(studio, names, number), listed, [*fields, status], api_name=False, queue=False)
+    again.click(lambda number: _again(studio, names, number), listed, [*inputs, status], api_name=False, queue=False)
     extend.click(lambda number: _extension(studio, number), listed, [reference, mode, status], api_name=False, queue=False)
     page.load(lambda: _listing(studio), None, listed, api_name=False, queue=False)
 
