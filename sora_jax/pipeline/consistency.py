@@ -4,6 +4,7 @@ Invariant: every fault is a ValueError of one line that names the option and wha
 `option`'s business; what the sampler alone can know (which frame joins when) is the sampler's.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from sora_jax.inputs import sizes
@@ -21,6 +22,24 @@ def check(settings: Settings) -> None:
     _check_guidance(settings)
     _check_reuse(settings)
     _check_loop(settings)
+
+
+def check_effect(asked: Mapping[str, Any], settings: Settings) -> None:
+    """Refuses what a caller asks for where it has no effect in the settings that follow.
+
+    Raises:
+      ValueError: says which, and what it goes with.
+    """
+    if "merge" in asked and not settings.merge_steps:
+        raise ValueError("merge says what merged steps merge, but merge_steps is 0; set it as well, or leave merge out.")
+    idle = [name for name in ("reuse_threshold", "reuse_first", "reuse_last") if name in asked and settings.reuse is None]
+    if idle:
+        raise ValueError(f"{idle[0]} says when a step reuses, but reuse is off; set reuse as well, or leave it out.")
+    alone = [name for name in ("condition_frame_length", "condition_frame_edit") if name in asked and settings.loop == 1]
+    if alone:
+        raise ValueError(f"{alone[0]} says how clips of a loop go on, but loop is 1; set loop as well, or leave it out.")
+    if "fps" in asked and settings.num_frames == 1:
+        raise ValueError("fps is what a video is conditioned on, but num_frames is 1, an image; leave it out.")
 
 
 def _check_reuse(settings: Settings) -> None:

@@ -311,6 +311,7 @@ _OTHERS = ("preset", "recipe", "force_recipe")  # they decide other settings
 _EXACT = {name: _DEFAULTS[name] for name in ("num_steps", *declared(SamplingOptions)) if name not in _OTHERS}
 RECIPE_OPTIONS = tuple(_EXACT)
 _GUIDANCE_RULE = ("guidance_low", "guidance_high", "guidance_rule", "guidance_zero_steps", "guidance_rescale")
+_LATER = (*_GUIDANCE_RULE, "reuse", "reuse_threshold", "reuse_first", "reuse_last", "reuse_order")  # not in files of 0.1.0
 _SCORES = ("aes", "flow", "camera_motion")
 
 
@@ -440,16 +441,7 @@ class Settings:
         fields = {name: _decided(name, sources[name]) for name in cls.field_names()}
         fields |= {"height": height, "width": width, "num_frames": num_frames}
         settings = cls(**{**fields, "save_fps": fields["fps"] if fields["save_fps"] is None else fields["save_fps"]})
-        if "merge" in asked and not settings.merge_steps:
-            raise ValueError("merge says what merged steps merge, but merge_steps is 0; set it as well, or leave merge out.")
-        idle = [name for name in ("reuse_threshold", "reuse_first", "reuse_last") if name in asked and settings.reuse is None]
-        if idle:
-            raise ValueError(f"{idle[0]} says when a step reuses, but reuse is off; set reuse as well, or leave it out.")
-        alone = [name for name in ("condition_frame_length", "condition_frame_edit") if name in asked and settings.loop == 1]
-        if alone:
-            raise ValueError(f"{alone[0]} says how clips of a loop go on, but loop is 1; set loop as well, or leave it out.")
-        if "fps" in asked and num_frames == 1:
-            raise ValueError("fps is what a video is conditioned on, but num_frames is 1, an image; leave it out.")
+        consistency.check_effect(asked, settings)
         return settings
 
     @classmethod
@@ -463,13 +455,14 @@ class Settings:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Settings":
-        """Returns the settings that `to_dict` wrote, whatever else the fields hold.
+        """Returns the settings that `to_dict` wrote, whatever else the fields hold; a file of an older version lacks new ones.
 
         Raises:
           KeyError: a setting is missing.
           ValueError: a setting has a value that it cannot have.
         """
-        values = {name: fields[name] for name in cls.field_names()}
+        older = {name: _DEFAULTS[name] for name in _LATER}
+        values = {name: fields.get(name, older[name]) if name in older else fields[name] for name in cls.field_names()}
         return cls(**{name: _decided(name, from_json(name, value)) for name, value in values.items()})
 
 
