@@ -17,6 +17,7 @@ from sora_jax.commands.user_cache import use_compile_cache
 from sora_jax.pipeline import command_line
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Option, declared
+from sora_jax.pipeline.presets import check_prompts
 from sora_jax.pipeline.recipe import Recipe
 from sora_jax.pipeline.settings import Options, Settings
 from sora_jax.shell import note
@@ -61,8 +62,7 @@ def run(asked: Arguments) -> None:
     """
     numbers = numbers_of(asked.evaluations)
     texts = read_prompts(options.PromptFile(prompt_path=asked.prompts), ())
-    if len(texts) < 2:
-        raise ValueError(f"{asked.prompts} has 1 prompt; expected two or more: some to search with, some to measure with.")
+    check_prompts(texts, asked.prompts)
     model = ModelFile.read(asked.model)
     settings = model.resolve({"preset": "exact", **asked.clip})
     paths = {number: asked.output / f"recipe-{number}.json" for number in numbers}

@@ -5,7 +5,7 @@ size, length and seed stay the model's and the user's.  Options that the user gi
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 PRESETS = ("exact", "recommended")
@@ -19,6 +19,7 @@ _TOTAL_SHIFTS = (1.0, 1.6, 2.0, 2.4, 3.2, 4.5)
 _LEAPING_STEPS = 30
 _INTERVALS = ((0.0, 0.9), (0.1, 1.0), (0.2, 0.9))
 _THRESHOLDS = (0.1, 0.2, 0.4)
+LEAST_PROMPTS = 6  # four to search with, two to measure with
 
 
 def preset_values(name: str | None, exact: Mapping[str, Any], *, height: int, width: int, num_frames: int) -> Mapping[str, Any]:
@@ -39,6 +40,19 @@ def preset_values(name: str | None, exact: Mapping[str, Any], *, height: int, wi
 
     own = float(resolution_shift(height_px=height, width_px=width, num_frames=num_frames))
     return {**exact, "num_steps": 16, "solver": "ab2", "shift": max(1.0, _LEAST_SHIFT / own)}
+
+
+def check_prompts(prompts: Sequence[str], where: object) -> None:
+    """Refuses too few prompts: a search takes what suits two or three.
+
+    Raises:
+      ValueError: says how many there are.
+    """
+    if len(prompts) < LEAST_PROMPTS:
+        raise ValueError(
+            f"{where} has too few prompts, {len(prompts)}; expected {LEAST_PROMPTS} or more: two thirds to search with, "
+            "a third to measure with."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,9 +101,9 @@ def candidates(count: int, *, own_shift: float, settings: Any) -> list[Candidate
         for low, high in _INTERVALS:
             options = {**moved, "num_steps": count + 2, "guidance_low": low, "guidance_high": high}
             found.append(Candidate(name=f"guided from {low:g} to {high:g}", options=options))
-        found += [
-            Candidate(name="zero-star", options={**moved, "num_steps": count, "guidance_rule": "zero-star"}),
-        ]
+        found.append(Candidate(name="zero-star", options={**moved, "num_steps": count, "guidance_rule": "zero-star"}))
+    if settings.num_frames > 1:
+        found.append(Candidate(name="first step merged", options={**moved, "num_steps": count, "merge_steps": 1}))
     return found
 
 

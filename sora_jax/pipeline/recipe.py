@@ -17,7 +17,7 @@ from sora_jax.pipeline.settings import RECIPE_OPTIONS, Settings, from_json
 _FORMAT = "sora_jax recipe 1"
 _KINDS: Mapping[str, type] = {
     "model": str, "height": int, "width": int, "num_frames": int, "evaluations": int, "options": dict, "measured": dict,
-    "beaten": list,
+    "compared": list,
 }  # fmt: skip
 _SAME_SIZE = 1.25  # of two sizes in pixels, the larger by the smaller: one size class
 
@@ -34,7 +34,7 @@ class Recipe:
       evaluations: what it may cost at most.
       options: options of `settings.Options` that differ from Open-Sora's, JSON-ready.
       measured: errors, seconds and counts, JSON-ready.
-      beaten: names and errors of the methods that it was better than, JSON-ready.
+      compared: names and errors of other methods on the same prompts, none of them better, JSON-ready.
     """
 
     model: str
@@ -44,7 +44,7 @@ class Recipe:
     evaluations: int
     options: Mapping[str, Any]
     measured: Mapping[str, Any]
-    beaten: Sequence[Mapping[str, Any]]
+    compared: Sequence[Mapping[str, Any]]
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the file whole or not at all.

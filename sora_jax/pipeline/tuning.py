@@ -1,11 +1,13 @@
 """Tuning: which way of sampling comes closest to the exact flow of a model with so many evaluations.
 
-Successive halving: every candidate samples one prompt, the better half two, the better half of these four, and so on.  The
-winner is measured on prompts that the search never saw.  Error is the distance of the final latents to those of a fine
-solution of the same model from the same noise, relative to these: ``-20 log10(|z - fine| / |fine|)`` in dB.
+Successive halving: every candidate samples two prompts, the better half four, the better half of these eight, and so on.  The
+winner and the plain ways are measured on prompts that the search never saw, and the recipe is the best of these.  Error is the
+distance of the final latents to those of a fine solution of the same model from the same noise, relative to these:
+``-20 log10(|z - fine| / |fine|)`` in dB.
 
-Invariant: every measurement is a line of a file, written when it is known, and a search that goes on takes it from there;
-without a time limit the same model, settings and prompts give the same recipe.  Decoded clips are a study's business.
+Invariant: a recipe is never worse on the prompts kept aside than what it was compared with.  Every measurement is a line of a
+file, written when it is known, and a search that goes on takes it from there; without a time limit the same model, settings
+and prompts give the same recipe.  Decoded clips are a study's business.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,11 @@ import numpy as np
 from sora_jax import files
 from sora_jax.pipeline.make_sampler import make_guidance, make_sampler, make_schedule
 from sora_jax.pipeline.pipeline import Pipeline
-from sora_jax.pipeline.presets import Candidate, candidates, plain
+from sora_jax.pipeline.presets import Candidate, candidates, check_prompts, plain
 from sora_jax.pipeline.recipe import Recipe
 from sora_jax.pipeline.run import Generation
 from sora_jax.pipeline.settings import Settings, from_json
+from sora_jax.pipeline.velocity import Velocity
 from sora_jax.process import Timings
 from sora_jax.sampling.calibration import Calibration, calibrate
 from sora_jax.sampling.sampler import finish
@@ -35,6 +39,7 @@ from sora_jax.sampling.schedule import resolution_shift
 
 FINE_STEPS, FINE_SHIFT = 128, 2.4  # of AB2, whose error falls with their square
 PLAN_STEPS = 30
+_RESOLVED_DB = 30.0  # half as many fine steps come at least as close, or the prompt measures nothing
 _SLACK = 1e-3  # evaluations are sums of binary fractions
 
 
@@ -49,6 +54,7 @@ class Measured:
     error_db: float
     evaluations: float
     seconds: float
+    bytes_read: int | None
 
 
 class Tuning:
@@ -57,13 +63,13 @@ class Tuning:
     Args:
       pipeline: the model.
       settings: size, length, guidance, seed and dtype; how steps are taken is searched.
-      prompts: captions; the last third, at least one, is kept for the final measurement.
+      prompts: captions, at least `presets.LEAST_PROMPTS`; the last third is kept for the final measurement.
       folder: where ``tune.jsonl`` and the fine solutions lie.
       note: called with a line for people.
       seconds: time limit of the search; None: none.
 
     Raises:
-      ValueError: fewer than two prompts, or the folder belongs to other settings.
+      ValueError: too few prompts, or the folder belongs to other settings.
     """
 
     def __init__(
@@ -76,12 +82,11 @@ class Tuning:
         note: Callable[[str], None] = lambda line: None,
         seconds: float | None = None,
     ):
-        if len(prompts) < 2:
-            raise ValueError(f"got {len(prompts)} prompt; expected two or more: some to search with, some to measure with.")
+        check_prompts(prompts, "tuning")
         self.pipeline, self.settings, self.prompts, self.note = pipeline, settings, prompts, note
-        self.deadline = math.inf if seconds is None else time.monotonic() + seconds
-        held = max(1, len(prompts) // 3)
-        self.searched, self.held_out = range(len(prompts) - held), range(len(prompts) - held, len(prompts))
+        self.until = self.deadline = math.inf if seconds is None else time.monotonic() + seconds
+        first_held = len(prompts) - len(prompts) // 3
+        self.searched, self.held_out = [*range(first_held)], [*range(first_held, len(prompts))]
         self._lines, self._fine_path = folder / "tune.jsonl", folder / "tune-fine.npz"
         self._known = self._read_lines()
         self._generation = Generation(pipeline.networks, pipeline.tokenizer, settings, Timings(), None)
@@ -89,9 +94,20 @@ class Tuning:
             resolution_shift(height_px=settings.height, width_px=settings.width, num_frames=settings.num_frames)
         )
         self._plans: dict[tuple[int, float], Any] = {}
+        self._fine_db: list[float] = []
 
     def recipes(self, evaluations: Sequence[int]) -> Iterator[Recipe]:
         """Yields the recipe of every number of evaluations; what is measured on the way is kept."""
+        with self._prepared():
+            self._leave_out_unresolved()
+            for left, count in zip(range(len(evaluations), 0, -1), evaluations, strict=True):
+                now = time.monotonic()
+                self.deadline = now + (self.until - now) / left
+                yield self._recipe(count)
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """Holds the transformer, and sets the velocity, the noise and the fine solution of every prompt."""
         samples = self.pipeline.read(list(self.prompts), self.settings)
         captions, mask, z, _ = self._generation.prepare(samples)
         with self._generation.transformer() as stdit3:
@@ -100,16 +116,19 @@ class Tuning:
             ]
             self._noise = [jnp.asarray(z[i : i + 1]) for i in range(len(samples))]
             self._fine = self._fine_solutions()
-            for count in evaluations:
-                yield self._recipe(count)
+            yield
 
     def _recipe(self, count: int) -> Recipe:
-        pool = candidates(count, own_shift=self._shift, settings=self.settings)
-        best = self._search(pool, count)
-        rivals = (*plain(count, own_shift=self._shift), best)
-        rows = {each.name: [self._measure(each, i, count) for i in self.held_out] for each in rivals}
-        winner = rows.pop(best.name)
-        errors = [one.error_db for one in winner]
+        found = self._search(candidates(count, own_shift=self._shift, settings=self.settings), count)
+        rows = {
+            each: [self._measure(each, i, count) for i in self.held_out]
+            for each in (found, *plain(count, own_shift=self._shift))
+        }
+        errors = {each: np.asarray([one.error_db for one in row]) for each, row in rows.items()}
+        best = max(rows, key=lambda each: self._mean(each, self.held_out, count))  # the first of equals
+        if best is not found:
+            self.note(f"{count} evaluations: on the prompts kept aside, {best.name} beats {found.name}, and is the recipe")
+        row = rows[best]
         return Recipe(
             model=self.pipeline.model_id,
             height=self.settings.height,
@@ -119,22 +138,25 @@ class Tuning:
             options=self._spelt(best),
             measured={
                 "name": best.name,
-                "error_db": round(float(np.mean(errors)), 4),
-                "error_db_range": [min(errors), max(errors)],
-                "prompts_measured": len(errors),
+                "error_db": round(float(np.mean(errors[best])), 4),
+                "error_db_range": [float(errors[best].min()), float(errors[best].max())],
+                "search_found": found.name,
+                "prompts_measured": len(row),
                 "prompts_searched": len(self.searched),
-                "evaluations": float(np.mean([one.evaluations for one in winner])),
-                "seconds": float(np.median([one.seconds for one in winner])),
+                "evaluations": float(np.mean([one.evaluations for one in row])),
+                "seconds": float(np.median([one.seconds for one in row])),
+                "bytes_read": None if row[0].bytes_read is None else max(one.bytes_read or 0 for one in row),
                 "fine": f"{FINE_STEPS} steps of AB2",
+                "fine_error_db": round(min(self._fine_db[i] for i in self.held_out), 4),
                 "guidance": self.settings.guidance,
                 "device": jax.devices()[0].device_kind,
             },
-            beaten=[{"name": name, "error_db": float(np.mean([one.error_db for one in row]))} for name, row in rows.items()],
+            compared=[_compared(each.name, errors[best], other) for each, other in errors.items() if each is not best],
         )
 
     def _search(self, pool: Sequence[Candidate], count: int) -> Candidate:
         """Returns the candidate with the smallest error after successive halving; on timeout, of those measured most."""
-        taken = 1
+        taken = 2
         try:
             while True:
                 asked = self.searched[:taken]
@@ -166,23 +188,26 @@ class Tuning:
             if prompt in self.searched and time.monotonic() > self.deadline:
                 raise OutOfTime
             options = {name: from_json(name, value) for name, value in self._spelt(candidate).items()}
-            settings = dataclasses.replace(self.settings, **options)
-            sampler = make_sampler(self._velocities[prompt], settings)
-            start = jax.block_until_ready(sampler.run(sampler.start(self._noise[prompt]), 0))  # compiles
-            began = time.perf_counter()
-            result = finish(jax.block_until_ready(sampler.run(start, settings.num_steps)))
-            seconds = time.perf_counter() - began
-            ratio = np.linalg.norm(result.z - self._fine[prompt]) / np.linalg.norm(self._fine[prompt])
-            measured = Measured(
-                error_db=round(-20 * math.log10(max(float(ratio), 1e-9)), 4),
-                evaluations=result.batch_evaluations,
-                seconds=round(seconds, 4),
-            )
-            known[candidate.name, prompt] = measured
+            known[candidate.name, prompt] = measured = self._sampled(dataclasses.replace(self.settings, **options), prompt)
             line = {"count": count, "name": candidate.name, "prompt": prompt, **dataclasses.asdict(measured)}
             with self._lines.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         return known[candidate.name, prompt]
+
+    def _sampled(self, settings: Settings, prompt: int) -> Measured:
+        """Returns what sampling a prompt by some settings comes to."""
+        networks, dtype = self.pipeline.networks, settings.dtype
+        sampler = make_sampler(self._velocities[prompt], settings)
+        start = jax.block_until_ready(sampler.run(sampler.start(self._noise[prompt]), 0))  # compiles
+        before, began = networks.bytes_read(dtype), time.perf_counter()
+        result = finish(jax.block_until_ready(sampler.run(start, settings.num_steps)))
+        seconds, after = time.perf_counter() - began, networks.bytes_read(dtype)
+        return Measured(
+            error_db=_closeness(np.asarray(result.z), self._fine[prompt]),
+            evaluations=result.batch_evaluations,
+            seconds=round(seconds, 4),
+            bytes_read=None if before is None or after is None else after - before,
+        )
 
     def _spelt(self, candidate: Candidate) -> dict[str, Any]:
         """Returns a candidate's options, JSON-ready, with the plan that a calibration gives."""
@@ -208,19 +233,43 @@ class Tuning:
         return self._plans[key]
 
     def _fine_solutions(self) -> list[np.ndarray]:
-        """Returns the latents of every prompt by many small steps, computed once."""
+        """Returns the latents of every prompt by many small steps, and by half as many; computed once."""
         if self._fine_path.exists():
             with np.load(self._fine_path) as record:
-                return [record[f"arr_{i}"] for i in range(len(self.prompts))]
-        options = plain(FINE_STEPS, own_shift=self._shift)[-1].options
-        settings = dataclasses.replace(self.settings, **{**options, "shift": max(1.0, FINE_SHIFT / self._shift)})
-        fine = []
+                self._fine_db = record["fine_db"].tolist()
+                return list(record["fine"])
+        fine, self._fine_db = [], []
         for velocity, noise in zip(self._velocities, self._noise, strict=True):
-            sampler = make_sampler(velocity, settings)
-            fine.append(np.asarray(sampler.run(sampler.start(noise), FINE_STEPS).z))
+            whole, half = (self._fine_solution(velocity, noise, steps) for steps in (FINE_STEPS, FINE_STEPS // 2))
+            fine.append(whole)
+            self._fine_db.append(_closeness(half, whole))
+            self.note(f"fine solution {len(fine)} of {len(self.prompts)}: half as many steps reach {self._fine_db[-1]:.1f} dB")
         with files.whole_file(self._fine_path, overwrite=True) as temporary, temporary.open("wb") as file:
-            np.savez(file, *fine)
+            np.savez(file, fine=np.stack(fine), fine_db=np.asarray(self._fine_db))
         return fine
+
+    def _fine_solution(self, velocity: Velocity, noise: jax.Array, steps: int) -> np.ndarray:
+        options = plain(steps, own_shift=self._shift)[-1].options
+        settings = dataclasses.replace(self.settings, **{**options, "shift": max(1.0, FINE_SHIFT / self._shift)})
+        sampler = make_sampler(velocity, settings)
+        return np.asarray(sampler.run(sampler.start(noise), steps).z)
+
+    def _leave_out_unresolved(self) -> None:
+        """Leaves out prompts whose fine solution has not converged.
+
+        Raises:
+          ValueError: too few are left to search or to measure with.
+        """
+        for kept in (self.searched, self.held_out):
+            lost = [i for i in kept if self._fine_db[i] < _RESOLVED_DB]
+            for i in lost:
+                kept.remove(i)
+                self.note(f"{self.prompts[i]!r} is left out: {FINE_STEPS // 2} and {FINE_STEPS} steps differ too much")
+            if len(kept) < 2:
+                raise ValueError(
+                    f"the fine solutions of {len(lost)} prompts have not converged, and {len(kept)} are left where 2 are "
+                    "needed; give more prompts."
+                )
 
     def _read_lines(self) -> dict[int, dict[tuple[str, int], Measured]]:
         """Returns what is known already; a torn last line is dropped."""
@@ -246,3 +295,20 @@ class Tuning:
             count, at = line.pop("count"), (line.pop("name"), line.pop("prompt"))
             known.setdefault(count, {})[at] = Measured(**line)
         return known
+
+
+def _closeness(z: np.ndarray, fine: np.ndarray) -> float:
+    """Returns by how many dB the distance to the fine latents lies below their size."""
+    ratio = float(np.linalg.norm(z - fine) / np.linalg.norm(fine))
+    return round(-20 * math.log10(max(ratio, 1e-9)), 4)
+
+
+def _compared(name: str, best: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+    """Returns how far a method stays behind the best one on the same prompts."""
+    ahead = best - other
+    return {
+        "name": name,
+        "error_db": round(float(np.mean(other)), 4),
+        "behind_db": round(float(np.mean(ahead)), 4),
+        "standard_error_db": round(float(np.std(ahead, ddof=1) / math.sqrt(len(ahead))), 4),
+    }

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax import layout
@@ -89,19 +88,19 @@ def evaluate(
     """
     branches = step.branches()
     if len(branches) == 1:
-        v = step.guided(step.at.evaluate(copies_of(sampling)))[0]
+        v = step.guided(step.at.evaluate(copies_of(sampling)))
         return Evaluation(v=v, kind=jnp.asarray(FULL), fresh=jnp.asarray(True), cost=jnp.asarray(1.0, jnp.float32), kept=None)
     kind = _kind(sampling, carry, continues=continues, guided=guided)
-    place = np.zeros(len(COSTS), np.int32)
-    place[[*branches]] = np.arange(len(branches))
-    v, kept = jax.lax.switch(jnp.asarray(place)[kind], [*branches.values()], carry.kept)
+    kinds = sorted(branches)
+    place = kind if kinds == [*range(len(kinds))] else jnp.searchsorted(jnp.asarray(kinds), kind, method="compare_all")
+    v, kept = jax.lax.switch(place, [branches[one] for one in kinds], carry.kept)
     if kept is not None and kept.residual is not None:
         kept = dataclasses.replace(kept, residual=layout.residual(kept.residual))
     return Evaluation(
         v=v,
         kind=kind,
-        fresh=(kind == FULL) | (kind == ONE),
-        cost=jnp.asarray(COSTS, jnp.float32)[kind],
+        fresh=(kind == FULL) | (kind == ONE) if ONE in kinds else kind == FULL,
+        cost=jnp.asarray(COSTS[: kinds[-1] + 1], jnp.float32)[kind],
         kept=kept,
     )
 
@@ -124,10 +123,10 @@ def _kind(sampling: Sampling, carry: Carry, *, continues: Array, guided: Array) 
 
 def guided_velocity(sampling: Sampling, at: Point, *, guided: Bool[Array, ""] | None = None) -> Float[Array, "B ..."]:
     """Returns a full evaluation without keeping anything of it, of the conditional rows where not ``guided``."""
-    step = Step(sampling=sampling, at=at, v_before=at.z, restarts=jnp.asarray(True))
+    step = Step(sampling=sampling, at=at, v_before=at.z, continues=jnp.asarray(False))
 
     def both() -> Array:
-        return step.guided(at.evaluate(copies_of(sampling)))[0]
+        return step.guided(at.evaluate(copies_of(sampling)))
 
     if guided is None or sampling.guidance is None or sampling.guidance.low is None:
         return both()
@@ -136,7 +135,7 @@ def guided_velocity(sampling: Sampling, at: Point, *, guided: Bool[Array, ""] | 
 
 def reused_velocity(sampling: Sampling, kept: Kept, at: Point, *, guided: bool = True) -> Float[Array, "B ..."]:
     """Returns the guided velocity with a kept residual in place of the costly part."""
-    step = Step(sampling=sampling, at=at, v_before=at.z, restarts=jnp.asarray(True))
+    step = Step(sampling=sampling, at=at, v_before=at.z, continues=jnp.asarray(False))
     return (step._reuse if guided else step._reuse_one)(kept)[0]
 
 
@@ -147,13 +146,13 @@ Branch = Callable[[Kept | None], tuple[Array, Kept | None]]
 class Step:
     """What a step may do: each branch takes what is kept, and returns the guided velocity and what to keep.
 
-    ``restarts``: what was kept before this step belongs to another phase.
+    ``continues``: False where what was kept before this step belongs to another phase.
     """
 
     sampling: Sampling
     at: Point
     v_before: Array
-    restarts: Array
+    continues: Array
 
     def branches(self) -> dict[int, Branch]:
         """Returns the branches that are compiled, by kind."""
@@ -174,11 +173,14 @@ class Step:
 
     def _full(self, kept: Kept | None) -> tuple[Array, Kept | None]:
         rows, kept = self._evaluated(copies_of(self.sampling), kept)
-        v, difference = self.guided(rows)
+        v = self.guided(rows)
         if kept is None:
             return v, None
         kept = dataclasses.replace(kept, half=jnp.asarray(False))
-        return v, kept if kept.difference is None else dataclasses.replace(kept, difference=difference)
+        if kept.difference is None:
+            return v, kept
+        conditional, unconditional = jnp.split(rows, 2)
+        return v, dataclasses.replace(kept, difference=conditional - unconditional)
 
     def _half(self, kept: Kept | None) -> tuple[Array, Kept | None]:
         assert kept is not None
@@ -190,7 +192,7 @@ class Step:
         return self._evaluated(1, kept)
 
     def _reuse(self, kept: Kept | None) -> tuple[Array, Kept | None]:
-        return self.guided(self._reused(copies_of(self.sampling), kept))[0] if self._keeps(kept) else self.v_before, kept
+        return self.guided(self._reused(copies_of(self.sampling), kept)) if self._keeps(kept) else self.v_before, kept
 
     def _after_half(self, kept: Kept | None) -> tuple[Array, Kept | None]:
         assert kept is not None
@@ -199,17 +201,16 @@ class Step:
     def _reuse_one(self, kept: Kept | None) -> tuple[Array, Kept | None]:
         return self._reused(1, kept) if self._keeps(kept) else self.v_before, kept
 
-    def guided(self, rows: Array) -> tuple[Array, Array]:
-        """Returns the guided velocity of all rows, and conditional minus unconditional (without guidance the velocity)."""
+    def guided(self, rows: Array) -> Array:
+        """Returns the guided velocity of all rows (without guidance the velocity)."""
         if self.sampling.guidance is None:
-            return rows, rows
+            return rows
         conditional, unconditional = jnp.split(rows, 2)
-        v = self.sampling.guidance.combine(conditional, unconditional, self.at.active_BT)
-        return v, conditional - unconditional
+        return self.sampling.guidance.combine(conditional, unconditional, self.at.active_BT)
 
     def combined(self, rows: Array) -> Array:
         """Returns the velocity that the step follows: guided of all rows, or the conditional rows themselves."""
-        return rows if len(rows) == len(self.at.z) else self.guided(rows)[0]
+        return rows if len(rows) == len(self.at.z) else self.guided(rows)
 
     def _completed(self, conditional: Array, kept: Kept) -> Array:
         assert self.sampling.guidance is not None
@@ -223,7 +224,7 @@ class Step:
         if kept is None or kept.residual is None:
             return self.at.evaluate(copies), kept
         v, residual = self.at.evaluate_keeping(copies)
-        return v, updated(kept, residual, self.at.t, restarts=self.restarts)
+        return v, updated(kept, residual, self.at.t, continues=self.continues)
 
     def _reused(self, copies: int, kept: Kept | None) -> Array:
         assert kept is not None

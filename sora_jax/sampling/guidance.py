@@ -120,6 +120,11 @@ class GuidanceRule:
     share: Scalar | None = None
     zero_star: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    @property
+    def varies(self) -> bool:
+        """Whether some steps are guided otherwise than others; static."""
+        return self.low is not None or self.zero_steps is not None
+
     def applies(self, t: Float[Array, "*N"]) -> Bool[Array, "*N"]:
         """Returns whether a step at flow time ``t`` is guided."""
         if self.low is None or self.high is None:
@@ -142,10 +147,10 @@ class GuidanceRule:
         active_BT: Bool[Array, "B T"] | None,
     ) -> Float[Array, "B ..."]:
         """Returns the guided velocity."""
-        scale = self._scale(conditional)
         if self.zero_star:
             unconditional = _fit(unconditional, conditional, active_BT) * unconditional
-        v = unconditional + scale * (conditional - unconditional)
+        difference = conditional - unconditional
+        v = unconditional + self._scale(difference) * difference
         if self.share is None:
             return v
         share = jnp.asarray(self.share, v.dtype)

@@ -20,8 +20,8 @@ from sora_jax.sampling.joining import expand
 from sora_jax.sampling.state import Kept
 
 
-def updated(kept: Kept, residual: Float[Array, "R ..."], t: Float[Array, ""], *, restarts: Bool[Array, ""]) -> Kept:
-    """Returns what is kept after an evaluation of the first rows at time ``t``; ``restarts`` forgets those before."""
+def updated(kept: Kept, residual: Float[Array, "R ..."], t: Float[Array, ""], *, continues: Bool[Array, ""]) -> Kept:
+    """Returns what is kept after an evaluation of the first rows at ``t``; without those before unless it ``continues``."""
     assert kept.residual is not None
     rows = len(residual)
     if rows < len(kept.residual):
@@ -29,7 +29,7 @@ def updated(kept: Kept, residual: Float[Array, "R ..."], t: Float[Array, ""], *,
     if kept.residual_before is None or kept.times_2R is None:
         return dataclasses.replace(kept, residual=residual)
     first_R = jnp.arange(len(residual)) < rows
-    before_R = jnp.where(restarts, jnp.nan, kept.times_2R[0])
+    before_R = jnp.where(continues, kept.times_2R[0], jnp.nan)
     times_2R = jnp.stack([jnp.where(first_R, t, kept.times_2R[0]), jnp.where(first_R, before_R, kept.times_2R[1])])
     residual_before = jnp.where(expand(first_R, residual), kept.residual, kept.residual_before)
     return dataclasses.replace(kept, residual=residual, residual_before=residual_before, times_2R=times_2R)

@@ -32,9 +32,8 @@ class Moved:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Times:
-    """Flow times of the step, of the two before it and of the one after it."""
+    """Flow times of the step, of the one before it and of the one after it."""
 
-    older: Array
     before: Array
     now: Array
     next: Array
@@ -61,7 +60,7 @@ def move(
 ) -> Moved:
     """Returns the latents one step on, or at the end where a sample leaps."""
     times = jnp.asarray(sampling.schedule.times) / sampling.schedule.num_timesteps
-    t = _Times(older=times[carry.step - 2], before=times[carry.step - 1], now=times[carry.step], next=times[carry.step + 1])
+    t = _Times(before=times[carry.step - 1], now=times[carry.step], next=times[carry.step + 1])
     leaps = expand(leaps_B, v)
     moved = at.z + v * jnp.where(leaps, t.now, t.now - t.next)
     if joining_BT is not None:
@@ -76,13 +75,13 @@ def move(
         correction = jnp.where(usable, _dpmpp(carry, at.z, v, t), 0)
     elif sampling.solver == "heun":
         idle_B = carry.done_B | leaps_B
-        if sampling.guidance is not None:
+        if sampling.guidance is not None and sampling.guidance.varies:
             idle_B |= sampling.guidance.stands_still(carry.step)
-        correction, cost = _heun_correction(sampling, at, v, t, ~jnp.all(idle_B), guided)
+        correction, cost = _heun_correction(sampling, at, v, t, idle_B, guided)
     elif carry.history is not None:
         age = jnp.where(has_history, jnp.minimum(carry.history.age + 1, 2), 0)
         advance = _ab3 if sampling.solver == "ab3" else _unipc
-        correction, history = advance(carry, carry.history, at.z, v, t, age)
+        correction, history = advance(carry, carry.history, at.z, v, t, age, times[carry.step - 2])
 
     to_end = jnp.zeros_like(v)
     if sampling.leap is not None and sampling.leap.extrapolate:
@@ -96,23 +95,23 @@ def _dpmpp(carry: Carry, z: Array, v: Array, t: _Times) -> Array:
     return solvers.dpmpp_correction(data, data_before, t_before=t.before, t=t.now, t_next=t.next)
 
 
-def _ab3(carry: Carry, history: History, z: Array, v: Array, t: _Times, age: Array) -> tuple[Array, History]:
+def _ab3(carry: Carry, history: History, z: Array, v: Array, t: _Times, age: Array, t_older: Array) -> tuple[Array, History]:
     """Returns what AB3 adds: Euler's first step is made good by the trapezoid, the second step is AB2's."""
     like = _expanded(age, v)
     second = solvers.ab2_correction(v, carry.v, t_before=t.before, t=t.now, t_next=t.next)
-    third = solvers.ab3_correction(v, carry.v, history.older, t_older=t.older, t_before=t.before, t=t.now, t_next=t.next)
+    third = solvers.ab3_correction(v, carry.v, history.older, t_older=t_older, t_before=t.before, t=t.now, t_next=t.next)
     start = solvers.trapezoid_correction(v, carry.v, t_before=t.before, t=t.now)
     correction = jnp.where(like == 0, 0, jnp.where(like == 1, start + second, third))
     return correction, History(age=age, older=carry.v, base=None)
 
 
-def _unipc(carry: Carry, history: History, z: Array, v: Array, t: _Times, age: Array) -> tuple[Array, History]:
+def _unipc(carry: Carry, history: History, z: Array, v: Array, t: _Times, age: Array, t_older: Array) -> tuple[Array, History]:
     """Returns what UniPC adds: the corrected start, carried on, and the second-order term of the step itself."""
     assert history.base is not None
     like = _expanded(age, v)
     data, data_before = z + t.now * v, carry.z_in + t.before * carry.v
     corrected = solvers.unic_corrected(
-        history.base, data, data_before, history.older, t_older=t.older, t_before=t.before, t=t.now, second_order=like > 1
+        history.base, data, data_before, history.older, t_older=t_older, t_before=t.before, t=t.now, second_order=like > 1
     )
     base = jnp.where(like > 0, corrected, z)
     ahead = jnp.where(like > 0, _dpmpp(carry, z, v, t), 0)
@@ -123,7 +122,7 @@ def _expanded(age: Array, like: Array) -> Array:
     return expand(age, like) if age.ndim else age
 
 
-def _heun_correction(sampling: Sampling, at: Point, v: Array, t: _Times, moves: Array, guided: Array) -> tuple[Array, Array]:
+def _heun_correction(sampling: Sampling, at: Point, v: Array, t: _Times, idle_B: Array, guided: Array) -> tuple[Array, Array]:
     """Returns the trapezoid's term and its further evaluation; the last step, to t = 0, is Euler's and costs none."""
 
     def corrected() -> Array:
@@ -131,6 +130,8 @@ def _heun_correction(sampling: Sampling, at: Point, v: Array, t: _Times, moves: 
         v_next = guided_velocity(sampling, ahead, guided=guided)
         return (v_next - v) * ((t.now - t.next) / 2)
 
-    wanted = (t.next > 0) & moves
-    cost = jnp.where(guided, 1.0, 0.5).astype(jnp.float32)
-    return jax.lax.cond(wanted, corrected, lambda: jnp.zeros_like(v)), jnp.where(wanted, cost, 0)
+    wanted = (t.next > 0) & ~jnp.all(idle_B)
+    correction = jax.lax.cond(wanted, corrected, lambda: jnp.zeros_like(v))
+    if sampling.guidance is None or sampling.guidance.low is None:
+        return correction, wanted.astype(jnp.float32)
+    return correction, jnp.where(wanted, jnp.where(guided, 1.0, 0.5), 0).astype(jnp.float32)

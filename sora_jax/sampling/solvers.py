@@ -61,7 +61,8 @@ def dpmpp_correction(
     log_ratio = _log_snr(t_next) - _log_snr(t)
     log_ratio_before = _log_snr(t) - _log_snr(t_before)
     weight = (1 - t_next / t) * log_ratio / (2 * log_ratio_before)
-    return _finite(jnp.where(t_next > 0, weight, 0)) * (data - data_before)
+    usable = (t_next > 0) & jnp.isfinite(weight)
+    return jnp.where(usable, weight, 0) * (data - data_before)
 
 
 def ab3_correction(

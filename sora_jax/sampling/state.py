@@ -1,17 +1,19 @@
 """The data of a sampling that changes: the carry from step to step, and in it the trace that grows.
 
-Invariant: these are pytrees of arrays without behaviour.  Which of their fields are None decides what is compiled; arrays
-never do.
+Invariant: these are pytrees of arrays, without behaviour in a compiled program.  Which of their fields are None decides what is
+compiled; arrays never do.
 """
 
 import dataclasses
 from typing import no_type_check
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sora_jax.sampling.adaptive import Watch
+from sora_jax.sampling.adaptive import NO_RULE, Watch
 from sora_jax.sampling.leap import LeapState
+from sora_jax.sampling.reuse import AFTER_HALF, FULL, HALF, REUSE
 
 # Classes marked no_type_check hold shapes or paths in place of arrays whenever JAX maps over their trees.
 
@@ -61,12 +63,14 @@ class History:
 class Trace:
     """What each step did; rows from the number of steps taken on are zero.
 
+    In the trace of a `Result` nothing is None: `completed` fills in what a compiled sampling need not record.
+
     Attributes:
       time_N: the step's time.
       evaluations_N: velocity evaluations the step cost.
       cosine_NB: cosine of this velocity and the one before; NaN where the two cannot be compared.
-      kind_N: what was evaluated, an index of `reuse.KINDS`.
-      change_N: what an adaptive rule measured; NaN where it could not, or there is none.
+      kind_N: what was evaluated, an index of `reuse.KINDS`; None where it follows from costs and reuse.
+      change_N: what an adaptive rule measured; NaN where it could not; None without a rule, likewise ``why_N``.
       why_N: why it evaluated or reused, an index of `adaptive.REASONS`.
       reused_N: whether the step reused anything: a residual, a velocity or a guidance difference.
       merged_N: whether temporal tokens were merged.
@@ -76,12 +80,27 @@ class Trace:
     time_N: Float[Array, "N"]
     evaluations_N: Float[Array, "N"]
     cosine_NB: Float[Array, "N B"]
-    kind_N: Int[Array, "N"]
-    change_N: Float[Array, "N"]
-    why_N: Int[Array, "N"]
+    kind_N: Int[Array, "N"] | None
+    change_N: Float[Array, "N"] | None
+    why_N: Int[Array, "N"] | None
     reused_N: Bool[Array, "N"]
     merged_N: Bool[Array, "N"]
     leapt_NB: Bool[Array, "N B"]
+
+    def completed(self, taken: int) -> "Trace":
+        """Returns the rows of the steps taken, on the host, with the kinds, changes and reasons that were not recorded."""
+        rows = jax.tree.map(lambda rows: np.asarray(rows)[:taken], self)
+        kind_N = [FULL] * taken if rows.kind_N is None else rows.kind_N
+        if rows.kind_N is None:
+            for i in np.flatnonzero(rows.reused_N):
+                reuses = AFTER_HALF if kind_N[i - 1] in (HALF, AFTER_HALF) else REUSE
+                kind_N[i] = HALF if rows.evaluations_N[i] else reuses
+        return dataclasses.replace(
+            rows,
+            kind_N=np.asarray(kind_N, np.int32),
+            change_N=np.full(taken, np.nan, np.float32) if rows.change_N is None else rows.change_N,
+            why_N=np.full(taken, NO_RULE, np.int32) if rows.why_N is None else rows.why_N,
+        )
 
 
 @jax.tree_util.register_dataclass

@@ -50,7 +50,7 @@ def first_carry(sampling: Sampling, velocity: VideoVelocity, z: Float[Array, "B 
         history=first_history(sampling, z, active_BT),
         evaluations_B=jnp.zeros(batch, jnp.float32),
         batch_evaluations=jnp.asarray(0, jnp.float32),
-        trace=_empty_trace(len(sampling.schedule.times) - 1 if recorded else 0, batch),
+        trace=_empty_trace(sampling, len(sampling.schedule.times) - 1 if recorded else 0, batch),
     )
 
 
@@ -67,7 +67,10 @@ def take_step(sampling: Sampling, velocity: VideoVelocity, carry: Carry, *, merg
     comparable = continues & evaluation.fresh & carry.fresh
     cosine_B = _cosine(sampling, carry, evaluation.v, now.active_BT, comparable)
     leap, leaps_B = _decide_leap(sampling, carry, cosine_B, now, comparable, restart)
-    has_history = continues & (evaluation.kind != STILL) & _at_own_times(sampling, carry, evaluation)
+    has_history = continues & _at_own_times(sampling, carry, evaluation)
+    still = None if sampling.guidance is None or sampling.guidance.zero_steps is None else evaluation.kind == STILL
+    if still is not None:
+        has_history &= ~still
     moved = move(
         sampling,
         carry,
@@ -98,28 +101,32 @@ def take_step(sampling: Sampling, velocity: VideoVelocity, carry: Carry, *, merg
         history=moved.history,
         evaluations_B=carry.evaluations_B + jnp.where(carry.done_B, 0, cost_B),
         batch_evaluations=carry.batch_evaluations + cost,
-        trace=_record(carry, t, cost, cosine_B, evaluation, leaps_B & ~carry.done_B & ~last, merged=merged),
+        trace=_record(
+            carry, t, cost, cosine_B, evaluation, leapt_B=leaps_B & ~carry.done_B & ~last, still=still, merged=merged
+        ),
     )
 
 
 def _phase(sampling: Sampling, step: Array) -> tuple[Array, Array]:
     """Returns whether merging or guidance differ from those of the step before, and whether this step is guided."""
     restart = jnp.asarray(False) if sampling.merge_steps is None else step == sampling.merge_steps
-    if sampling.guidance is None:
+    if sampling.guidance is None or not sampling.guidance.varies:
         return restart, jnp.asarray(True)
     times = jnp.asarray(sampling.schedule.times) / sampling.schedule.num_timesteps
     restart |= sampling.guidance.restarts(step, times[step], times[step - 1])
     return restart, sampling.guidance.applies(times[step])
 
 
-def _empty_trace(capacity: int, batch: int) -> Trace:
+def _empty_trace(sampling: Sampling, capacity: int, batch: int) -> Trace:
+    """Returns a trace without rows; kinds that follow from the rest, and reasons that nobody has, are not recorded."""
+    varies = sampling.reuse is not None or (sampling.guidance is not None and sampling.guidance.varies)
     return Trace(
         time_N=jnp.zeros(capacity, jnp.float32),
         evaluations_N=jnp.zeros(capacity, jnp.float32),
         cosine_NB=jnp.zeros((capacity, batch), jnp.float32),
-        kind_N=jnp.zeros(capacity, jnp.int32),
-        change_N=jnp.zeros(capacity, jnp.float32),
-        why_N=jnp.zeros(capacity, jnp.int32),
+        kind_N=jnp.zeros(capacity, jnp.int32) if varies else None,
+        change_N=None if sampling.reuse is None else jnp.zeros(capacity, jnp.float32),
+        why_N=None if sampling.reuse is None else jnp.zeros(capacity, jnp.int32),
         reused_N=jnp.zeros(capacity, bool),
         merged_N=jnp.zeros(capacity, bool),
         leapt_NB=jnp.zeros((capacity, batch), bool),
@@ -144,7 +151,7 @@ def _join_frames(sampling: Sampling, carry: Carry, t: Array) -> _Frames:
 
 def _evaluated(sampling: Sampling, carry: Carry, at: Point, now: _Frames, *, continues: Array, guided: Array) -> Evaluation:
     """Returns the step's guided velocity, by its plan, or by what has changed."""
-    step = Step(sampling=sampling, at=at, v_before=carry.v, restarts=~continues)
+    step = Step(sampling=sampling, at=at, v_before=carry.v, continues=continues)
     if sampling.reuse is None:
         return evaluate(sampling, carry, step, continues=continues, guided=guided)
     joins = jnp.asarray(False) if now.joining_BT is None else jnp.any(now.joining_BT)
@@ -188,7 +195,15 @@ def _at_own_times(sampling: Sampling, carry: Carry, evaluation: Evaluation) -> A
 
 
 def _record(
-    carry: Carry, t: Array, cost: Array, cosine_B: Array, evaluation: Evaluation, leapt_B: Array, *, merged: bool
+    carry: Carry,
+    t: Array,
+    cost: Array,
+    cosine_B: Array,
+    evaluation: Evaluation,
+    *,
+    leapt_B: Array,
+    still: Array | None,
+    merged: bool,
 ) -> Trace:
     trace, step = carry.trace, carry.step
     if not len(trace.time_N):
@@ -197,10 +212,10 @@ def _record(
         time_N=trace.time_N.at[step].set(t),
         evaluations_N=trace.evaluations_N.at[step].set(cost),
         cosine_NB=trace.cosine_NB.at[step].set(cosine_B),
-        kind_N=trace.kind_N.at[step].set(evaluation.kind),
-        change_N=trace.change_N.at[step].set(evaluation.change),
-        why_N=trace.why_N.at[step].set(evaluation.why),
-        reused_N=trace.reused_N.at[step].set(~evaluation.fresh & (evaluation.kind != STILL)),
+        kind_N=None if trace.kind_N is None else trace.kind_N.at[step].set(evaluation.kind),
+        change_N=None if trace.change_N is None else trace.change_N.at[step].set(evaluation.change),
+        why_N=None if trace.why_N is None else trace.why_N.at[step].set(evaluation.why),
+        reused_N=trace.reused_N.at[step].set(~evaluation.fresh if still is None else ~evaluation.fresh & ~still),
         merged_N=trace.merged_N.at[step].set(merged),
         leapt_NB=trace.leapt_NB.at[step].set(leapt_B),
     )

@@ -112,7 +112,7 @@ def _by_input(sampling: Sampling, carry: Carry, step: Step, rows: int, why: Arra
 
     def evaluate() -> tuple[Array, Kept]:
         v, residual = step.at.evaluate_keeping(rows)
-        return v, updated(kept, residual, step.at.t, restarts=step.restarts)
+        return v, updated(kept, residual, step.at.t, continues=step.continues)
 
     v, kept = jax.lax.cond(reuses, reuse, evaluate)
     return _Decided(v=step.combined(v), kept=kept, watch=watch, reuses=reuses, change=change, cost=jnp.where(reuses, 0.0, cost))
@@ -134,7 +134,7 @@ def _by_first_block(sampling: Sampling, carry: Carry, step: Step, rows: int, why
 
     def evaluate() -> tuple[Array, Kept]:
         v, residual = step.at.rest(rows, tokens)
-        return v, updated(kept, residual, step.at.t, restarts=step.restarts)
+        return v, updated(kept, residual, step.at.t, continues=step.continues)
 
     v, kept = jax.lax.cond(reuses, reuse, evaluate)
     paid = jnp.where(reuses, cost * step.at.first_block_share(), cost)
