@@ -41,6 +41,7 @@ FINE_STEPS, FINE_SHIFT = 128, 2.4  # of AB2, whose error falls with their square
 PLAN_STEPS = 30
 _RESOLVED_DB = 30.0  # half as many fine steps come at least as close, or the prompt measures nothing
 _SLACK = 1e-3  # evaluations are sums of binary fractions
+_FAR_BEYOND = 1.25  # times the evaluations allowed: no second prompt makes up for it
 
 
 class OutOfTime(Exception):
@@ -177,7 +178,11 @@ class Tuning:
 
     def _mean(self, candidate: Candidate, prompts: Sequence[int], count: int) -> float:
         """Returns the mean error in dB; -inf where it costs more than allowed."""
-        rows = [self._measure(candidate, i, count) for i in prompts]
+        rows = []
+        for i in prompts:
+            rows.append(self._measure(candidate, i, count))
+            if rows[-1].evaluations > _FAR_BEYOND * count:
+                return -math.inf
         if np.mean([row.evaluations for row in rows]) > count + _SLACK:
             return -math.inf
         return float(np.mean([row.error_db for row in rows]))
@@ -233,19 +238,18 @@ class Tuning:
         return self._plans[key]
 
     def _fine_solutions(self) -> list[np.ndarray]:
-        """Returns the latents of every prompt by many small steps, and by half as many; computed once."""
+        """Returns the latents of every prompt by many small steps, and by half as many; each computed once."""
+        fine, self._fine_db = [], []
         if self._fine_path.exists():
             with np.load(self._fine_path) as record:
-                self._fine_db = record["fine_db"].tolist()
-                return list(record["fine"])
-        fine, self._fine_db = [], []
-        for velocity, noise in zip(self._velocities, self._noise, strict=True):
+                fine, self._fine_db = list(record["fine"]), record["fine_db"].tolist()
+        for velocity, noise in list(zip(self._velocities, self._noise, strict=True))[len(fine) :]:
             whole, half = (self._fine_solution(velocity, noise, steps) for steps in (FINE_STEPS, FINE_STEPS // 2))
             fine.append(whole)
             self._fine_db.append(_closeness(half, whole))
             self.note(f"fine solution {len(fine)} of {len(self.prompts)}: half as many steps reach {self._fine_db[-1]:.1f} dB")
-        with files.whole_file(self._fine_path, overwrite=True) as temporary, temporary.open("wb") as file:
-            np.savez(file, fine=np.stack(fine), fine_db=np.asarray(self._fine_db))
+            with files.whole_file(self._fine_path, overwrite=True) as temporary, temporary.open("wb") as file:
+                np.savez(file, fine=np.stack(fine), fine_db=np.asarray(self._fine_db))
         return fine
 
     def _fine_solution(self, velocity: Velocity, noise: jax.Array, steps: int) -> np.ndarray:
