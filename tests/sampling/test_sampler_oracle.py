@@ -75,10 +75,11 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# The default tests take one program of each idea; the rest, which combine the same branches otherwise, are slow.
+# The default tests take one program of each idea; the rest, which combine the same branches otherwise, are for .ci/run.
 SLOW = {
     "interval_dynamic", "interval_heun_merged", "interval_plan_halves", "zero_star_dynamic_heun", "zero_star_interval_velocity",
     "input_reuse", "first_block_zero_star", "ab3", "ab3_plan_velocity", "unipc", "unipc_masked_merged",
+    "interval_rescaled_masked", "zero_star_plan_masked", "plan_extrapolated",
 }  # fmt: skip
 
 
@@ -196,7 +197,7 @@ class Tally:
 TALLY = Tally()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in STRUCTURES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.ci] * (name in SLOW)) for name in STRUCTURES])
 def test_compiled_equals_plain_loop(name: str) -> None:
     structure = STRUCTURES[name]
     rng = np.random.default_rng([7, *name.encode()])

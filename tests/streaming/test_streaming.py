@@ -103,15 +103,16 @@ def test_reused_steps_read_nothing_but_what_is_read_ahead(stream, retained):
 ADAPTIVE = {"input": Reuse.by_input(0.8, extrapolate=True), "first block": Reuse.by_first_block(0.38)}
 
 
-@pytest.fixture(scope="module", params=[pytest.param("input", marks=pytest.mark.slow), "first block"])
+@pytest.fixture(scope="module", params=ADAPTIVE)
 def adaptive(request: pytest.FixtureRequest, directory: Path) -> tuple[Reuse, Result]:
     """A rule and the sampling by it in memory."""
     rule = ADAPTIVE[request.param]
     return rule, streamed.sample(streamed.resident(directory), num_steps=NUM_STEPS, guidance=3.0, reuse=rule)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("stream", ["mmap", pytest.param("host", marks=pytest.mark.slow)], indirect=True)
-@pytest.mark.parametrize("retained", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("retained", [0, 1])
 def test_steps_that_reuse_by_a_rule_read_no_block_or_the_first_alone(stream, adaptive, retained):
     rule, in_memory = adaptive
     stream.retention.count = retained
