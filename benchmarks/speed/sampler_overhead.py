@@ -48,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     before = environment()
     if options.counted:
-        command = "python -m benchmarks.speed.sampler_overhead --counted"
+        command = " ".join(["python -m benchmarks.speed.sampler_overhead", "--counted"])
         report = {"command": command, "environment": before, **counted(20 * options.pairs)}
         write_report(report, options.out or COUNTED, show=True)
         return

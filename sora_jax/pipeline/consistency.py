@@ -35,7 +35,7 @@ def check_effect(asked: Mapping[str, Any], settings: Settings) -> None:
     idle = [name for name in ("reuse_threshold", "reuse_first", "reuse_last") if name in asked and settings.reuse is None]
     if idle:
         raise ValueError(f"{idle[0]} says when a step reuses, but reuse is off; set reuse as well, or leave it out.")
-    alone = [name for name in ("condition_frame_length", "condition_frame_edit") if name in asked and settings.loop == 1]
+    alone = [name for name in asked if name.startswith("condition_frame_") and settings.loop == 1]
     if alone:
         raise ValueError(f"{alone[0]} says how clips of a loop go on, but loop is 1; set loop as well, or leave it out.")
     if "fps" in asked and settings.num_frames == 1:
