@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks._support import accelerator_work
-from benchmarks._support.accelerator_work import GUIDANCE, peak_flop_per_s, works
+from benchmarks._support.accelerator_cases import GUIDANCE
+from benchmarks._support.accelerator_work import peak_flop_per_s, works
 from benchmarks._support.random_network import gflop
 from tests.support.safetensors_file import load_file
 
