@@ -120,6 +120,9 @@ class Mixer:
 
 def _factors(adapter: Adapter, files: Mapping[Path, OpenFile]) -> tuple[np.ndarray, np.ndarray]:
     a, b = (np.ascontiguousarray(each.read_strided(files[each.file])).astype(np.float32) for each in (adapter.a, adapter.b))
+    for array, values in ((adapter.a, a), (adapter.b, b)):
+        if wrong := values.size - np.count_nonzero(np.isfinite(values)):
+            raise SourceError(f"{array.file}: {array.name}: {wrong} of {values.size} values are NaN or infinite.")
     return b * np.float32(adapter.scale), a
 
 

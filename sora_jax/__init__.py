@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from sora_jax.pipeline.clip import Clip
     from sora_jax.pipeline.parameters import load_parameters
     from sora_jax.pipeline.pipeline import Pipeline
+    from sora_jax.sampling.adaptive import Reuse
     from sora_jax.sampling.calibration import calibrate
+    from sora_jax.sampling.guidance import Guidance
     from sora_jax.sampling.integration import integrate
     from sora_jax.sampling.leap import Leap
     from sora_jax.sampling.reuse import Plan
@@ -23,10 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Clip",
+    "Guidance",
     "Leap",
     "Merge",
     "Pipeline",
     "Plan",
+    "Reuse",
     "Sampler",
     "Schedule",
     "__version__",
@@ -38,10 +42,12 @@ __all__ = [
 
 _MODULES = {
     "Clip": "pipeline.clip",
+    "Guidance": "sampling.guidance",
     "Leap": "sampling.leap",
     "Merge": "networks.merging",
     "Pipeline": "pipeline.pipeline",
     "Plan": "sampling.reuse",
+    "Reuse": "sampling.adaptive",
     "Sampler": "sampling.sampler",
     "Schedule": "sampling.schedule",
     "calibrate": "sampling.calibration",

@@ -78,6 +78,12 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert_weights.values, "_SLICE_BYTES", 16384)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Makes every test marked ``ci`` a slow one, so that one mark is enough."""
+    if item.get_closest_marker("ci"):
+        item.add_marker("slow")
+
+
 def pytest_collection_finish() -> None:
     """Takes what was imported out of every later garbage collection, which would visit some million objects each time."""
     gc.collect()

@@ -96,7 +96,9 @@ def check_command(arguments: list[str]) -> None:
     assert used <= known, f"sora-jax {' '.join(arguments)}: {', '.join(sorted(used - known))} is no option"
 
 
-@pytest.mark.parametrize("words", ["generate --step 3", "convert t5 a b --dtyp int8", "export pocket out --wait", "tune model"])
+@pytest.mark.parametrize(
+    "words", ["generate --step 3", "convert t5 a b --dtyp int8", "export pocket out --wait", "tunes model"]
+)
 def test_a_command_with_a_mistake_would_be_seen(words: str):
     with pytest.raises(AssertionError, match=r"is no option|does not exist"):
         check_command(words.split())

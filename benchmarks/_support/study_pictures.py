@@ -32,14 +32,9 @@ CEILING_DB = 70.0  # upper end of the picture: clips closer to the reference loo
 
 def draw(report: Mapping[str, Any], folder: Path) -> None:
     """Writes sampler_frontier.png and sampler_cosines.png."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no pictures: matplotlib is not installed (pip install '.[study]')")
+    pyplot = pyplot_or_none()
+    if pyplot is None:
         return
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
     folder.mkdir(parents=True, exist_ok=True)
     frontier, axes = pyplot.subplots(1, 2, figsize=(11.5, 4.4), layout="constrained")
     for axis, steps in zip(axes, ("30", "200"), strict=True):
@@ -52,6 +47,19 @@ def draw(report: Mapping[str, Any], folder: Path) -> None:
     for name, one in (("frontier", frontier), ("cosines", figure)):
         one.savefig(folder / f"sampler_{name}.png", dpi=100, metadata={"Software": None})
         pyplot.close(one)
+
+
+def pyplot_or_none() -> Any:
+    """Returns matplotlib's pyplot for files; None, and a line that says so, where it is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures: matplotlib is not installed (pip install '.[study]')")
+        return None
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def draw_families(axis: Any, rows: Sequence[Row], measure: str) -> None:

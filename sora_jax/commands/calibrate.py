@@ -23,8 +23,8 @@ from sora_jax.shell import note
 from sora_jax.streaming.budget import parse_budget
 
 OPTIONS = command_line.of_clip(
-    "num_steps", "guidance", "seed", "shift", "merge_steps", "height", "width", "resolution", "aspect_ratio", "num_frames",
-    "fps", "dtype",
+    "num_steps", "guidance", "seed", "shift", "guidance_low", "guidance_high", "guidance_rule", "guidance_rescale",
+    "merge_steps", "height", "width", "resolution", "aspect_ratio", "num_frames", "fps", "dtype",
 )  # fmt: skip
 
 

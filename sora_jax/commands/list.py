@@ -6,6 +6,7 @@ Invariant: a subject is one function from the arguments to fields and lines; not
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from sora_jax import shell
@@ -16,6 +17,7 @@ from sora_jax.pipeline.frame_size import frames_size
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Option, declared
 from sora_jax.pipeline.presets import PRESETS, WAYS
+from sora_jax.pipeline.recipe import Recipe
 from sora_jax.pipeline.settings import Settings
 
 # What a subject is listed as: fields for JSON, lines for people.
@@ -82,8 +84,21 @@ def vocabulary(asked: "Arguments") -> Listed:
     return {"captions": captions, "words": None if words is None else sorted(words)}, lines
 
 
+def recipes(asked: "Arguments") -> Listed:
+    """Returns the recipes in a folder: what each was tuned for, and how close it comes."""
+    found = {path.name: Recipe.read(path) for path in sorted(asked.folder.glob("recipe*.json"))}
+    lines = [
+        f"{name}: {recipe.evaluations:g} evaluations, {recipe.measured.get('name')}, {recipe.measured.get('error_db')} dB; "
+        f"{recipe.model}, {recipe.num_frames} frames of {recipe.height} x {recipe.width}"
+        for name, recipe in found.items()
+    ]
+    fields = {name: dataclasses.asdict(recipe) for name, recipe in found.items()}
+    return fields, lines or [f"no recipe in {asked.folder}; make one with: sora-jax tune MODEL_DIR -o {asked.folder}"]
+
+
 SUBJECTS: Mapping[str, Callable[["Arguments"], Listed]] = {
     "presets": presets,
+    "recipes": recipes,
     "resolutions": resolutions,
     "vocabulary": vocabulary,
 }
@@ -97,6 +112,7 @@ class Arguments:
     model: Annotated[
         str | None, Option("Model directory or its URL, or pocket: the embedded model, which is the default.", metavar="DIR")
     ] = None
+    folder: Annotated[Path, Option("Folder of recipes.", metavar="FOLDER")] = Path("recipes")
     json: Annotated[bool, Option("Print JSON.")] = False
 
 

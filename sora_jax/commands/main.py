@@ -17,6 +17,7 @@ __all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "OK", "TERMINATED", "main"]
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "generate": ("make clips from prompts", "sora_jax.commands.generate"),
     "calibrate": ("find a reuse plan for a model", "sora_jax.commands.calibrate"),
+    "tune": ("search the best way of sampling a model", "sora_jax.commands.tune"),
     "convert": ("convert PyTorch checkpoints into a model directory", "sora_jax.commands.convert"),
     "export": ("write a model as StableHLO, ONNX or Core ML", "sora_jax.commands.export"),
     "run-exported": ("make a clip with an exported model", "sora_jax.commands.run_exported"),

@@ -41,7 +41,7 @@ def _row(each: Declared) -> Sequence[str]:
     return (
         f"<code>{_cell(written)}</code>" if option.on_command_line else "",
         f"`{each.name}`" if of_clip else "",
-        "" if each.is_flag else _cell(each.expected),
+        "" if each.is_flag and option.on_command_line else _cell(each.expected),
         f"`{option.default}`" if of_clip and option.on_command_line and option.default is not None else "",
         _cell(command_line.help_of(each)),
     )

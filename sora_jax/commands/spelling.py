@@ -17,6 +17,10 @@ _ATTENTIONS = ("spatial", "temporal", "cross")
 class Spelling:
     """What the command line spells out of leap and merge."""
 
+    forced: Annotated[
+        bool,
+        Option("Use a recipe that was tuned for another model, size or number of frames.", flags=("--force-recipe",)),
+    ] = False
     leap_extrapolate: Annotated[bool, Option("Leap along the line through the last two velocities.")] = False
     merge_odd: Annotated[
         str | None, Option("What becomes of the last of an odd number of frames.", choices=("alone", "released"))
@@ -35,7 +39,8 @@ class Spelling:
         Raises:
           ValueError: a leap is spelt out, but there is none.
         """
-        return {**clip, **self._leap(clip.get("leap")), **self._merge()}
+        forced = {"force_recipe": True} if self.forced else {}
+        return {**clip, **forced, **self._leap(clip.get("leap")), **self._merge()}
 
     def _leap(self, leap: Any) -> dict[str, Any]:
         if not self.leap_extrapolate:

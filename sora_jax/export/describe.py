@@ -96,7 +96,10 @@ def sampling_entry(settings: Settings) -> SamplingEntry:
     if rule is not None and (rule.mode == "released" or rule.extrapolate):
         raise ValueError(f"leap {settings.leap!r} cannot be exported; expected off, dynamic, or the number of a step.")
     if not settings.is_published_loop:
-        raise ValueError("an exported loop takes Euler steps, has no plan, and merges all attentions; leave the three out.")
+        raise ValueError(
+            "an exported loop takes Euler steps, has no plan, guides by the scale alone, and merges all attentions; leave the "
+            "others out."
+        )
     numbers = rule or Leap.dynamic()
     mode = "off" if rule is None or rule.mode == "released" else rule.mode
     return {

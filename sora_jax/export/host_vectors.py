@@ -128,8 +128,9 @@ def _clip_entry(folder: Path, pipeline: Pipeline, settings: Settings, size: Size
 
     shape = {name: size[name] for name in ("num_frames", "height", "width")}
     scores = {"aes": settings.aes, "flow": settings.flow, "camera_motion": settings.camera_motion}
-    own = {"seed": 0, "leap": "off", "fps": settings.fps, "shift": settings.shift}
-    options: dict[str, Any] = {**own, **numbers, **shape, **scores}
+    own = {"seed": 0, "leap": "off", "shift": settings.shift}
+    rate = {} if size["num_frames"] == 1 else {"fps": settings.fps}  # an image is refused with one
+    options: dict[str, Any] = {**own, **rate, **numbers, **shape, **scores}
     clip = pipeline(CLIP_PROMPT, callback=keep, **options)
     velocities = [seen[step] for step in sorted(seen)]
     arrays = {

@@ -33,6 +33,7 @@ from sora_jax.export.stages import MERGE, Function, Stage
 from sora_jax.networks.forms import WHOLE, Forms
 from sora_jax.networks.stdit3 import STDiT3, with_null_caption
 from sora_jax.pipeline.velocity import Velocity
+from sora_jax.sampling.guidance import GuidanceRule
 from sora_jax.sampling.leap import LeapRule, Mode
 from sora_jax.sampling.options import Sampling
 from sora_jax.sampling.sampler import Sampler
@@ -122,7 +123,7 @@ def _sample(network: STDiT3, mode: Mode, given: Mapping[str, jax.Array]) -> dict
     )
     sampling = Sampling(
         schedule=Schedule(times=given["times"], num_steps=given["num_steps"], num_timesteps=OPEN_SORA_TIMESTEPS),
-        guidance=given["guidance"],
+        guidance=GuidanceRule(scale=given["guidance"]),
         merge_steps=given["merge_steps"] if given["z_BTHWC"].shape[1] > 1 else None,  # one frame: nothing to merge
         weight_BT=None,
         seed=jnp.asarray(0, jnp.uint32),
@@ -136,7 +137,6 @@ def _sample(network: STDiT3, mode: Mode, given: Mapping[str, jax.Array]) -> dict
             extrapolate=False,
         ),
         plan=None,
-        solver="euler",
     )
     sampler = Sampler.of(velocity, sampling)
     carry = sampler.run(sampler.start(given["z_BTHWC"]), given["num_steps"])

@@ -9,6 +9,8 @@ Invariant: conditioning arithmetic (time, sizes, modulation) is float32 whatever
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +24,13 @@ from sora_jax.networks import merging
 from sora_jax.networks.forms import WHOLE, Forms
 from sora_jax.networks.layers import Linear, gelu, lifted, linear
 from sora_jax.networks.positions import SINUSOID_SIZE, position_embedding, sinusoid
-from sora_jax.networks.stdit3_block import Conditioning, STDiT3Block, modulated
+from sora_jax.networks.stdit3_block import Conditioning, STDiT3Block, modulated, modulated_input
 
-__all__ = ["Conditioning", "Embed", "Final", "STDiT3", "STDiT3Block", "with_null_caption"]
+__all__ = ["PARTS", "Conditioning", "Embed", "Final", "Part", "STDiT3", "STDiT3Block", "with_null_caption"]
+
+# Where the stack of blocks can be cut, for a sampler that decides after the first block whether the rest is needed.
+Part = Literal["all", "first", "rest"]
+PARTS: Mapping[Part, slice] = {"all": slice(None), "first": slice(1), "rest": slice(1, None)}
 
 
 class STDiT3(nnx.Module):
@@ -84,13 +90,23 @@ class STDiT3(nnx.Module):
         return self.final(x_BTSD, conditioning, height=z_BTHWC.shape[2], width=z_BTHWC.shape[3])
 
     def stack(
-        self, x_BTSD: Float[Array, "B T S D"], conditioning: Conditioning, *, merge: merging.Merge | None = None
+        self,
+        x_BTSD: Float[Array, "B T S D"],
+        conditioning: Conditioning,
+        *,
+        merge: merging.Merge | None = None,
+        part: Part = "all",
     ) -> Float[Array, "B T S D"]:
-        """Returns the tokens after all blocks, between ``embed`` and ``final``."""
-        for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
-            x_BTSD = layout.after(x_BTSD, spatial)(x_BTSD, conditioning, merge=merge)
-            x_BTSD = layout.after(x_BTSD, temporal)(x_BTSD, conditioning, merge=merge)
+        """Returns the tokens after all blocks, between ``embed`` and ``final``; or after the first block, or the rest."""
+        blocks = [block for pair in zip(self.spatial_blocks, self.temporal_blocks, strict=True) for block in pair]
+        for block in blocks[PARTS[part]]:
+            x_BTSD = layout.after(x_BTSD, block)(x_BTSD, conditioning, merge=merge)
         return x_BTSD
+
+    def modulated_input(self, x_BTSD: Float[Array, "B T S D"], conditioning: Conditioning) -> Float[Array, "B T S D"]:
+        """Returns what the self attention of the first block would see."""
+        table_6D = self.spatial_blocks[0].scale_shift_table[...]
+        return modulated_input(table_6D, x_BTSD, conditioning, half_range=self.policy.half_range)
 
 
 class Embed(nnx.Module):

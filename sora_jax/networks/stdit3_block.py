@@ -252,5 +252,13 @@ def modulated(
     return (normed * (1 + scale_BF1D) + shift_BF1D).astype(x_BTSD.dtype)
 
 
+def modulated_input(
+    table_6D: Float[Array, "6 D"], x_BTSD: Float[Array, "B T S D"], conditioning: Conditioning, *, half_range: bool
+) -> Float[Array, "B T S D"]:
+    """Returns what the self attention of the block with this ``scale_shift_table`` would see."""
+    mod_BF6D = lifted(table_6D, 4).astype(jnp.float32) + conditioning.mod_BF6D
+    return modulated(x_BTSD, mod_BF6D[:, :, :1], mod_BF6D[:, :, 1:2], half_range=half_range)
+
+
 def _gated(x_BTSD: Array, gate_BF1D: Array, branch_BTSD: Array) -> Array:
     return x_BTSD + (gate_BF1D * branch_BTSD.astype(jnp.float32)).astype(x_BTSD.dtype)

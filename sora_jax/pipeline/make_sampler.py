@@ -4,12 +4,17 @@ Invariant: whoever samples with a model goes through `make_sampler`, so that the
 pipeline, in calibration and in the studies.  Nothing here computes.
 """
 
+import dataclasses
+
 import numpy as np
 
 from sora_jax.pipeline.option import OFF
 from sora_jax.pipeline.settings import Settings
+from sora_jax.sampling.adaptive import Reuse
+from sora_jax.sampling.guidance import Guidance
 from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.options import Sampling
+from sora_jax.sampling.reuse import Plan
 from sora_jax.sampling.sampler import Sampler
 from sora_jax.sampling.schedule import Schedule
 from sora_jax.sampling.velocity import Velocity
@@ -36,9 +41,38 @@ def make_schedule(settings: Settings) -> Schedule:
         ) from error
 
 
-def guidance_scale(settings: Settings) -> float | None:
-    """Returns the guidance scale, or None where the caption alone is followed."""
-    return settings.guidance if settings.guided else None
+def make_guidance(settings: Settings) -> Guidance | None:
+    """Returns the rule of guidance, or None where the caption alone is followed."""
+    if not settings.guided:
+        return None
+    interval = settings.guidance_low, settings.guidance_high
+    return Guidance(
+        settings.guidance,
+        interval=None if interval == (0, 1) else interval,
+        zero_star=settings.guidance_rule == "zero-star",
+        zero_steps=settings.guidance_zero_steps,
+        rescale=settings.guidance_rescale,
+    )
+
+
+def make_plan(settings: Settings) -> Plan | None:
+    """Returns the plan, with what its reused steps take."""
+    if settings.plan is None or not settings.reuse_order:
+        return settings.plan
+    return dataclasses.replace(settings.plan, extrapolate=True)
+
+
+def make_reuse(settings: Settings) -> Reuse | None:
+    """Returns the rule of adaptive reuse; None where there is none."""
+    if settings.reuse is None:
+        return None
+    return Reuse(
+        watched="input" if settings.reuse == "input" else "first_block",
+        threshold=settings.reuse_threshold,
+        first=settings.reuse_first,
+        last=settings.reuse_last,
+        extrapolate=settings.reuse_order == 1,
+    )
 
 
 def make_sampling(settings: Settings, *, frame_weights: np.ndarray | None = None, seed: int = 0) -> Sampling:
@@ -49,10 +83,11 @@ def make_sampling(settings: Settings, *, frame_weights: np.ndarray | None = None
     """
     return Sampling.resolve(
         make_schedule(settings),
-        guidance=guidance_scale(settings),
+        guidance=make_guidance(settings),
         solver=settings.solver,
         leap=leap_rule(settings.leap),
-        plan=settings.plan,
+        plan=make_plan(settings),
+        reuse=make_reuse(settings),
         merge_steps=settings.merge_steps or None,
         frame_weights=frame_weights,
         seed=seed,

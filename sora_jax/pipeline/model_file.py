@@ -14,6 +14,7 @@ from typing import Any, Self
 from sora_jax.config import NETWORKS
 from sora_jax.pipeline import frame_size
 from sora_jax.pipeline.option import said
+from sora_jax.pipeline.recipe import Recipe
 from sora_jax.pipeline.recipe_file import PlanFile
 from sora_jax.pipeline.settings import OPTIONS, Settings
 from sora_jax.storage import directory as model_directory
@@ -23,7 +24,7 @@ from sora_jax.storage.site import place_of
 
 POCKET_NAME = "pocket"  # how every command and `Pipeline.from_pretrained` name the embedded model
 POCKET = Path(__file__).parents[1] / "pocket" / "weights"
-_NO_DEFAULTS = {"preset", "plan", "merge"}
+_NO_DEFAULTS = {"preset", "plan", "merge", "recipe", "force_recipe"}
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
 
 
@@ -172,13 +173,24 @@ class ModelFile:
 
         Raises:
           ValueError: an option is wrong; see `Settings.resolve`.
-          FileNotFoundError: there is no such file of a plan.
+          FileNotFoundError: there is no such file of a plan or a recipe.
         """
+        recipe, path, force = None, options.get("recipe"), options.get("force_recipe")
+        options = {name: value for name, value in options.items() if name not in ("recipe", "force_recipe")}
+        if path is not None:
+            recipe = Recipe.read(path)
+            if options.get("preset") is not None:
+                raise ValueError("recipe and preset both say how to sample; choose one.")
+            options = {**recipe.said(), **{name: value for name, value in options.items() if value is not None}}
+        elif force:
+            raise ValueError("force_recipe says which recipes are used, but there is none; give recipe as well.")
         plan = options.get("plan")
         if isinstance(plan, str | os.PathLike):
             options = {**options, "plan": PlanFile.read(plan).for_model(self.model_id, plan)}
         settings = Settings.resolve(self.defaults, options)
         _check_size(self.manifests, settings.height, settings.width)
+        if recipe is not None and path is not None and not force:
+            recipe.check(self.model_id, settings, path)
         return settings
 
 

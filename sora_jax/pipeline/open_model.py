@@ -183,6 +183,10 @@ class Networks:
                 network = resources.enter_context(stream.open())
             yield network
 
+    def bytes_read(self, dtype: str) -> int | None:
+        """Returns the bytes of blocks that the streamed transformer has read; None where it is in memory."""
+        return self._streams[dtype].blocks.bytes_read if dtype in self._streams else None
+
     @contextmanager
     def use(self, network: str, dtype: str, timings: Timings) -> Iterator[Any]:
         """Yields a network that computes in ``dtype``, on the device.

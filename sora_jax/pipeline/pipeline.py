@@ -189,7 +189,14 @@ class Pipeline:
         """
         settings.check_room(num_clips)
         if self.networks.mesh is not None:
+            if settings.reuse is not None:
+                raise ValueError("reuse decides from values that a mesh spreads over devices; leave one of the two out.")
             check_mesh_request(axis_sizes(self.networks.mesh), guided=settings.guided, num_clips=num_clips)
+        if settings.reuse is not None and num_clips > 1:
+            raise ValueError(
+                f"reuse decides for a batch together, so that a clip would depend on its neighbours; make one at a time "
+                f"(batch size 1), not {num_clips}."
+            )
         self.networks.forms(settings.dtype)
         planned(self.networks, settings, num_clips)
         if settings.merge_steps:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 _FORMAT = "sora_jax plan 1"
 # What a calibration depends on, of the settings.
-CALIBRATED = ("num_steps", "guidance", "seed", "shift", "merge_steps", "merge", "height", "width", "num_frames", "fps", "dtype")
+CALIBRATED = (
+    "num_steps", "guidance", "seed", "shift", "guidance_low", "guidance_high", "guidance_rule", "guidance_rescale",
+    "merge_steps", "merge", "height", "width", "num_frames", "fps", "dtype",
+)  # fmt: skip
 
 
 @no_type_check  # the plan's type is JAX's business, and a file is refused without it

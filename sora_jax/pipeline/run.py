@@ -23,7 +23,7 @@ from sora_jax.inputs.tokenizer import Tokenizer
 from sora_jax.networks.stdit3 import STDiT3, with_null_caption
 from sora_jax.networks.vae.codec import latent_size
 from sora_jax.pipeline.coders import Coders
-from sora_jax.pipeline.make_sampler import guidance_scale, make_sampler, make_schedule
+from sora_jax.pipeline.make_sampler import make_guidance, make_sampler, make_schedule
 from sora_jax.pipeline.open_model import Networks
 from sora_jax.pipeline.previews import Previews
 from sora_jax.pipeline.samples import Sample, continued
@@ -163,14 +163,14 @@ class Generation:
             self._report("denoise", done, carry)
 
         self._report("load")
-        with self.networks.on_mesh(), self._transformer() as stdit3, self.timings.measure("denoise"):
+        with self.networks.on_mesh(), self.transformer() as stdit3, self.timings.measure("denoise"):
             self._report("compile")
             return calibrate(
                 self.velocity(stdit3, captions, mask),
                 self.networks.place(z),
                 make_schedule(settings),
                 keep=keep,
-                guidance=guidance_scale(settings),
+                guidance=make_guidance(settings),
                 merge_steps=settings.merge_steps or None,
                 frame_weights=weights,
                 seed=self._seed,
@@ -241,7 +241,7 @@ class Generation:
         settings, num_clips = self.settings, len(z)
         caption_BLE, mask_BL, z = (self._filled(rows) for rows in (caption_BLE, mask_BL, z))
         self._report("load")
-        with self.networks.on_mesh(), self._transformer() as stdit3:
+        with self.networks.on_mesh(), self.transformer() as stdit3:
             velocity = self.velocity(stdit3, caption_BLE, mask_BL)
             frame_weights = None if weights is None else self._filled(weights)
             sampler = make_sampler(velocity, settings, frame_weights=frame_weights, seed=self._seed)
@@ -259,7 +259,7 @@ class Generation:
         """Returns rows with the last one repeated until the mesh divides them."""
         return filled(rows, self.networks.whole_batch(1))
 
-    def _transformer(self) -> AbstractContextManager[STDiT3 | StreamedSTDiT3]:
+    def transformer(self) -> AbstractContextManager[STDiT3 | StreamedSTDiT3]:
         """Returns a context that provides the transformer, in memory or streamed."""
         fixed_bytes = 0 if self._plan is None else self._plan.stage("denoise").fixed
         return self.networks.transformer(self.settings.dtype, self.timings, fixed_bytes=fixed_bytes)

@@ -18,6 +18,7 @@ import numpy as np
 from sora_jax.devices.names import AUTO, DTYPES
 from sora_jax.inputs import sizes
 from sora_jax.networks.merge_rule import Merge
+from sora_jax.pipeline import consistency
 from sora_jax.pipeline.frame_size import MAX_FRAMES, MAX_SIDE_PX, frame_size
 from sora_jax.pipeline.option import OFF, Declared, Option, declared, said
 from sora_jax.pipeline.presets import PRESETS, preset_values
@@ -153,11 +154,27 @@ class SamplingOptions(TypedDict, total=False):
             choices=PRESETS,
         ),
     ]
+    recipe: Annotated[
+        Union[str, "os.PathLike[str]", None],
+        Option(
+            "Sample as a recipe of sora-jax tune says; other options replace its values.",
+            metavar="JSON",
+            expected="a file of sora-jax tune",
+        ),
+    ]
+    force_recipe: Annotated[
+        bool | None,
+        Option(
+            "Use a recipe that was tuned for another model, size or number of frames.",
+            expected="True or False",
+            on_command_line=False,
+        ),
+    ]
     solver: Annotated[
         str | None,
         Option(
             "How a step is taken; heun takes two evaluations a step, the others one.",
-            choices=("euler", "ab2", "dpmpp", "heun"),
+            choices=("euler", "ab2", "ab3", "dpmpp", "unipc", "heun"),
             default="euler",
         ),
     ]
@@ -169,6 +186,45 @@ class SamplingOptions(TypedDict, total=False):
             above=0,
             expected="a positive number, 1 for the published times",
             default=1.0,
+        ),
+    ]
+    guidance_low: Annotated[
+        float | None,
+        Option(
+            "Lowest flow time (0 is data) that is guided; at others the caption alone is evaluated, at half the cost.",
+            metavar="T",
+            within=(0, 1),
+            default=0.0,
+        ),
+    ]
+    guidance_high: Annotated[
+        float | None,
+        Option("Highest flow time (1 is noise) that is guided.", metavar="T", within=(0, 1), default=1.0),
+    ]
+    guidance_rule: Annotated[
+        str | None,
+        Option(
+            "How the two velocities are combined; zero-star (CFG-Zero*) scales the one without caption to fit the other.",
+            choices=("plain", "zero-star"),
+            default="plain",
+        ),
+    ]
+    guidance_zero_steps: Annotated[
+        int | None,
+        Option(
+            "First steps that stand still and cost nothing; 1 is CFG-Zero*'s, and goes with its rule.",
+            metavar="N",
+            within=(0, MAX_STEPS),
+            default=0,
+        ),
+    ]
+    guidance_rescale: Annotated[
+        float | str | None,
+        Option(
+            "Share of the captioned velocity's spread that the guided one gets (published: 0.7).",
+            metavar="SHARE|off",
+            within=(0, 1),
+            off=True,
         ),
     ]
     leap: Annotated[
@@ -189,6 +245,42 @@ class SamplingOptions(TypedDict, total=False):
             "Which steps evaluate the transformer and which reuse what it computed; a plan brings its number of steps.",
             metavar="JSON",
             expected="a file of sora-jax calibrate, or a sora_jax.Plan",
+        ),
+    ]
+    reuse: Annotated[
+        str | None,
+        Option(
+            "Reuse what the blocks added before while little changes: their input (TeaCache), or what the first one adds "
+            "(first-block cache). Makes one clip at a time.",
+            metavar="off|input|first-block",
+            choices=("input", "first-block"),
+            off=True,
+        ),
+    ]
+    reuse_threshold: Annotated[
+        float | None,
+        Option(
+            "Relative change from which on a step evaluates; of the input it is summed up. Thresholds do not carry over "
+            "from model to model.",
+            metavar="X",
+            within=(0, 1000),
+            default=0.1,
+        ),
+    ]
+    reuse_first: Annotated[
+        int | None, Option("First steps that evaluate in any case.", metavar="N", within=(1, MAX_STEPS), default=1)
+    ]
+    reuse_last: Annotated[
+        int | None, Option("Last steps that evaluate in any case.", metavar="N", within=(0, MAX_STEPS), default=1)
+    ]
+    reuse_order: Annotated[
+        int | None,
+        Option(
+            "What a reused step takes, with reuse or with a plan: 0 the last residual, 1 the line through the last two "
+            "(TaylorSeer, first order).",
+            metavar="0|1",
+            within=(0, 1),
+            default=0,
         ),
     ]
     merge_steps: Annotated[
@@ -215,7 +307,11 @@ class Options(ClipOptions, SamplingOptions, total=False):
 
 OPTIONS: Mapping[str, Declared] = declared(Options)
 _DEFAULTS: Mapping[str, Any] = {name: each.option.default for name, each in OPTIONS.items()}
-_EXACT = {name: _DEFAULTS[name] for name in ("num_steps", *declared(SamplingOptions)) if name != "preset"}
+_OTHERS = ("preset", "recipe", "force_recipe")  # they decide other settings
+_EXACT = {name: _DEFAULTS[name] for name in ("num_steps", *declared(SamplingOptions)) if name not in _OTHERS}
+RECIPE_OPTIONS = tuple(_EXACT)
+_GUIDANCE_RULE = ("guidance_low", "guidance_high", "guidance_rule", "guidance_zero_steps", "guidance_rescale")
+_LATER = (*_GUIDANCE_RULE, "reuse", "reuse_threshold", "reuse_first", "reuse_last", "reuse_order")  # not in files of 0.1.0
 _SCORES = ("aes", "flow", "camera_motion")
 
 
@@ -234,8 +330,18 @@ class Settings:
     seed: int
     solver: str
     shift: float
+    guidance_low: float
+    guidance_high: float
+    guidance_rule: str
+    guidance_zero_steps: int
+    guidance_rescale: float | None
     leap: Union[int, str, "Leap"]
     plan: Union["Plan", None]
+    reuse: str | None
+    reuse_threshold: float
+    reuse_first: int
+    reuse_last: int
+    reuse_order: int
     merge_steps: int
     merge: Merge
     height: int
@@ -257,8 +363,12 @@ class Settings:
             value, option = getattr(self, name), OPTIONS[name]
             if value is not None or not (option.option.off or name == "plan"):
                 option.check(value)
-        self._check_steps()
-        self._check_loop()
+        changed = [name for name in _GUIDANCE_RULE if getattr(self, name) != _DEFAULTS[name]]
+        if changed and not self.guided:
+            raise ValueError(
+                f"{changed[0]} says how guidance works, but guidance is 1, which is none; leave it out, or set guidance."
+            )
+        consistency.check(self)
 
     @property
     def guided(self) -> bool:
@@ -267,8 +377,12 @@ class Settings:
 
     @property
     def is_published_loop(self) -> bool:
-        """Whether steps are Euler's and all evaluate the transformer, merged as published: the loop of exported models."""
-        return self.solver == _DEFAULTS["solver"] and self.plan is None and self.merge == _DEFAULTS["merge"]
+        """Whether steps are Euler's, guided and merged as published, and all evaluate: the loop of exported models."""
+        return (
+            self.plan is None
+            and self.reuse is None
+            and all(getattr(self, name) == _DEFAULTS[name] for name in ("solver", "merge", *_GUIDANCE_RULE))
+        )
 
     @property
     def steps_in_words(self) -> str:
@@ -276,11 +390,12 @@ class Settings:
         return f"{self.num_steps} step{'' if self.num_steps == 1 else 's'} of {self.solver}"
 
     def evaluations(self) -> tuple[float, bool]:
-        """Returns how often a clip's sampling evaluates the transformer, and whether a leap may end it earlier."""
+        """Returns how often a clip's sampling evaluates the transformer at most, and whether it may do so less often."""
+        may_be_less = self.reuse is not None or (self.guidance_low, self.guidance_high, self.guidance_zero_steps) != (0, 1, 0)
         if self.plan is not None:
-            return self.plan.evaluations, self.leap != OFF
+            return self.plan.evaluations, may_be_less or self.leap != OFF
         steps, may_leap = (self.leap + 1, False) if isinstance(self.leap, int) else (self.num_steps, self.leap != OFF)
-        return float(2 * steps - 1 if self.solver == "heun" else steps), may_leap
+        return float(2 * steps - 1 if self.solver == "heun" else steps), may_be_less or may_leap
 
     def with_seed(self, seed: int) -> "Settings":
         """Returns the same settings with another seed, taken modulo 2^32."""
@@ -301,43 +416,8 @@ class Settings:
             )
 
     def check_calibration(self, evaluations: int, half_from: int | None) -> None:
-        """Refuses a reuse plan that no calibration with these settings can find.
-
-        Raises:
-          ValueError: says how many steps there are.
-        """
-        least = 2 if 0 < self.merge_steps < self.num_steps else 1  # the first step, and the first one after merging
-        if not isinstance(evaluations, int) or not least <= evaluations <= self.num_steps:
-            expected = f"expected {least} to {self.num_steps}"
-            raise ValueError(f"a plan of {self.num_steps} steps cannot have {evaluations!r} evaluations; {expected}.")
-        if half_from is not None and (not isinstance(half_from, int) or half_from not in range(self.num_steps)):
-            raise ValueError(f"half_from is {half_from!r}; expected one of the steps, 0 to {self.num_steps - 1}.")
-        if half_from is not None and not self.guided:
-            raise ValueError("half steps reuse the guidance difference, but guidance is 1; leave half_from out.")
-
-    def _check_steps(self) -> None:
-        if isinstance(self.leap, int) and self.leap >= self.num_steps:
-            raise ValueError(
-                f"leap index {self.leap} is beyond the last of {self.num_steps} steps; expected 0 to {self.num_steps - 1} "
-                f"({self.num_steps - 1} leaps nowhere)."
-            )
-        if self.merge_steps > self.num_steps:
-            raise ValueError(
-                f"merge_steps is {self.merge_steps} of {self.num_steps} steps; expected 0 to {self.num_steps} (all)."
-            )
-
-    def _check_loop(self) -> None:
-        if self.loop == 1:
-            return
-        if self.num_frames == 1:
-            raise ValueError(f"loop {self.loop} cannot extend a single image; set num_frames, or loop 1.")
-        taken = sizes.frames_of_latents(self.condition_frame_length)
-        if taken >= self.num_frames:
-            shorter = f" or condition_frame_length {sizes.LATENTS_PER_CHUNK}" if taken > sizes.FRAMES_PER_CHUNK else ""
-            raise ValueError(
-                f"loop {self.loop} takes over {taken} frames from clip to clip (condition_frame_length "
-                f"{self.condition_frame_length}), but a clip has {self.num_frames}; expected num_frames above {taken}{shorter}."
-            )
+        """Refuses a reuse plan that no calibration with these settings can find; raises what `consistency` raises."""
+        consistency.check_calibration(self, evaluations, half_from)
 
     @classmethod
     def resolve(cls, defaults: Mapping[str, Any], options: Mapping[str, Any]) -> "Settings":
@@ -361,13 +441,7 @@ class Settings:
         fields = {name: _decided(name, sources[name]) for name in cls.field_names()}
         fields |= {"height": height, "width": width, "num_frames": num_frames}
         settings = cls(**{**fields, "save_fps": fields["fps"] if fields["save_fps"] is None else fields["save_fps"]})
-        if "merge" in asked and not settings.merge_steps:
-            raise ValueError("merge says what merged steps merge, but merge_steps is 0; set it as well, or leave merge out.")
-        idle = [name for name in ("condition_frame_length", "condition_frame_edit") if name in asked and settings.loop == 1]
-        if idle:
-            raise ValueError(f"{idle[0]} says how clips of a loop go on, but loop is 1; set loop as well, or leave it out.")
-        if "fps" in asked and num_frames == 1:
-            raise ValueError("fps is what a video is conditioned on, but num_frames is 1, an image; leave it out.")
+        consistency.check_effect(asked, settings)
         return settings
 
     @classmethod
@@ -381,14 +455,15 @@ class Settings:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Settings":
-        """Returns the settings that `to_dict` wrote, whatever else the fields hold.
+        """Returns the settings that `to_dict` wrote, whatever else the fields hold; a file of an older version lacks new ones.
 
         Raises:
           KeyError: a setting is missing.
           ValueError: a setting has a value that it cannot have.
         """
-        values = {name: fields[name] for name in cls.field_names()}
-        return cls(**{name: _decided(name, _from_json(name, value)) for name, value in values.items()})
+        older = {name: _DEFAULTS[name] for name in _LATER}
+        values = {name: fields.get(name, older[name]) if name in older else fields[name] for name in cls.field_names()}
+        return cls(**{name: _decided(name, from_json(name, value)) for name, value in values.items()})
 
 
 def _decided(name: str, value: Any) -> Any:
@@ -415,7 +490,7 @@ def _codes(plan: Any) -> tuple[int, ...]:
     return plan.codes
 
 
-def _from_json(name: str, value: Any) -> Any:
+def from_json(name: str, value: Any) -> Any:
     """Returns the object that a setting's JSON stands for."""
     if not isinstance(value, Mapping):
         return value

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from sora_jax import layout
 from sora_jax.networks.merging import Merge
-from sora_jax.networks.stdit3 import Conditioning, STDiT3
+from sora_jax.networks.stdit3 import Conditioning, Part, STDiT3
 from sora_jax.streaming.network import StreamedSTDiT3
 
 
@@ -21,7 +21,7 @@ from sora_jax.streaming.network import StreamedSTDiT3
 @no_type_check  # a pytree also holds shapes and paths in place of arrays
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Velocity:
-    """A `sampling.velocity.ReusableVelocity`: a network, a caption for each row, and the sizes of the video.
+    """A `sampling.velocity.WatchedVelocity`: a network, a caption for each row, and the sizes of the video.
 
     Attributes:
       network: the transformer, in memory or streamed.
@@ -142,6 +142,43 @@ class Velocity:
             fps=spec,
         )
 
+    def modulated_input(
+        self, z: Float[Array, "R T H W C"], t_B: Float[Array, "R"], *, frame_mask_BT: Bool[Array, "R T"] | None = None
+    ) -> Float[Array, "R T S D"]:
+        """Returns what the self attention of the first block would see."""
+        return self.network.modulated_input(*self._embed(z, t_B, frame_mask_BT))
+
+    def first_block(
+        self,
+        z: Float[Array, "R T H W C"],
+        t_B: Float[Array, "R"],
+        *,
+        frame_mask_BT: Bool[Array, "R T"] | None = None,
+        merged: bool = False,
+    ) -> tuple[Float[Array, "R T S D"], Float[Array, "R T S D"]]:
+        """Returns the tokens after the first block, and what it added to them."""
+        tokens_RTSD, conditioning = self._embed(z, t_B, frame_mask_BT)
+        out_RTSD = self._stack(tokens_RTSD, conditioning, merged=merged, part="first")
+        return out_RTSD, out_RTSD - tokens_RTSD
+
+    def rest(
+        self,
+        z: Float[Array, "R T H W C"],
+        t_B: Float[Array, "R"],
+        tokens: Float[Array, "R T S D"],
+        *,
+        frame_mask_BT: Bool[Array, "R T"] | None = None,
+        merged: bool = False,
+    ) -> tuple[Float[Array, "R T H W C"], Float[Array, "R T S D"]]:
+        """Returns the velocity from the tokens after the first block, and what the other blocks added to them."""
+        _, conditioning = self._embed(z, t_B, frame_mask_BT)
+        out_RTSD = self._stack(tokens, conditioning, merged=merged, part="rest")
+        return self._final(z, out_RTSD, conditioning), out_RTSD - tokens
+
+    def first_block_share(self) -> float:
+        """Returns which part of an evaluation the first block is: one of all blocks."""
+        return 1 / (2 * self.network.config.depth)
+
     def _embed(self, z: Array, t_R: Array, frame_mask_RT: Array | None) -> tuple[Array, Conditioning]:
         rows = len(z)
         return layout.after(z, self.network.embed)(
@@ -154,6 +191,9 @@ class Velocity:
             width_px_B=self.width_px[:rows],
             frame_mask_BT=frame_mask_RT,
         )
+
+    def _stack(self, tokens_RTSD: Array, conditioning: Conditioning, *, merged: bool, part: Part = "all") -> Array:
+        return self.network.stack(tokens_RTSD, conditioning, merge=self.merge if merged else None, part=part)
 
     def _final(self, z: Array, tokens_RTSD: Array, conditioning: Conditioning) -> Array:
         final = layout.after(tokens_RTSD, self.network.final)

@@ -40,7 +40,9 @@ from typing import TYPE_CHECKING
 from sora_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from sora_jax.sampling.adaptive import Reuse
     from sora_jax.sampling.calibration import calibrate
+    from sora_jax.sampling.guidance import Guidance
     from sora_jax.sampling.integration import integrate
     from sora_jax.sampling.leap import Leap
     from sora_jax.sampling.options import Options
@@ -48,12 +50,14 @@ if TYPE_CHECKING:
     from sora_jax.sampling.sampler import Sampler, sample
     from sora_jax.sampling.schedule import Schedule
 
-__all__ = ["Leap", "Options", "Plan", "Sampler", "Schedule", "calibrate", "integrate", "sample"]
+__all__ = ["Guidance", "Leap", "Options", "Plan", "Reuse", "Sampler", "Schedule", "calibrate", "integrate", "sample"]
 
 _MODULES = {
+    "Guidance": "guidance",
     "Leap": "leap",
     "Options": "options",
     "Plan": "reuse",
+    "Reuse": "adaptive",
     "Sampler": "sampler",
     "Schedule": "schedule",
     "calibrate": "calibration",

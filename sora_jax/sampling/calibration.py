@@ -8,6 +8,7 @@ Source: LeMiCa (arXiv 2511.00090), a shortest path over measured errors; here th
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Unpack
 
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float
 from sora_jax.sampling import joining
 from sora_jax.sampling.arguments import whole
 from sora_jax.sampling.evaluation import reused_velocity
+from sora_jax.sampling.guidance import Guidance
 from sora_jax.sampling.options import Options, Sampling, num_steps_of
 from sora_jax.sampling.reuse import REUSE, Keep, Plan
 from sora_jax.sampling.sampler import Sampler
@@ -118,8 +120,10 @@ def calibrate(
       TypeError: there is no such option.
       ValueError: as `sampler.sample`, and for a plan or a leap.
     """
-    if options.get("plan") is not None or options.get("leap") is not None:
-        raise ValueError("calibrate measures every step of a full sampling; leave plan and leap out.")
+    if any(options.get(name) is not None for name in ("plan", "reuse", "leap")):
+        raise ValueError("calibrate measures every step of a full sampling; leave plan, reuse and leap out.")
+    if isinstance(guidance := options.get("guidance"), Guidance) and guidance.zero_steps:
+        raise ValueError("calibrate measures what each step evaluates, but zero_steps stand still; leave them out.")
     num_steps = num_steps_of(schedule) if isinstance(schedule, Schedule) else 1
     options["plan"] = Plan.evaluate_at(range(num_steps), num_steps, keep=keep)
     sampler = Sampler.create(velocity, schedule, **options)
@@ -141,24 +145,33 @@ def calibrate(
 
 def _must_evaluate(sampling: Sampling, num_steps: int) -> set[int]:
     starts = {0} if sampling.merge_steps is None else {0, int(sampling.merge_steps)}
+    starts |= set((np.flatnonzero(np.diff(_guided_steps(sampling))) + 1).tolist())
     if sampling.weight_BT is not None:
         times, scale = sampling.schedule.visited, sampling.schedule.num_timesteps
         starts |= set(np.flatnonzero(joining.joining_steps(np.asarray(sampling.weight_BT), times, scale)).tolist())
     return starts & set(range(num_steps))
 
 
+def _guided_steps(sampling: Sampling) -> np.ndarray:
+    """Returns for each step whether the guidance's interval holds its time."""
+    times = jnp.asarray(sampling.schedule.visited) / sampling.schedule.num_timesteps
+    return np.ones(len(times), bool) if sampling.guidance is None else np.asarray(sampling.guidance.applies(times))
+
+
 def _error(sampler: Sampler, source: Carry, target: Carry) -> Array:
     plan = sampler.sampling.plan
-    held = plan is not None and plan.keep == "velocity"
-    return _distance(source.v, target.v) if held else _reuse_error(sampler, source.kept, target)
+    if plan is not None and plan.keep == "velocity":
+        return _distance(source.v, target.v)
+    guided = bool(_guided_steps(sampler.sampling)[int(target.step) - 1])
+    return _reuse_error(sampler, source.kept, target, guided=guided)
 
 
-@jax.jit
-def _reuse_error(sampler: Sampler, kept: Kept, target: Carry) -> Array:
+@functools.partial(jax.jit, static_argnames="guided")
+def _reuse_error(sampler: Sampler, kept: Kept, target: Carry, *, guided: bool) -> Array:
     t = jnp.asarray(sampler.sampling.schedule.times)[target.step - 1]
     velocity = opened(sampler.velocity)
     at = Point(velocity=velocity, z=target.z_in, t=t, active_BT=target.active_BT, merged=False)
-    return _distance(reused_velocity(sampler.sampling, kept, at), target.v)
+    return _distance(reused_velocity(sampler.sampling, kept, at, guided=guided), target.v)
 
 
 def _distance(v: Array, truth: Array) -> Array:

@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from sora_jax.sampling import guidance as guiding
 from sora_jax.sampling import joining, noise, reuse, solvers
+from sora_jax.sampling.adaptive import Reuse, ReuseRule
 from sora_jax.sampling.arguments import is_traced, shown, whole
+from sora_jax.sampling.guidance import Guidance, GuidanceRule
 from sora_jax.sampling.leap import Leap, LeapRule
 from sora_jax.sampling.reuse import Plan, PlanRule
 from sora_jax.sampling.schedule import Schedule
-from sora_jax.sampling.velocity import ReusableVelocity, VideoVelocity
+from sora_jax.sampling.velocity import ReusableVelocity, VideoVelocity, WatchedVelocity
 
 Scalar = np.ndarray | jax.Array
 
@@ -27,20 +28,24 @@ class Options(TypedDict, total=False):
     """How to sample, in addition to the velocity, the latents and the times; every option may be left out, or be None.
 
     Attributes:
-      guidance: scale of classifier-free guidance, or one for each sample; None calls the velocity on the batch itself.
-      solver: "euler" (the default), "ab2" and "dpmpp" (second order, one evaluation a step) or "heun" (second order, two).
+      guidance: scale of classifier-free guidance, one for each sample, or a `guidance.Guidance` with an interval or a
+        correction; None calls the velocity on the batch itself.
+      solver: "euler" (the default); "ab2", "ab3" (orders 2 and 3 in time), "dpmpp" and "unipc" (orders 2 and 3 in log-SNR), one
+        evaluation a step; "heun" (order 2), two.
       leap: when to leap to the end; the last thing that is decided in a step.  Its numbers may be one for each sample.
       plan: which steps evaluate; not with "heun" or the released leap.
+      reuse: a rule by which steps evaluate or reuse, in place of a plan; it decides for the batch together.
       merge_steps: steps below this index ask for merged temporal tokens.
       frame_weights: [B, T] in [0, 1] for latents [B, T, ...], see `joining`.
       seed: noise of the frames that join late (default 0).
       noise_per_step: [steps, B, ...] in place of that noise.
     """
 
-    guidance: int | float | Sequence[float] | Array | np.ndarray | None
+    guidance: int | float | Sequence[float] | Array | np.ndarray | Guidance | None
     solver: str
     leap: Leap | None
     plan: Plan | None
+    reuse: Reuse | None
     merge_steps: int | None
     frame_weights: Array | np.ndarray | None
     seed: int
@@ -58,25 +63,27 @@ class Sampling:
 
     Attributes:
       schedule: times and number of steps.
-      guidance: scale of classifier-free guidance, float32 scalar or [B]; None evaluates without it, on the batch itself.
+      guidance: how a caption is followed; None evaluates without guidance, on the batch itself.
       merge_steps: steps below this index merge temporal tokens, int32; None compiles no merged phase.
       weight_BT: frame weights in [0, 1] of masked sampling (see `joining`).
       seed: noise that joining frames get, uint32.
       noise_NBX: recorded noise for joining frames, one per step, in place of the seed's.
       leap: when to leap.
       plan: which steps evaluate.
+      reuse: by which rule they do, in place of a plan.
       solver: one of `solvers.SOLVERS`.
     """
 
     schedule: Schedule
-    guidance: Scalar | None
+    guidance: GuidanceRule | None
     merge_steps: Scalar | None
     weight_BT: Array | np.ndarray | None
     seed: Scalar
     noise_NBX: Array | np.ndarray | None
     leap: LeapRule | None
     plan: PlanRule | None
-    solver: str = dataclasses.field(metadata={"static": True})
+    reuse: ReuseRule | None = None
+    solver: str = dataclasses.field(default="euler", metadata={"static": True})
 
     @classmethod
     def resolve(cls, schedule: Schedule, **options: Unpack[Options]) -> Self:
@@ -91,7 +98,7 @@ class Sampling:
             raise TypeError(f"there is no option {unknown[0]!r}; expected {', '.join(Options.__annotations__)}.")
         _check_kind("schedule", schedule, Schedule, "for example Schedule.uniform(30)")
         num_steps = num_steps_of(schedule)
-        guidance = guiding.checked_scale(options.get("guidance"))
+        guidance = None if options.get("guidance") is None else Guidance.of(options["guidance"])
         solver, seed = options.get("solver"), options.get("seed")
         solver = solvers.check_solver("euler" if solver is None else solver)
         merge_steps = options.get("merge_steps")
@@ -99,22 +106,27 @@ class Sampling:
             merge_steps = whole("merge_steps", merge_steps, least=0)
         frame_weights, noise_per_step = options.get("frame_weights"), options.get("noise_per_step")
         weight_BT = None if frame_weights is None else _checked_weights(frame_weights, schedule)
-        leap, plan = options.get("leap"), options.get("plan")
+        leap, plan, adaptive = options.get("leap"), options.get("plan"), options.get("reuse")
         if leap is not None:
             _check_kind("leap", leap, Leap, "for example Leap.static(15)")
             _check_leap_joins(leap, weight_BT, schedule)
+            _check_leap_guidance(leap, guidance)
         if plan is not None:
             _check_kind("plan", plan, Plan, "for example Plan.evaluate_at([0, 2, 4], 6)")
             _check_plan(plan, guidance, solver, leap, weight_BT, schedule)
+        if adaptive is not None:
+            _check_kind("reuse", adaptive, Reuse, "for example Reuse.by_input(0.1)")
+            _check_reuse(solver, leap, plan)
         return cls(
             schedule=schedule,
-            guidance=guidance,
+            guidance=None if guidance is None else guidance.rule(),
             merge_steps=None if merge_steps is None else np.asarray(merge_steps, np.int32),
             weight_BT=weight_BT,
             seed=noise.as_seed(0 if seed is None else seed),
             noise_NBX=None if noise_per_step is None else _checked_noise(noise_per_step, num_steps),
             leap=None if leap is None else leap.rule(num_steps),
             plan=None if plan is None else plan.rule(num_steps, len(schedule.times) - 1),
+            reuse=None if adaptive is None else adaptive.rule(),
             solver=solver,
         )
 
@@ -124,6 +136,8 @@ class Sampling:
         needed |= {} if self.merge_steps is None else {"merge_steps": VideoVelocity}
         if self.plan is not None and self.plan.keep == "residual":
             needed["a plan that keeps residuals (keep='velocity' does not)"] = ReusableVelocity
+        if self.reuse is not None:
+            needed["reuse"] = WatchedVelocity
         return needed
 
     def check_latents(self, z: Any) -> None:
@@ -152,7 +166,7 @@ class Sampling:
             raise ValueError(f"leap 'released' reads rows of video latents [B, T, H, W, C]; got latents of shape {z.shape}.")
 
     def _per_sample(self) -> dict[str, Any]:
-        named = {"guidance": self.guidance}
+        named = {} if self.guidance is None else {"guidance": self.guidance.scale}
         if self.leap is not None:
             fields = {"index": "index", "tolerance": "tolerance", "patience": "patience", "min_share": "first"}
             named |= {f"leap {name}": getattr(self.leap, field) for name, field in fields.items()}
@@ -213,9 +227,24 @@ def _check_leap_joins(leap: Leap, weight_BT: np.ndarray | None, schedule: Schedu
         )
 
 
+def _check_leap_guidance(leap: Leap, guidance: Guidance | None) -> None:
+    if guidance is None:
+        return
+    if leap.mode == "static" and np.min(leap.index) < guidance.zero_steps:
+        raise ValueError(
+            f"leap index {np.min(leap.index)} is one of the first {guidance.zero_steps} steps, which stand still (zero_steps); "
+            f"smallest legal index: {guidance.zero_steps}."
+        )
+    if leap.mode == "released" and (guidance.interval is not None or guidance.zero_steps):
+        raise ValueError(
+            "leap 'released' compares every pair of velocities, also of different guidance; use Leap.dynamic() with an "
+            "interval or with zero_steps."
+        )
+
+
 def _check_plan(
     plan: Plan,
-    guidance: Scalar | None,
+    guidance: Guidance | None,
     solver: str,
     leap: Leap | None,
     weight_BT: np.ndarray | None,
@@ -229,3 +258,12 @@ def _check_plan(
         raise ValueError("leap 'released' compares every pair of velocities, reused or not; use Leap.dynamic() with a plan.")
     if weight_BT is not None and len(plan.codes) == len(schedule.visited):
         reuse.check_joining(plan.codes, joining.joining_steps(weight_BT, schedule.visited, schedule.num_timesteps))
+
+
+def _check_reuse(solver: str, leap: Leap | None, plan: Plan | None) -> None:
+    if plan is not None:
+        raise ValueError("plan and reuse both say which steps evaluate; choose one.")
+    if solver == "heun":
+        raise ValueError("reuse cannot drive solver 'heun', whose second evaluation it does not cover; use 'ab2' or 'dpmpp'.")
+    if leap is not None and leap.mode == "released":
+        raise ValueError("leap 'released' compares every pair of velocities, reused or not; use Leap.dynamic() with reuse.")

@@ -19,7 +19,13 @@ import numpy as np
 
 from sora_jax.sampling.arguments import whole
 
+# What a step may be.  A plan consists of the first three; the others come about by half steps and by the guidance.
 FULL, REUSE, HALF = 0, 1, 2
+AFTER_HALF = 3  # reuse of the conditional rows, where the last evaluation was a half step
+ONE, REUSE_ONE = 4, 5  # outside the guidance's interval: the conditional rows are all there is
+STILL = 6  # the latents stand still
+KINDS = ("full", "reuse", "half", "reuse after half", "one row", "reuse of one row", "still")
+COSTS = (1.0, 0.0, 0.5, 0.0, 0.5, 0.0, 0.0)  # evaluations, by kind
 Keep = Literal["residual", "velocity"]
 
 
@@ -34,11 +40,13 @@ class Plan:
         velocity; "residual" holds what the block stack added to its tokens, and embeds and projects afresh: it needs a
         `velocity.ReusableVelocity`.
       halves: whether half steps are compiled; static.  None: only where the codes have one.
+      extrapolate: continue the residual along the line through the last two evaluated ones, see `kept`; static.
     """
 
     codes: tuple[int, ...]
     keep: Keep = "residual"
     halves: bool | None = None
+    extrapolate: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.codes, str) or not isinstance(self.codes, Iterable):
@@ -51,6 +59,10 @@ class Plan:
             raise ValueError("plan does not begin with a full evaluation; step 0 has nothing to reuse, set its code to 0.")
         if self.keep not in ("residual", "velocity"):
             raise ValueError(f"plan keeps {self.keep!r}; expected 'residual' or 'velocity'.")
+        if not isinstance(self.extrapolate, bool):
+            raise ValueError(f"plan extrapolate is {self.extrapolate!r}; expected True or False.")
+        if self.extrapolate and self.keep != "residual":
+            raise ValueError("plan extrapolates residuals but keeps the velocity; set keep='residual', or extrapolate=False.")
         if self.halves is False and HALF in self.codes:
             raise ValueError("plan has half steps but halves=False; leave halves out, or set it to True.")
 
@@ -73,7 +85,7 @@ class Plan:
     @property
     def evaluations(self) -> float:
         """Velocity evaluations of the plan, a half step counting one half."""
-        return sum({FULL: 1.0, REUSE: 0.0, HALF: 0.5}[code] for code in self.codes)
+        return sum(COSTS[code] for code in self.codes)
 
     def rule(self, num_steps: int, capacity: int) -> "PlanRule":
         """Returns the runtime input for a number of steps.
@@ -85,18 +97,20 @@ class Plan:
             raise ValueError(f"plan has {len(self.codes)} steps but the schedule {num_steps}; make a plan of that length.")
         padded = np.zeros(capacity, np.int32)
         padded[:num_steps] = self.codes
-        return PlanRule(codes_N=padded, keep=self.keep, halves=HALF in self.codes if self.halves is None else self.halves)
+        halves = HALF in self.codes if self.halves is None else self.halves
+        return PlanRule(codes_N=padded, keep=self.keep, halves=halves, extrapolate=self.extrapolate)
 
 
 @jax.tree_util.register_dataclass
 @no_type_check  # the tree also holds shapes and paths
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanRule:
-    """A `Plan` as runtime input: int32 codes padded with full steps; ``keep`` and ``halves`` are static."""
+    """A `Plan` as runtime input: int32 codes padded with full steps; all else is static."""
 
     codes_N: np.ndarray | jax.Array
     keep: Keep = dataclasses.field(metadata={"static": True})
     halves: bool = dataclasses.field(metadata={"static": True})
+    extrapolate: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def check_joining(codes: Sequence[int], joins_N: np.ndarray) -> None:

@@ -152,7 +152,7 @@ def finish(carry: Carry) -> Result:
         z=carry.z,
         evaluations_B=np.asarray(carry.evaluations_B),
         batch_evaluations=float(carry.batch_evaluations),
-        trace=jax.tree.map(lambda rows: np.asarray(rows)[:taken], carry.trace),
+        trace=carry.trace.completed(taken),
     )
 
 

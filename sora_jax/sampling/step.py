@@ -7,17 +7,19 @@ comes last: it moves along whatever velocity the step has.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sora_jax.sampling import joining, noise, solvers
-from sora_jax.sampling.evaluation import Evaluation, empty_kept, evaluate, guided_velocity
+from sora_jax.sampling import joining, noise
+from sora_jax.sampling.evaluation import Evaluation, Step, empty_kept, empty_watch, evaluate
 from sora_jax.sampling.joining import expand
 from sora_jax.sampling.leap import LeapState, latent_cosine, released_cosine
+from sora_jax.sampling.moving import first_history, move
 from sora_jax.sampling.options import Sampling
+from sora_jax.sampling.reuse import STILL
 from sora_jax.sampling.state import Carry, Trace
 from sora_jax.sampling.velocity import Point, VideoVelocity
+from sora_jax.sampling.watched import evaluate_watched
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +46,11 @@ def first_carry(sampling: Sampling, velocity: VideoVelocity, z: Float[Array, "B 
         active_BT=active_BT,
         leap=None if sampling.leap is None else sampling.leap.start(batch),
         kept=empty_kept(sampling, at),
+        watch=empty_watch(sampling, at),
+        history=first_history(sampling, z, active_BT),
         evaluations_B=jnp.zeros(batch, jnp.float32),
         batch_evaluations=jnp.asarray(0, jnp.float32),
-        trace=_empty_trace(len(sampling.schedule.times) - 1 if recorded else 0, batch),
+        trace=_empty_trace(sampling, len(sampling.schedule.times) - 1 if recorded else 0, batch),
     )
 
 
@@ -54,27 +58,38 @@ def take_step(sampling: Sampling, velocity: VideoVelocity, carry: Carry, *, merg
     """Returns the carry after one step; ``merged`` is static."""
     schedule, step = sampling.schedule, carry.step
     t = jnp.asarray(schedule.times)[step]
-    restart = jnp.asarray(False) if sampling.merge_steps is None else step == sampling.merge_steps
+    restart, guided = _phase(sampling, step)
     continues = (step > 0) & ~restart
 
     now = _join_frames(sampling, carry, t)
     at = Point(velocity=velocity, z=now.z_in, t=t, active_BT=now.active_BT, merged=merged)
-    evaluation = evaluate(sampling, carry, at, continues=continues)
+    evaluation = _evaluated(sampling, carry, at, now, continues=continues, guided=guided)
     comparable = continues & evaluation.fresh & carry.fresh
     cosine_B = _cosine(sampling, carry, evaluation.v, now.active_BT, comparable)
     leap, leaps_B = _decide_leap(sampling, carry, cosine_B, now, comparable, restart)
     has_history = continues & _at_own_times(sampling, carry, evaluation)
-    moved, solver_cost = _move(sampling, carry, now, at, evaluation.v, leaps_B, has_history)
-    if now.active_BT is not None:
-        moved = jnp.where(expand(now.active_BT, moved), moved, carry.z)
+    still = None if sampling.guidance is None or sampling.guidance.zero_steps is None else evaluation.kind == STILL
+    if still is not None:
+        has_history &= ~still
+    moved = move(
+        sampling,
+        carry,
+        at,
+        evaluation.v,
+        leaps_B=leaps_B,
+        has_history=has_history,
+        joining_BT=now.joining_BT,
+        guided=guided,
+    )
+    z = moved.z if now.active_BT is None else jnp.where(expand(now.active_BT, moved.z), moved.z, carry.z)
 
-    cost = evaluation.cost + solver_cost
-    cost_B = evaluation.cost + jnp.where(leaps_B, 0, solver_cost)
+    cost = evaluation.cost + moved.cost
+    cost_B = evaluation.cost + jnp.where(leaps_B, 0, moved.cost)
     last = step + 1 >= schedule.num_steps
     return dataclasses.replace(
         carry,
         step=step + 1,
-        z=jnp.where(expand(carry.done_B, moved), carry.z, moved),
+        z=jnp.where(expand(carry.done_B, z), carry.z, z),
         done_B=carry.done_B | leaps_B | last,
         z_in=now.z_in,
         v=evaluation.v,
@@ -82,17 +97,36 @@ def take_step(sampling: Sampling, velocity: VideoVelocity, carry: Carry, *, merg
         active_BT=now.active_BT,
         leap=leap,
         kept=evaluation.kept,
+        watch=evaluation.watch,
+        history=moved.history,
         evaluations_B=carry.evaluations_B + jnp.where(carry.done_B, 0, cost_B),
         batch_evaluations=carry.batch_evaluations + cost,
-        trace=_record(carry, t, cost, cosine_B, evaluation, leaps_B & ~carry.done_B & ~last, merged=merged),
+        trace=_record(
+            carry, t, cost, cosine_B, evaluation, leapt_B=leaps_B & ~carry.done_B & ~last, still=still, merged=merged
+        ),
     )
 
 
-def _empty_trace(capacity: int, batch: int) -> Trace:
+def _phase(sampling: Sampling, step: Array) -> tuple[Array, Array]:
+    """Returns whether merging or guidance differ from those of the step before, and whether this step is guided."""
+    restart = jnp.asarray(False) if sampling.merge_steps is None else step == sampling.merge_steps
+    if sampling.guidance is None or not sampling.guidance.varies:
+        return restart, jnp.asarray(True)
+    times = jnp.asarray(sampling.schedule.times) / sampling.schedule.num_timesteps
+    restart |= sampling.guidance.restarts(step, times[step], times[step - 1])
+    return restart, sampling.guidance.applies(times[step])
+
+
+def _empty_trace(sampling: Sampling, capacity: int, batch: int) -> Trace:
+    """Returns a trace without rows; kinds that follow from the rest, and reasons that nobody has, are not recorded."""
+    varies = sampling.reuse is not None or (sampling.guidance is not None and sampling.guidance.varies)
     return Trace(
         time_N=jnp.zeros(capacity, jnp.float32),
         evaluations_N=jnp.zeros(capacity, jnp.float32),
         cosine_NB=jnp.zeros((capacity, batch), jnp.float32),
+        kind_N=jnp.zeros(capacity, jnp.int32) if varies else None,
+        change_N=None if sampling.reuse is None else jnp.zeros(capacity, jnp.float32),
+        why_N=None if sampling.reuse is None else jnp.zeros(capacity, jnp.int32),
         reused_N=jnp.zeros(capacity, bool),
         merged_N=jnp.zeros(capacity, bool),
         leapt_NB=jnp.zeros((capacity, batch), bool),
@@ -113,6 +147,15 @@ def _join_frames(sampling: Sampling, carry: Carry, t: Array) -> _Frames:
 
     z_in = joining.join(carry.z, joining_BT, t / num_timesteps, draw)
     return _Frames(z_in=z_in, active_BT=active_BT, joining_BT=joining_BT)
+
+
+def _evaluated(sampling: Sampling, carry: Carry, at: Point, now: _Frames, *, continues: Array, guided: Array) -> Evaluation:
+    """Returns the step's guided velocity, by its plan, or by what has changed."""
+    step = Step(sampling=sampling, at=at, v_before=carry.v, continues=continues)
+    if sampling.reuse is None:
+        return evaluate(sampling, carry, step, continues=continues, guided=guided)
+    joins = jnp.asarray(False) if now.joining_BT is None else jnp.any(now.joining_BT)
+    return evaluate_watched(sampling, carry, step, continues=continues, guided=guided, joins=joins)
 
 
 def _cosine(sampling: Sampling, carry: Carry, v: Array, active_BT: Array | None, comparable: Array) -> Array:
@@ -151,49 +194,16 @@ def _at_own_times(sampling: Sampling, carry: Carry, evaluation: Evaluation) -> A
     return evaluation.fresh & carry.fresh
 
 
-def _move(
-    sampling: Sampling, carry: Carry, now: _Frames, at: Point, v: Array, leaps_B: Array, has_history: Array
-) -> tuple[Array, Array]:
-    """Returns the latents after the step (at the end where a sample leaps), and the solver's extra evaluations."""
-    times = jnp.asarray(sampling.schedule.times) / sampling.schedule.num_timesteps
-    t_before, t, t_next = times[carry.step - 1], times[carry.step], times[carry.step + 1]
-    leaps = expand(leaps_B, v)
-    moved = now.z_in + v * jnp.where(leaps, t, t - t_next)
-    if now.joining_BT is not None:
-        has_history = expand(has_history & ~now.joining_BT, v)
-
-    correction, cost = jnp.zeros_like(v), jnp.asarray(0.0, jnp.float32)
-    if sampling.solver == "ab2":
-        correction = solvers.ab2_correction(v, carry.v, t_before=t_before, t=t, t_next=t_next)
-        correction = jnp.where(has_history, correction, 0)
-    elif sampling.solver == "dpmpp":
-        data, data_before = now.z_in + t * v, carry.z_in + t_before * carry.v
-        correction = solvers.dpmpp_correction(data, data_before, t_before=t_before, t=t, t_next=t_next)
-        correction = jnp.where(has_history, correction, 0)
-    elif sampling.solver == "heun":
-        correction, cost = _heun_correction(sampling, at, v, t, t_next, carry.done_B | leaps_B)
-
-    to_end = jnp.zeros_like(v)
-    if sampling.leap is not None and sampling.leap.extrapolate:
-        to_end = solvers.ab2_correction(v, carry.v, t_before=t_before, t=t, t_next=jnp.zeros_like(t))
-        to_end = jnp.where(has_history, to_end, 0)
-    return moved + jnp.where(leaps, to_end, correction), cost
-
-
-def _heun_correction(sampling: Sampling, at: Point, v: Array, t: Array, t_next: Array, idle_B: Array) -> tuple[Array, Array]:
-    """Returns the trapezoid's term and its further evaluation; the last step, to t = 0, is Euler's and costs none."""
-
-    def corrected() -> Array:
-        euler = at.z + v * (t - t_next)
-        v_next = guided_velocity(sampling, dataclasses.replace(at, z=euler, t=t_next * sampling.schedule.num_timesteps))
-        return (v_next - v) * ((t - t_next) / 2)
-
-    wanted = (t_next > 0) & ~jnp.all(idle_B)
-    return jax.lax.cond(wanted, corrected, lambda: jnp.zeros_like(v)), wanted.astype(jnp.float32)
-
-
 def _record(
-    carry: Carry, t: Array, cost: Array, cosine_B: Array, evaluation: Evaluation, leapt_B: Array, *, merged: bool
+    carry: Carry,
+    t: Array,
+    cost: Array,
+    cosine_B: Array,
+    evaluation: Evaluation,
+    *,
+    leapt_B: Array,
+    still: Array | None,
+    merged: bool,
 ) -> Trace:
     trace, step = carry.trace, carry.step
     if not len(trace.time_N):
@@ -202,7 +212,10 @@ def _record(
         time_N=trace.time_N.at[step].set(t),
         evaluations_N=trace.evaluations_N.at[step].set(cost),
         cosine_NB=trace.cosine_NB.at[step].set(cosine_B),
-        reused_N=trace.reused_N.at[step].set(~evaluation.fresh),
+        kind_N=None if trace.kind_N is None else trace.kind_N.at[step].set(evaluation.kind),
+        change_N=None if trace.change_N is None else trace.change_N.at[step].set(evaluation.change),
+        why_N=None if trace.why_N is None else trace.why_N.at[step].set(evaluation.why),
+        reused_N=trace.reused_N.at[step].set(~evaluation.fresh if still is None else ~evaluation.fresh & ~still),
         merged_N=trace.merged_N.at[step].set(merged),
         leapt_NB=trace.leapt_NB.at[step].set(leapt_B),
     )

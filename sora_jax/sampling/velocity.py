@@ -1,8 +1,9 @@
-"""What the sampler asks of a velocity: three protocols, each with what an option needs.
+"""What the sampler asks of a velocity: four protocols, each with what an option needs.
 
     velocity(z, t_B)                                            any sampling without the options below
     velocity.evaluate(z, t_B, *, frame_mask_BT, merged)         frame weights, merged steps           (`VideoVelocity`)
     velocity.evaluate_keeping(...), velocity.reuse(...)         reuse of a residual                   (`ReusableVelocity`)
+    velocity.modulated_input(...), .first_block(...), .rest(...)  reuse by what has changed           (`WatchedVelocity`)
 
 ``z`` are latents [R, ...] and ``t_B`` times [R], num_timesteps being noise and 0 data.  With guidance, rows are those of the
 batch with their caption, then the same without; an evaluation without guidance asks for the first rows alone.
@@ -74,6 +75,47 @@ class ReusableVelocity(VideoVelocity, Protocol):
         ...
 
 
+@runtime_checkable
+class WatchedVelocity(ReusableVelocity, Protocol):
+    """A velocity that shows, before its costly part, by how much its input has changed."""
+
+    def modulated_input(
+        self, z: Float[Array, "R ..."], t_B: Float[Array, "R"], *, frame_mask_BT: Bool[Array, "R T"] | None
+    ) -> Float[Array, "R ..."]:
+        """Returns what the costly part begins with; it costs next to nothing."""
+        ...
+
+    def first_block(
+        self,
+        z: Float[Array, "R ..."],
+        t_B: Float[Array, "R"],
+        *,
+        frame_mask_BT: Bool[Array, "R T"] | None,
+        merged: bool,
+    ) -> tuple[Float[Array, "R ..."], Float[Array, "R ..."]]:
+        """Returns the state after the first block, and what that block added to it."""
+        ...
+
+    def rest(
+        self,
+        z: Float[Array, "R ..."],
+        t_B: Float[Array, "R"],
+        tokens: Float[Array, "R ..."],
+        *,
+        frame_mask_BT: Bool[Array, "R T"] | None,
+        merged: bool,
+    ) -> tuple[Float[Array, "R ..."], Float[Array, "R ..."]]:
+        """Returns the velocity from the state after the first block, and what the other blocks added to it.
+
+        What the first block added and what this returns make up the residual that `reuse` takes.
+        """
+        ...
+
+    def first_block_share(self) -> float:
+        """Returns which part of an evaluation the first block is."""
+        ...
+
+
 Velocity = Callable[[Array, Array], Array] | VideoVelocity
 
 # What a protocol adds to the one before it, as errors name it.
@@ -83,6 +125,15 @@ _METHODS: Mapping[type, tuple[str, ...]] = {
         "evaluate(z, t_B, *, frame_mask_BT, merged)",
         "evaluate_keeping(z, t_B, *, frame_mask_BT, merged)",
         "reuse(z, t_B, residual, *, frame_mask_BT)",
+    ),
+    WatchedVelocity: (
+        "evaluate(z, t_B, *, frame_mask_BT, merged)",
+        "evaluate_keeping(z, t_B, *, frame_mask_BT, merged)",
+        "reuse(z, t_B, residual, *, frame_mask_BT)",
+        "modulated_input(z, t_B, *, frame_mask_BT)",
+        "first_block(z, t_B, *, frame_mask_BT, merged)",
+        "rest(z, t_B, tokens, *, frame_mask_BT, merged)",
+        "first_block_share()",
     ),
 }
 
@@ -166,6 +217,26 @@ class Point:
         """Returns the velocity of all rows with their kept residuals."""
         z, t_R, mask = self._rows(copies)
         return _checked(cast(ReusableVelocity, self.velocity).reuse(z, t_R, residual, frame_mask_BT=mask), z)
+
+    def modulated_input(self) -> Float[Array, "B ..."]:
+        """Returns what the costly part of the first rows begins with; the other rows begin alike."""
+        z, t_R, mask = self._rows(1)
+        return cast(WatchedVelocity, self.velocity).modulated_input(z, t_R, frame_mask_BT=mask)
+
+    def first_block(self, copies: int) -> tuple[Float[Array, "R ..."], Float[Array, "R ..."]]:
+        """Returns the state of all rows after the first block, and what it added."""
+        z, t_R, mask = self._rows(copies)
+        return cast(WatchedVelocity, self.velocity).first_block(z, t_R, frame_mask_BT=mask, merged=self.merged)
+
+    def rest(self, copies: int, tokens: Float[Array, "R ..."]) -> tuple[Float[Array, "R ..."], Float[Array, "R ..."]]:
+        """Returns the velocity of all rows from there, and what the other blocks added."""
+        z, t_R, mask = self._rows(copies)
+        v, residual = cast(WatchedVelocity, self.velocity).rest(z, t_R, tokens, frame_mask_BT=mask, merged=self.merged)
+        return _checked(v, z), residual
+
+    def first_block_share(self) -> float:
+        """Returns which part of an evaluation the first block is."""
+        return cast(WatchedVelocity, self.velocity).first_block_share()
 
     def _rows(self, copies: int) -> tuple[Array, Array, Array | None]:
         z = jnp.tile(self.z, (copies,) + (1,) * (self.z.ndim - 1))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from sora_jax.config import DTypePolicy
 from sora_jax.networks.forms import Forms
 from sora_jax.networks.merging import Merge
-from sora_jax.networks.stdit3 import Conditioning
+from sora_jax.networks.stdit3 import Conditioning, Part
 from sora_jax.storage.buffers import Buffer, group_bytes
 from sora_jax.storage.reader import Reader
 from sora_jax.streaming.blocks import run_block
@@ -38,16 +38,21 @@ class HostedProgram(BlockProgram):
         x_BTSD: Float[Array, "B T S D"],
         conditioning: Conditioning,
         merge: Merge | None,
+        part: Part,
     ) -> Float[Array, "B T S D"]:
-        """Returns the tokens after all blocks; a loop over pairs, since every pair has the same program."""
+        """Returns the tokens after a part of the blocks; a loop over pairs, since every pair has the same program."""
 
-        def pair(i: Array, x_BTSD: Array) -> Array:
-            for kind in (0, 1):
-                arrays = host_call(number, self.results(kind), 2 * i + kind, x_BTSD, portable=self.portable)
-                x_BTSD = run_block(self.shell(kind), arrays, x_BTSD, conditioning, merge=merge)
-            return x_BTSD
+        def block(i: Array | int, kind: int, x_BTSD: Array) -> Array:
+            arrays = host_call(number, self.results(kind), 2 * i + kind, x_BTSD, portable=self.portable)
+            return run_block(self.shell(kind), arrays, x_BTSD, conditioning, merge=merge)
 
-        x_BTSD = jax.lax.fori_loop(0, self.num_blocks // 2, pair, x_BTSD)
+        if part == "first":
+            return block(0, 0, x_BTSD)
+        if part == "rest":
+            x_BTSD = block(0, 1, x_BTSD)
+        x_BTSD = jax.lax.fori_loop(
+            int(part == "rest"), self.num_blocks // 2, lambda i, x_BTSD: block(i, 1, block(i, 0, x_BTSD)), x_BTSD
+        )
         return jnp.where(opened(number, self.num_blocks, x_BTSD, portable=self.portable), x_BTSD, 0)
 
 

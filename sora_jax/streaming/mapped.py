@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from sora_jax.config import DTypePolicy
 from sora_jax.networks.forms import Forms
 from sora_jax.networks.merging import Merge
-from sora_jax.networks.stdit3 import Conditioning
+from sora_jax.networks.stdit3 import PARTS, Conditioning, Part
 from sora_jax.storage.maps import MappedLayer
 from sora_jax.storage.reader import Reader
 from sora_jax.streaming.blocks import run_block
@@ -38,17 +38,20 @@ class MappedProgram(BlockProgram):
         x_BTSD: Float[Array, "B T S D"],
         conditioning: Conditioning,
         merge: Merge | None,
+        part: Part,
     ) -> Float[Array, "B T S D"]:
-        """Returns the tokens after all blocks.
+        """Returns the tokens after a part of the blocks.
 
         A block is the branch that is taken once its gate has opened: otherwise a compiler would compute what depends on
         weights alone (casts, dequantisation) of all blocks at once, which takes memory for all of them.  XLA removes
         `optimization_barrier` too early to prevent this.
         """
-        for i, arrays in enumerate(stored):
+        for i, arrays in list(enumerate(stored))[PARTS[part]]:
             is_open = opened(number, i, x_BTSD, portable=False)
             block = functools.partial(run_block, self.shell(i % 2), merge=merge)
             x_BTSD = jax.lax.cond(is_open, block, lambda _arrays, x_BTSD, _: x_BTSD, arrays, x_BTSD, conditioning)
+        if part == "first":
+            return x_BTSD
         return jnp.where(opened(number, len(stored), x_BTSD, portable=False), x_BTSD, 0)
 
 

@@ -13,10 +13,11 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sora_jax.config import policy_of
+from sora_jax.config import STDiT3Config, policy_of
 from sora_jax.devices.attention_choice import choose_forms
 from sora_jax.networks.merging import Merge
-from sora_jax.networks.stdit3 import Conditioning, Embed, Final
+from sora_jax.networks.stdit3 import Conditioning, Embed, Final, Part
+from sora_jax.networks.stdit3_block import modulated_input
 from sora_jax.storage.checkpoint import read_layer, unflatten
 from sora_jax.storage.directory import Manifest, ModelDirectoryError, open_network
 from sora_jax.storage.location import Address, Named
@@ -32,6 +33,7 @@ from sora_jax.streaming.stream import ENDS, BlockProgram, BlockStream, Stored
 
 Backend = Literal["mmap", "host"]
 End = TypeVar("End", Embed, Final)
+_TABLE = "spatial_blocks.0.scale_shift_table"
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +45,7 @@ class StreamedSTDiT3:
     Attributes:
       embed: in memory.
       final: in memory.
+      table_6D: ``scale_shift_table`` of the first block, in memory: by it a sampler decides without reading a block.
       blocks: stored arrays of every block, mapped; empty where callbacks deliver them.
       number: the number that programs pass to reach this stream on the host.
       program: what programs are compiled for; static.
@@ -50,6 +53,7 @@ class StreamedSTDiT3:
 
     embed: Embed
     final: Final
+    table_6D: Float[Array, "6 D"]
     blocks: Stored
     number: Number
     program: BlockProgram = dataclasses.field(metadata={"static": True})
@@ -60,10 +64,24 @@ class StreamedSTDiT3:
         return self.embed.y_embedder.y_embedding[...]
 
     def stack(
-        self, x_BTSD: Float[Array, "B T S D"], conditioning: Conditioning, *, merge: Merge | None = None
+        self,
+        x_BTSD: Float[Array, "B T S D"],
+        conditioning: Conditioning,
+        *,
+        merge: Merge | None = None,
+        part: Part = "all",
     ) -> Float[Array, "B T S D"]:
-        """Returns the tokens after all blocks, as `stdit3.STDiT3.stack` does."""
-        return self.program.stack(self.number, self.blocks, x_BTSD, conditioning, merge)
+        """Returns the tokens after a part of the blocks, as `stdit3.STDiT3.stack` does."""
+        return self.program.stack(self.number, self.blocks, x_BTSD, conditioning, merge, part)
+
+    def modulated_input(self, x_BTSD: Float[Array, "B T S D"], conditioning: Conditioning) -> Float[Array, "B T S D"]:
+        """Returns what the self attention of the first block would see; reads no block."""
+        return modulated_input(self.table_6D, x_BTSD, conditioning, half_range=self.program.policy.half_range)
+
+    @property
+    def config(self) -> STDiT3Config:
+        """The transformer's configuration."""
+        return self.program.config
 
 
 class STDiT3Stream:
@@ -143,6 +161,7 @@ class STDiT3Stream:
             yield StreamedSTDiT3(
                 embed=self._resident("embed", Embed),
                 final=self._resident("final", Final),
+                table_6D=jax.device_put(self.blocks.reader.arrays([_TABLE])[_TABLE]),
                 blocks=self.blocks.arguments(),
                 number=number,
                 program=self.blocks.program,

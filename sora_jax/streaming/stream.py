@@ -1,9 +1,9 @@
 """A streamed transformer: what its programs are compiled for, and the host's side of a run.
 
-Invariant: the program arrives at blocks 0, 1, ... and then at the end, once for every evaluation; whatever happened before, an
-arrival at block 0 finds the stream in order.  Nothing here computes, and nothing in a callback touches JAX.  A program knows
-shapes, not files: equal `BlockProgram`s share it, and none holds a stream.  How a layer gets into the program is decided by the
-two back-ends, `mapped` and `hosted`.
+Invariant: the program arrives at blocks 0, 1, ... and then at the end, once for every evaluation, or at block 0 alone where
+the rest is reused; whatever happened before, an arrival at block 0 finds the stream in order. Nothing here computes, and
+nothing in a callback touches JAX. A program knows shapes, not files: equal `BlockProgram`s share it, and none holds a stream.
+How a layer gets into the program is decided by the two back-ends, `mapped` and `hosted`.
 """
 
 import abc
@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from sora_jax.config import DTypePolicy, STDiT3Config
 from sora_jax.networks.forms import Forms
 from sora_jax.networks.merging import Merge
-from sora_jax.networks.stdit3 import Conditioning, STDiT3Block
+from sora_jax.networks.stdit3 import Conditioning, Part, STDiT3Block
 from sora_jax.process import PeakMeter, return_freed_memory
 from sora_jax.storage.checkpoint import shortened
 from sora_jax.storage.directory import ModelDirectoryError
@@ -78,8 +78,12 @@ class BlockProgram(abc.ABC):
         x_BTSD: Float[Array, "B T S D"],
         conditioning: Conditioning,
         merge: Merge | None,
+        part: Part,
     ) -> Float[Array, "B T S D"]:
-        """Returns the tokens after all blocks; ``number`` calls the stream, ``stored`` is what it gave as arguments."""
+        """Returns the tokens after a part of the blocks; ``number`` calls the stream, ``stored`` is what it gave as arguments.
+
+        A first block that no rest follows leaves the stream in order: the next arrival is at block 0 again.
+        """
 
 
 @functools.lru_cache(maxsize=8)
@@ -153,9 +157,9 @@ class BlockStream(abc.ABC):
         try:
             now = time.perf_counter()
             if index == 0:
-                self._failure = None
-                if self._next:
+                if self._next > 1 or self._failure is not None:
                     self._reset()  # the evaluation before was cut short by an error
+                self._failure = None
             self._record_compute(index, now)
             self._observe(index)
             self._leave_previous()

@@ -3,9 +3,11 @@
 Invariant: the expected values come from the state dict itself by the in-memory engine, not from a converted file.
 """
 
+import atexit
 import dataclasses
 import functools
 import json
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -16,6 +18,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from convert_weights import convert
+from convert_weights.orbax_checkpoint import to_orbax
 from convert_weights.source_config import to_upstream
 from convert_weights.to_torch import to_torch
 from sora_jax.config import T5Config
@@ -36,7 +39,8 @@ T5 = T5Config(
 BLOCKS = dataclasses.replace(
     T5, d_model=32, d_kv=16, d_ff=32, relative_attention_max_distance=128
 )  # whose rows are whole blocks of Q8_0
-LAYOUTS = ("safetensors", "torch", "shards", "torch shards", "float8", "gguf")
+LAYOUTS = ("safetensors", "torch", "shards", "torch shards", "float8", "gguf", "adapter", "orbax")
+ADAPTED, RANK, ALPHA, SCALE = "encoder.block.1.layer.0.SelfAttention.q", 2, 3.0, 0.5  # of layout "adapter"
 TOKENIZER = b'{"model": "a tokenizer"}'
 
 
@@ -50,8 +54,15 @@ class Base:
     expected: Mapping[str, np.ndarray]
 
     def write(self, folder: Path, layout: str) -> Path:
-        """Writes the source in one of ``LAYOUTS`` and returns its folder."""
+        """Writes the source in one of ``LAYOUTS`` and returns its folder; of "adapter" only what is added to the source."""
+        if layout == "orbax":
+            return Path(shutil.copytree(_orbax(self.network), folder))
         folder.mkdir(parents=True)
+        if layout == "adapter":
+            fields = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none", "target_modules": ["q"]}
+            (folder / "adapter_config.json").write_text(json.dumps(fields))
+            write_arrays(folder / "model.safetensors", _factors())
+            return folder
         (folder / "config.json").write_text(json.dumps(to_upstream(self.network, self.config)))
         if self.network == "t5":
             (folder / "tokenizer.json").write_bytes(TOKENIZER)
@@ -88,6 +99,12 @@ def base(network: str, layout: str = "safetensors") -> Base:
     if layout == "float8":
         packed = formats.scaled_float8(_t5_arrays())
         return Base(network, T5, packed, convert("t5", formats.unscaled(packed), T5))
+    if layout == "adapter":
+        a, b = _factors().values()
+        arrays, name = _t5_arrays(), f"{ADAPTED}.weight"
+        return Base(
+            network, T5, arrays, convert("t5", {**arrays, name: arrays[name] + (b * np.float32(SCALE * ALPHA / RANK)) @ a}, T5)
+        )
     if layout == "gguf":
         plain = formats.t5_arrays(BLOCKS)
         with tempfile.TemporaryDirectory() as folder:
@@ -99,6 +116,24 @@ def base(network: str, layout: str = "safetensors") -> Base:
     config = getattr(tiny_model.CONFIG, network)
     arrays = _state_dict(network, config)
     return Base(network, config, arrays, convert(network, arrays, config))
+
+
+def _factors() -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(1)
+    shapes = {"A": (RANK, T5.d_model), "B": (T5.num_heads * T5.d_kv, RANK)}
+    return {
+        f"base_model.model.{ADAPTED}.lora_{factor}.weight": draw.standard_normal(shape, dtype=np.float32)
+        for factor, shape in shapes.items()
+    }
+
+
+@functools.cache
+def _orbax(network: str) -> Path:
+    """Returns an orbax checkpoint of a source, written once in a process."""
+    folder = Path(tempfile.mkdtemp(prefix="orbax-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    source = base(network)
+    return to_orbax(save_network(folder / "model", network, source.config, source.expected), folder / "checkpoint")
 
 
 def _t5_arrays() -> dict[str, np.ndarray]:

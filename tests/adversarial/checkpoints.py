@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from convert_weights.encodings import has_gguf
-from tests.adversarial import bases, gguf_files, pickles, torch_files, weight_files
+from tests.adversarial import bases, gguf_files, orbax_files, pickles, torch_files, weight_files
 from tests.adversarial.command import Run, run_command
 from tests.adversarial.verdicts import MUTATION, Verdict
 from tests.adversarial.weight_files import Mutation
@@ -41,6 +41,8 @@ def _kinds() -> list[Kind]:
     kinds += [Kind(network, "safetensors", m) for network in ("t5", "stdit3", "vae") for m in weight_files.CONFIGURATIONS]
     kinds += [Kind("t5", "safetensors", weight_files.companions)]
     kinds += [Kind("stdit3", "safetensors", m) for m in (weight_files.header_values, weight_files.transposed_square)]
+    kinds += [Kind("t5", "adapter", mutation) for mutation in weight_files.ADAPTERS]
+    kinds += [Kind("t5", "orbax", mutation) for mutation in orbax_files.ORBAX]
     kinds += [Kind("t5", "float8", mutation) for mutation in (*weight_files.ANY_DTYPE, gguf_files.lost_scale)]
     if has_gguf():
         kinds += [Kind("t5", "gguf", mutation) for mutation in gguf_files.GGUF]
@@ -64,11 +66,22 @@ def run(number: int, folder: Path) -> tuple[str, Verdict, str]:
     (folder / MUTATION).write_text(done)
     source, original, mutant = bases.base(kind.network, kind.layout), folder / "original", folder / "mutant"
     model = folder / "model"
-    ran = run_command(["convert", kind.network, str(mutant), str(model), "--quiet"])
-    return done, *_judge(ran, kind, source, original, model, folder)
+    if kind.layout == "orbax":
+        ran = run_command(["convert", "from-orbax", str(mutant), str(model)])
+        return done, *_judge(ran, kind, source, [], model, folder)
+    arguments = [str(original)]
+    if kind.layout == "adapter":
+        arguments = [str(source.write(folder / "source", "safetensors")), *_lora(original)]
+    changed = [argument.replace(str(original), str(mutant)) for argument in arguments]
+    ran = run_command(["convert", kind.network, changed[0], str(model), "--quiet", *changed[1:]])
+    return done, *_judge(ran, kind, source, arguments, model, folder)
 
 
-def _judge(ran: Run, kind: Kind, source: bases.Base, original: Path, model: Path, folder: Path) -> tuple[Verdict, str]:
+def _lora(folder: Path) -> list[str]:
+    return ["--lora", f"{folder / 'model.safetensors'}:{bases.SCALE}"]
+
+
+def _judge(ran: Run, kind: Kind, source: bases.Base, honest: list[str], model: Path, folder: Path) -> tuple[Verdict, str]:
     if ran.verdict is not None:
         return ran.verdict, ran.detail
     if ran.code:
@@ -81,7 +94,9 @@ def _judge(ran: Run, kind: Kind, source: bases.Base, original: Path, model: Path
         other.append("the tokenizer")
     if not other:
         return Verdict.EQUAL, ""
-    verified = run_command(["convert", "verify", str(model), "--source", str(original)])
+    if not honest:
+        return Verdict.OTHER, f"{other[:3]}"
+    verified = run_command(["convert", "verify", str(model), "--source", *honest])
     if kind.hides and verified.code == 1 and verified.verdict is None and "Traceback" not in verified.err:
         return Verdict.BETRAYED, f"{other[:2]}"
     return Verdict.OTHER, f"{other[:3]}; verify gave {verified.code}: {verified.err!r:.200}"

@@ -313,6 +313,11 @@ def config_values(folder: Path, draw: np.random.Generator) -> str:
     return hostile.mutate_json(folder / "config.json", draw)
 
 
+def adapter_values(folder: Path, draw: np.random.Generator) -> str:
+    """Puts a hostile value into an adapter's configuration."""
+    return hostile.mutate_json(folder / "adapter_config.json", draw)
+
+
 def config_numbers(folder: Path, draw: np.random.Generator) -> str:
     """Puts a hostile number in place of one of config.json."""
     path = folder / "config.json"
@@ -340,6 +345,10 @@ def companions(folder: Path, draw: np.random.Generator) -> str:
 
 
 CONFIGURATIONS: tuple[Mutation, ...] = (config_values, config_numbers, config_bytes)
+ADAPTERS: tuple[Mutation, ...] = (
+    header_bytes, header_values, any_bytes, data_bit, cut, appended, header_length, not_finite, reshaped, empty_shape, renamed,
+    harmless, laid_out_otherwise, something_else, no_file, adapter_values,
+)  # fmt: skip
 HIDING: frozenset[Mutation] = frozenset(
     {
         any_bytes,
@@ -347,6 +356,7 @@ HIDING: frozenset[Mutation] = frozenset(
         data_bit,
         exchanged_spans,
         transposed_square,
+        adapter_values,
         config_values,
         config_numbers,
         config_bytes,

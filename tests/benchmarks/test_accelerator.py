@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks._support import accelerator_work
+from benchmarks._support.accelerator_cases import GUIDANCE
 from benchmarks._support.accelerator_work import peak_flop_per_s, works
 from benchmarks._support.random_network import gflop
 from tests.support.safetensors_file import load_file
@@ -58,7 +59,8 @@ def test_every_case_runs_at_toy_width_with_jax_alone(tmp_path: Path) -> None:
     assert "needs a gpu" in candidates["cudnn"]["left_out"]
     assert candidates["chunked"]["rel_l2"] == 0.0  # fewer queries than a chunk
     assert results["fixtures"]["suites"]["stdit3"]["within_card_limit"]
-    assert results["streamed_evaluation"]["rel_l2_to_resident"] < 1e-2
+    # bfloat16 rounds to 2^-8, programs of other boundaries otherwise, and guidance multiplies the difference of its two rows.
+    assert results["streamed_evaluation"]["rel_l2_to_resident"] < GUIDANCE * 2**-8
 
 
 def test_a_run_without_an_accelerator_needs_a_file() -> None:

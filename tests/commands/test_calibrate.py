@@ -162,7 +162,7 @@ def test_bad_calibrations_get_one_line(run: Run, tiny_model: Path, arguments: tu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--solver", "rk4"), "argument --solver: got 'rk4'; expected euler, ab2, dpmpp or heun"),
+        (("--solver", "rk4"), "argument --solver: got 'rk4'; expected euler, ab2, ab3, dpmpp, unipc or heun"),
         (("--shift", "-1"), "--shift is -1; expected a positive number, 1 for the published times."),
         (("--leap-extrapolate",), "nothing leaps; give --leap N or --leap dynamic as well."),
         (("--plan", "gone.json"), "plan gone.json does not exist; make one with: sora-jax calibrate MODEL_DIR -o gone.json"),

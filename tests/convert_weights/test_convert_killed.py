@@ -175,6 +175,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert min(seen["absent"], seen["old"], seen["new"], seen["journal"]) >= 1, seen
 
 
+@pytest.mark.ci
 def test_killed_between_any_two_publications(tmp_path: Path) -> None:
     counts = in_a_process_without_threads(__name__, "run_publications", tmp_path)
     assert counts["converted"] >= 5, counts  # journal, tokenizer, index, network, index again, and what is cleared up

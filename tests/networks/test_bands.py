@@ -51,6 +51,7 @@ def test_small_frames_are_the_program_without_bands() -> None:
     assert texts[0] == texts[1]
 
 
+@pytest.mark.ci
 def test_a_frame_in_bands_holds_input_and_output_of_one_convolution() -> None:
     z = jax.ShapeDtypeStruct((1, 32, 16, 4), jnp.float32)
 

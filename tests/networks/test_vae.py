@@ -146,6 +146,7 @@ class TestChunks:
             assert width is not None
             assert latent_size(presets.open_sora_1_2.vae, num_frames, height, width) == tuple(expected), size
 
+    @pytest.mark.ci
     def test_a_loop_over_chunks_is_the_whole(self, vae: VAE) -> None:
         latents, frames = encoded(vae, VIDEO, KEY), decoded(vae, LATENTS)
         assert latents["whole"].shape[1:4] == latent_size(TINY, *VIDEO.shape[1:4])

@@ -13,14 +13,19 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = find_suites(GOLDEN)
 
 
-# Clips of several chunks, whose programs are dear to compile: a stage of .ci/run has them.
-LONG = {("vae", f"{direction}_{frames}") for direction in ("encode", "decode") for frames in (20, 34)}
+# Images, and clips of several chunks, whose programs are dear to compile.
+DEAR = {("vae", f"{direction}_{frames}") for direction in ("encode", "decode") for frames in (1, 20, 34)}
+
+
+def marks(suite: str, name: str) -> list[pytest.MarkDecorator]:
+    if suite == "wide":
+        return [pytest.mark.slow]
+    return [pytest.mark.ci] if (suite, name) in DEAR else []
 
 
 def every_case() -> list[object]:
-    slow = pytest.mark.slow
     return [
-        pytest.param(case, id=f"{suite}/{case.name}", marks=[slow] if suite == "wide" or (suite, case.name) in LONG else [])
+        pytest.param(case, id=f"{suite}/{case.name}", marks=marks(suite, case.name))
         for suite, folder in FOLDERS.items()
         for case in runner.list_cases(suite, folder)
     ]

@@ -23,7 +23,7 @@ from sora_jax.sampling.reuse import Plan
 from sora_jax.sampling.solvers import SOLVERS
 
 PACKAGE = Path(options_table.__file__).parents[1]
-BY_NAME = {"preset", "resolution", "aspect_ratio"}  # they decide other settings
+BY_NAME = {"preset", "recipe", "force_recipe", "resolution", "aspect_ratio"}  # they decide other settings
 PARSER = command_line.make_parser("test", "", generate.GROUPS)
 ACTIONS = {action.dest: action for action in PARSER._actions}
 
@@ -96,6 +96,11 @@ def test_json_has_every_setting_and_returns_it() -> None:
     written = json.loads(json.dumps(settings.to_dict()))
     assert list(written) == Settings.field_names()
     assert Settings.from_dict({**written, "prompt": "a", "model": "b"}) == settings
+    older = {name: value for name, value in written.items() if not name.startswith(("guidance_", "reuse"))}
+    assert len(written) - len(older) == 10
+    assert Settings.from_dict(older) == settings
+    with pytest.raises(KeyError, match="guidance"):
+        Settings.from_dict({name: value for name, value in older.items() if name != "guidance"})
     planned = Settings.resolve({}, {"plan": Plan.evaluate_at([0, 2], 4), "align": "off", "aes": "off"})
     assert Settings.from_dict(json.loads(json.dumps(planned.to_dict()))) == planned
 

@@ -391,3 +391,14 @@ def test_damage_is_found_when_a_model_is_opened(tiny_model: Path, tmp_path: Path
     shutil.copytree(tiny_model / "stdit3", model / "stdit3")
     with pytest.raises(FileNotFoundError, match="has no tokenizer"):
         Pipeline.from_pretrained(model)
+
+
+def test_adaptive_reuse_is_refused_for_several_clips_and_on_a_mesh(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = pipe.resolve({"reuse": "input"})
+    with pytest.raises(ValueError, match=r"reuse decides for a batch together.* make one at a time \(batch size 1\), not 2"):
+        pipe.check(settings, 2)
+    monkeypatch.setattr(pipe.networks, "mesh", object())
+    with pytest.raises(
+        ValueError, match="reuse decides from values that a mesh spreads over devices; leave one of the two out"
+    ):
+        pipe.check(settings, 1)

@@ -1,13 +1,17 @@
 """Settings: where a value comes from, and which ones are refused."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 
 from sora_jax.networks.merge_rule import Merge
+from sora_jax.pipeline.make_sampler import make_guidance, make_plan, make_reuse
 from sora_jax.pipeline.option import declared
 from sora_jax.pipeline.settings import OPTIONS, Options, Settings
+from sora_jax.sampling.adaptive import Reuse
+from sora_jax.sampling.guidance import Guidance
 from sora_jax.sampling.reuse import Plan
 from tests.support.tiny_model import DEFAULTS
 
@@ -60,7 +64,25 @@ def test_the_ends_of_a_range_are_in_it_and_nothing_beyond(name: str) -> None:
         ({"shift": "2"}, "shift is '2'; expected a positive number"),
         ({"shift": 0}, "shift is 0; expected a positive number"),
         ({"camera_motion": 5}, "camera_motion is 5; expected a text, or off"),
-        ({"solver": "rk4"}, "solver is 'rk4'; expected euler, ab2, dpmpp or heun"),
+        ({"solver": "rk4"}, "solver is 'rk4'; expected euler, ab2, ab3, dpmpp, unipc or heun"),
+        (
+            {"guidance_low": 0.9, "guidance_high": 0.2},
+            "guidance_low is 0.9, above guidance_high, 0.2: the interval",
+        ),
+        ({"guidance_low": -0.1}, "guidance_low is -0.1; expected a number from 0 to 1"),
+        ({"guidance": 1, "guidance_low": 0.1}, "guidance_low says how guidance works, but guidance is 1, which is none"),
+        ({"guidance_zero_steps": 1}, "guidance_zero_steps belong to CFG-Zero"),
+        ({"guidance_rule": "zero-star", "guidance_zero_steps": 30}, "guidance_zero_steps is 30 of 30 steps; expected fewer"),
+        (
+            {"guidance_rule": "zero-star", "guidance_rescale": 0.7},
+            "guidance_rescale and the rule zero-star are two",
+        ),
+        ({"guidance_rule": "cfg"}, "guidance_rule is 'cfg'; expected plain or zero-star"),
+        ({"reuse": "input", "reuse_threshold": -1}, "reuse_threshold is -1; expected a number from 0 to 1000"),
+        ({"reuse_threshold": 0.2}, "reuse_threshold says when a step reuses, but reuse is off"),
+        ({"reuse": "input", "plan": Plan.evaluate_at([0], 3)}, "plan and reuse both say which steps evaluate; choose one"),
+        ({"reuse": "input", "leap": "released"}, "leap 'released' compares every pair of velocities"),
+        ({"reuse_order": 1}, "reuse_order says what a reused step takes, but none reuses"),
         ({"leap": True}, "leap is True; expected off, dynamic, released"),
         ({"leap": -1}, "leap is -1; expected off, dynamic, released"),
         ({"leap": 1.5}, "leap is 1.5; expected off, dynamic, released"),
@@ -80,6 +102,25 @@ def test_the_ends_of_a_range_are_in_it_and_nothing_beyond(name: str) -> None:
 def test_what_python_may_not_say(options: Options, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Settings.resolve({}, options)
+
+
+def test_guidance_options_become_the_rule_of_the_sampler() -> None:
+    assert make_guidance(Settings.resolve({}, {"guidance": 1})) is None
+    assert make_guidance(Settings.resolve({}, {})) == Guidance(7.0)
+    said = {"guidance_high": 0.9, "guidance_rule": "zero-star", "guidance_zero_steps": 1}
+    assert make_guidance(Settings.resolve({}, said)) == Guidance(7.0, interval=(0.0, 0.9), zero_star=True, zero_steps=1)
+    assert make_guidance(Settings.resolve({}, {"guidance_rescale": 0.7})) == Guidance(7.0, rescale=0.7)
+    exported = [Settings.resolve({}, options).is_published_loop for options in ({}, {"guidance_low": 0.1}, said)]
+    assert exported == [True, False, False]
+
+
+def test_reuse_options_become_the_rule_or_change_the_plan() -> None:
+    assert make_reuse(Settings.resolve({}, {})) is None
+    said = {"reuse": "first-block", "reuse_threshold": 0.2, "reuse_first": 3, "reuse_last": 0, "reuse_order": 1}
+    assert make_reuse(Settings.resolve({}, said)) == Reuse.by_first_block(0.2, first=3, last=0, extrapolate=True)
+    plan = Plan.evaluate_at([0, 2], 3)
+    assert make_plan(Settings.resolve({}, {"plan": plan})) == plan
+    assert make_plan(Settings.resolve({}, {"plan": plan, "reuse_order": 1})) == dataclasses.replace(plan, extrapolate=True)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

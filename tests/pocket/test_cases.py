@@ -198,7 +198,7 @@ def test_empty_captions_that_show_clips_are_clean(perfect_model, monkeypatch):
     assert tables["cleanliness"]["made"]["flicker largest"] < tables["cleanliness"]["rendered and coded"]["flicker median"]
 
 
-@pytest.mark.parametrize("num_frames", [1, 17, 51])
+@pytest.mark.parametrize("num_frames", [1, 17, pytest.param(51, marks=pytest.mark.ci)])
 def test_other_lengths_are_asked_for_and_judged(perfect_model, num_frames):
     tables = kinds.judge_captions(None, 24, seed=0, num_frames=num_frames)
     shares = {name: rate["share"] for name, rate in tables["rates"].items() if rate["total"]}
@@ -217,7 +217,9 @@ def test_an_image_has_a_caption_without_motion_and_no_speed_pair():
         cases.speed_pairs(1, seed=0, num_frames=1)
 
 
-@pytest.mark.parametrize("num_frames", [1, pytest.param(17, marks=pytest.mark.slow), pytest.param(51, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_frames", [pytest.param(1, marks=pytest.mark.ci), *(pytest.param(n, marks=pytest.mark.slow) for n in (17, 51))]
+)
 def test_the_model_makes_clips_of_other_lengths(tiny_model, num_frames):
     asked = cases.captions(1, seed=0, num_frames=num_frames)
     (made,) = cases.clips(tiny_model, asked, TWO_STEPS)

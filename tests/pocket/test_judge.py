@@ -79,6 +79,7 @@ def test_shuffled_captions_are_at_chance(real):
     assert abs(pairs.share - 0.5) < 4 * 0.5 / pairs.total**0.5
 
 
+@pytest.mark.ci
 def test_real_clips_stay_right_under_blur_and_noise_of_28_db():
     rng = np.random.default_rng(2)
     pixels, asked = clips(3, 120, 34)

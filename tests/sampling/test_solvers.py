@@ -8,6 +8,7 @@ import pytest
 from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.sampler import Sampler, sample
 from sora_jax.sampling.schedule import Schedule
+from sora_jax.sampling.solvers import SOLVERS
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
 
@@ -40,22 +41,28 @@ def error_in_log_snr(solver: str, num_steps: int) -> float:
     return float(jnp.abs(reached - exact(0.02)).max())
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2), ("heun", 2), ("dpmpp", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2), ("heun", 2), ("dpmpp", 2), ("unipc", 3), ("ab3", 3)])
 def test_order_of_convergence(solver: str, order: int) -> None:
+    """UniPC with a predictor of order 2 is of order 3, as its paper has it: the corrector adds one."""
     coarse, fine = error_in_log_snr(solver, 32), error_in_log_snr(solver, 128)
     assert np.log2(coarse / fine) / 2 == pytest.approx(order, abs=0.2)
 
 
-# "dpmpp" is of second order in log-SNR, which is infinite at both ends of the whole path: no clean order there.
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2), ("heun", 2)])
-@pytest.mark.parametrize("shift", [1.0, 2.5])
-def test_order_of_convergence_from_noise_to_data(solver: str, order: int, shift: float) -> None:
-    coarse, fine = error(solver, 32, shift), error(solver, 128, shift)
+# "dpmpp" and "unipc" have their order in log-SNR, which is infinite at both ends of the whole path: no clean order there.
+@pytest.mark.parametrize(
+    ("solver", "order", "shift", "steps"),
+    [
+        *((solver, order, shift, 32) for shift in (1.0, 2.5) for solver, order in (("euler", 1), ("ab2", 2), ("heun", 2))),
+        ("ab3", 3, 1.0, 16),  # at a shift of 2.5 its error changes sign near 16 steps
+    ],
+)
+def test_order_of_convergence_from_noise_to_data(solver: str, order: int, shift: float, steps: int) -> None:
+    coarse, fine = error(solver, steps, shift), error(solver, 4 * steps, shift)
     assert np.log2(coarse / fine) / 2 == pytest.approx(order, abs=0.2)
 
 
-@pytest.mark.parametrize("solver", ["ab2", "heun", "dpmpp"])
-def test_second_order_is_better_than_euler_at_equal_evaluations(solver: str) -> None:
+@pytest.mark.parametrize("solver", ["ab2", "ab3", "heun", "dpmpp", "unipc"])
+def test_higher_order_is_better_than_euler_at_equal_evaluations(solver: str) -> None:
     steps = 8 if solver == "heun" else 16
     assert error(solver, steps) < 0.5 * error("euler", 16)
 
@@ -68,7 +75,7 @@ def constant_velocity(z: jax.Array, t_B: jax.Array) -> jax.Array:
     return jnp.ones_like(z) * jnp.asarray([2.0, -1.0])[None]
 
 
-@pytest.mark.parametrize("solver", ["euler", "ab2", "dpmpp", "heun"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_is_exact_for_constant_velocity(solver: str) -> None:
     end = sample(constant_velocity, NOISE, Schedule.uniform(7, shift=3.0), solver=solver).z
     np.testing.assert_allclose(end, NOISE + jnp.asarray([[2.0, -1.0]]), rtol=0, atol=2e-6)  # 7 additions in float32
@@ -81,6 +88,20 @@ def test_ab2_integrates_velocity_linear_in_time_exactly_over_unequal_steps() -> 
     exact = 1 + 3 / 2
     first_step_error = 3 * 0.1**2 / 2
     np.testing.assert_allclose(end - NOISE, exact + first_step_error, rtol=0, atol=3e-6)
+
+
+def test_ab3_integrates_velocity_quadratic_in_time_exactly_but_for_its_start() -> None:
+    """The first step is the trapezoid's, the second AB2's; their errors are h^3 / 12 and that of a parabola left out."""
+    times = np.asarray([1000.0, 900.0, 850.0, 500.0, 333.0, 40.0])
+
+    def quadratic(z: jax.Array, t_B: jax.Array) -> jax.Array:
+        return jnp.broadcast_to((3 * (t_B / 1000) ** 2)[:, None], z.shape)
+
+    end = sample(quadratic, NOISE, Schedule.from_times(times), solver="ab3").z
+    trapezoid = 0.1 / 2 * (3 * 1.0**2 + 3 * 0.9**2) - (1.0**3 - 0.9**3)
+    slope = (3 * 1.0**2 - 3 * 0.9**2) / 0.1
+    second = 0.05 * 3 * 0.9**2 - slope * 0.05**2 / 2 - (0.9**3 - 0.85**3)
+    np.testing.assert_allclose(end - NOISE, 1 + trapezoid + second, rtol=0, atol=3e-6)
 
 
 def test_leap_moves_by_the_remaining_time() -> None:
@@ -102,19 +123,18 @@ def test_extrapolated_leap_is_exact_for_velocity_linear_in_time() -> None:
     np.testing.assert_allclose(reached - NOISE, 2.5 + euler_part, rtol=0, atol=3e-6)
 
 
-def test_solvers_restart_where_merging_ends() -> None:
+@pytest.mark.parametrize("solver", [pytest.param(name, marks=pytest.mark.ci) for name in ("ab3", "dpmpp")] + ["ab2", "unipc"])
+def test_solvers_restart_where_merging_ends(solver: str) -> None:
     """A velocity that jumps with the merge switch is constant in each phase, so nothing may be extrapolated over it."""
 
     class Jumping:
         def evaluate(self, z: jax.Array, t_B: jax.Array, *, frame_mask_BT: None, merged: bool) -> jax.Array:
             return jnp.full_like(z, 5.0 if merged else 1.0)
 
-    schedule = Schedule.uniform(8)
-    for solver in ("ab2", "dpmpp"):
-        end = sample(Jumping(), NOISE, schedule, solver=solver, merge_steps=3).z
-        assert np.allclose(end - NOISE, 3 / 8 * 5 + 5 / 8, atol=2e-6), solver
+    end = sample(Jumping(), NOISE, Schedule.uniform(8), solver=solver, merge_steps=3).z
+    np.testing.assert_allclose(end - NOISE, 3 / 8 * 5 + 5 / 8, rtol=0, atol=2e-6)
 
 
 def test_unknown_solver_is_named() -> None:
-    with pytest.raises(ValueError, match="solver 'rk45' is unknown; expected one of euler, ab2, dpmpp, heun"):
+    with pytest.raises(ValueError, match="solver 'rk45' is unknown; expected one of euler, ab2, ab3, dpmpp, unipc, heun"):
         sample(constant_velocity, NOISE, Schedule.uniform(3), solver="rk45")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -30,8 +31,10 @@ def old(tmp_path: Path) -> Manifest:
 
 
 def test_every_network_becomes_the_present_format_with_the_same_values(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # of hundreds of files; nothing loses power here
+    monkeypatch.setattr(os, "sync", lambda: None)
     directory = write_model(tmp_path / "model")
     before = {network: load_network(directory, network)[1] for network in ("t5", "stdit3", "vae")}
     manifests = {network: as_format_1(open_network(directory, network)) for network in before}

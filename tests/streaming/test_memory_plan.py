@@ -92,7 +92,7 @@ def test_half_a_block_of_the_text_encoder_is_planned() -> None:
     check(activations.text_bytes(config, 2, length), measured, slack=4.0)  # bias, input and output are arguments there
 
 
-@pytest.mark.parametrize("name", ["temporal_encoder", "temporal_decoder"])
+@pytest.mark.parametrize("name", [pytest.param("temporal_encoder", marks=pytest.mark.ci), "temporal_decoder"])
 def test_the_widest_stretch_of_the_temporal_autoencoder_is_planned(name: str) -> None:
     config, x = pocket.vae.temporal, zeros(1, 20 if name == "temporal_encoder" else 5, 12, 12, 4)
     network = getattr(jax.eval_shape(lambda: VAE(pocket.vae, rngs=nnx.Rngs(0))), name)
@@ -108,7 +108,9 @@ def test_the_widest_stretch_of_the_temporal_autoencoder_is_planned(name: str) ->
     check(activations.temporal_bytes(config, 1, 17, 144), widest)
 
 
-@pytest.mark.parametrize(("decoder", "hidden_bytes"), [(True, None), (True, 2**20), (False, None)])
+@pytest.mark.parametrize(
+    ("decoder", "hidden_bytes"), [(True, None), pytest.param(True, 2**20, marks=pytest.mark.ci), (False, None)]
+)
 def test_the_spatial_autoencoder_is_planned(decoder: bool, hidden_bytes: int | None) -> None:
     forms = Forms(hidden_bytes=hidden_bytes)
     network = jax.eval_shape(lambda: VAE(pocket.vae, forms=forms, rngs=nnx.Rngs(0)))

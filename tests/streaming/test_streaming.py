@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from sora_jax.devices import attention_choice
+from sora_jax.sampling.adaptive import Reuse
 from sora_jax.sampling.leap import Leap
-from sora_jax.sampling.reuse import Plan
+from sora_jax.sampling.reuse import REUSE, Plan
 from sora_jax.sampling.sampler import Result, Sampler, _run
 from sora_jax.streaming.network import STDiT3Stream
 from sora_jax.streaming.profile import Profile
@@ -95,6 +96,38 @@ def test_reused_steps_read_nothing_but_what_is_read_ahead(stream, retained):
     result, read = blocks_read(stream, lambda network: streamed.sample(network, **{**options, "plan": plan}))
     assert result.batch_evaluations == 5
     wanted = NUM_BLOCKS + 4 * (NUM_BLOCKS - retained)
+    assert wanted <= read <= wanted + 2
+
+
+# The rules reuse at some of the steps of this model: the thresholds were read off what a run measured.
+ADAPTIVE = {"input": Reuse.by_input(0.8, extrapolate=True), "first block": Reuse.by_first_block(0.38)}
+
+
+@pytest.fixture(scope="module", params=ADAPTIVE)
+def adaptive(request: pytest.FixtureRequest, directory: Path) -> tuple[Reuse, Result]:
+    """A rule and the sampling by it in memory."""
+    rule = ADAPTIVE[request.param]
+    return rule, streamed.sample(streamed.resident(directory), num_steps=NUM_STEPS, guidance=3.0, reuse=rule)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("stream", ["mmap", pytest.param("host", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize("retained", [0, 1])
+def test_steps_that_reuse_by_a_rule_read_no_block_or_the_first_alone(stream, adaptive, retained):
+    rule, in_memory = adaptive
+    stream.retention.count = retained
+    options = {"num_steps": NUM_STEPS, "guidance": 3.0, "reuse": rule}
+    result, read = blocks_read(stream, lambda network: streamed.sample(network, **options))
+    np.testing.assert_array_equal(result.trace.why_N, in_memory.trace.why_N)
+    np.testing.assert_allclose(result.trace.change_N, in_memory.trace.change_N, rtol=1e-4)
+    assert np.linalg.norm(result.z - in_memory.z) <= ACROSS * np.linalg.norm(in_memory.z)
+
+    reused = int((result.trace.kind_N == REUSE).sum())
+    full = NUM_STEPS - reused
+    assert 2 <= reused <= NUM_STEPS - 3, result.trace.change_N
+    first_only = rule.watched == "first_block"
+    assert result.batch_evaluations == full + first_only * reused / NUM_BLOCKS
+    wanted = NUM_BLOCKS + (full - 1) * (NUM_BLOCKS - retained) + (first_only and not retained) * reused
     assert wanted <= read <= wanted + 2
 
 
