@@ -11,7 +11,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +21,7 @@ from sora_jax.commands.user_cache import preview_folder, use_compile_cache
 from sora_jax.pipeline import command_line
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Option, declared
+from sora_jax.pipeline.recipe import Recipe
 from sora_jax.streaming.budget import parse_budget
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -44,6 +45,10 @@ class Arguments(options.MemoryBudget, options.Attention, options.CompileCache):
     ] = None
     folder: Annotated[
         Path | None, Option("Folder that keeps the clips (default: a temporary one, removed at the end).", metavar="DIR")
+    ] = None
+
+    recipes: Annotated[
+        Path | None, Option("Folder of recipes that may be chosen, as sora-jax tune writes them.", metavar="DIR")
     ] = None
 
     def check(self) -> None:
@@ -77,6 +82,24 @@ class Arguments(options.MemoryBudget, options.Attention, options.CompileCache):
             raise ValueError(f"{path} is empty; expected the password in its first line.")
         return name, lines[0].strip()
 
+    def known_recipes(self) -> dict[str, Path]:
+        """Returns the recipes of the folder by the names of their files.
+
+        Raises:
+          FileNotFoundError: the folder has none.
+          ValueError: a file is something else.
+        """
+        if self.recipes is None:
+            return {}
+        found = {path.name: path for path in sorted(self.recipes.glob("recipe*.json"))}
+        if not found:
+            raise FileNotFoundError(
+                f"no recipe in {self.recipes}; make one with: sora-jax tune MODEL_DIR --evaluations 16 -o {self.recipes}"
+            )
+        for path in found.values():
+            Recipe.read(path)
+        return found
+
 
 def command(arguments: Sequence[str]) -> None:
     """Reads the command line and serves the page until it is interrupted."""
@@ -95,6 +118,7 @@ def run(asked: Arguments) -> None:
     """
     asked.check()
     credentials = asked.credentials
+    recipes = asked.known_recipes()
     model = ModelFile.read(asked.model)
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the page needs Gradio: pip install 'sora_jax[page]'.")
@@ -111,17 +135,19 @@ def run(asked: Arguments) -> None:
         files.remove_partial(folder)
         shutil.rmtree(folder if asked.folder is None else folder / SERVED, ignore_errors=True)
 
-    shell.interruptibly(lambda: _serve(asked, model, folder.resolve(), credentials), clean_up)
+    shell.interruptibly(lambda: _serve(asked, model, folder.resolve(), credentials, recipes), clean_up)
 
 
-def _serve(asked: Arguments, model: ModelFile, folder: Path, credentials: tuple[str, str] | None) -> None:
+def _serve(
+    asked: Arguments, model: ModelFile, folder: Path, credentials: tuple[str, str] | None, recipes: Mapping[str, Path]
+) -> None:
     from sora_jax.commands.web import server
     from sora_jax.commands.web.studio import Studio
     from sora_jax.pipeline.pipeline import Pipeline
 
     server.prepare(folder)
     pipeline = Pipeline.open(model, memory_budget=asked.memory_budget, attention=asked.attention or "auto")
-    studio = Studio(pipeline, folder, previews=preview_folder())
+    studio = Studio(pipeline, folder, previews=preview_folder(), recipes=recipes)
     _, address = server.serve(studio, host=asked.host, port=asked.port, auth=credentials)
     shell.result(address)
     threading.Event().wait()

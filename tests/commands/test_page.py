@@ -158,6 +158,19 @@ def test_a_field_that_cannot_be_read_is_refused(fields: dict, message: str) -> N
         form.read(**{"prompt": PROMPT, "size": None, "fields": {}, **fields})
 
 
+def test_a_visitor_names_recipes_of_the_page_and_no_other_file(tmp_path: Path) -> None:
+    known = {"recipe-8.json": tmp_path / "recipe-8.json"}
+    assert form.read_recipe("", known) is form.read_recipe(None, known) is None
+    assert form.read_recipe("recipe-8.json", known) == str(tmp_path / "recipe-8.json")
+    for name in ("/etc/passwd", "../recipe-8.json", "recipe-9.json"):
+        with pytest.raises(ValueError, match=r"expected one of recipe-8\.json\."):
+            form.read_recipe(name, known)
+    with pytest.raises(ValueError, match="none: this page has no recipes"):
+        form.read_recipe("recipe-8.json", {})
+    assert not {"plan", "recipe"} & {*form.USUAL, *form.RARE, *form.SAMPLING}  # fields for options are no names of files
+    assert {"reuse", "guidance_rule", "merge_steps"} <= {*form.SAMPLING}
+
+
 def test_fields_become_the_options_of_the_command_line(tiny_model: Path) -> None:
     fields = {"seed": "3", "num_frames": "2s", "leap": "dynamic", "guidance": "1.5", "preset": "", "fps": None}
     asked = form.read(prompt=None, size="240p 9:16", fields=fields, mode=form.CONTINUE, reference="a.mp4")
@@ -184,6 +197,8 @@ def test_fields_become_the_options_of_the_command_line(tiny_model: Path) -> None
         (("--auth", "me:empty"), "empty is empty; expected the password"),
         (("--memory-budget", "3.3"), "memory budget is '3.3'"),
         (("gone",), "gone"),
+        (("--recipes", "empty"), "no recipe in empty; make one with: sora-jax tune MODEL_DIR"),
+        (("--recipes", "wrong"), "recipe-8.json is not a recipe"),
     ],
 )
 def test_a_page_that_would_be_open_or_cannot_be_served_is_refused(
@@ -191,6 +206,8 @@ def test_a_page_that_would_be_open_or_cannot_be_served_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").write_text("")
+    Path("wrong").mkdir()
+    Path("wrong/recipe-8.json").write_text("[]")
     assert main.main(["page", *options]) == main.BAD_INPUT
     error = capsys.readouterr().err
     assert (error.count("\n"), message in error) == (1, True), error

@@ -51,9 +51,11 @@ class Server:
         self.log = folder / "log"
         self.clips = folder / "clips"
         command = [sys.executable, "-m", "sora_jax", "page", str(model), "--port", str(port), "--folder", str(self.clips)]
+        # the map of previews is fitted once for all servers, and the user's own cache left alone
+        own = {"TMPDIR": str(folder), "XDG_CACHE_HOME": os.environ["JAX_COMPILATION_CACHE_DIR"]}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*command, *options], stdout=subprocess.PIPE, stderr=log, cwd=folder, env={**os.environ, "TMPDIR": str(folder)}
+                [*command, *options], stdout=subprocess.PIPE, stderr=log, cwd=folder, env={**os.environ, **own}
             )
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().decode().strip()

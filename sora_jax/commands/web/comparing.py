@@ -53,7 +53,7 @@ def compare(
     between = psnr(clips[0].frames[0], clips[1].frames[0])
     exact = None
     if finer:
-        plain = {name: value for name, value in first.options.items() if name not in ("preset", *SAMPLING)}
+        plain = {name: value for name, value in first.options.items() if name not in ("preset", "recipe", *SAMPLING)}
         exact = studio.clip_of(dataclasses.replace(first, options={**plain, **FINER}), report, gallery)
     made = [studio.keep(request, clip, gallery) for request, clip in zip((first, second), clips, strict=True)]
     path = made[1].path.with_name(f"difference_{made[0].number:04d}_{made[1].number:04d}.mp4")

@@ -7,6 +7,7 @@ one line; an empty field says nothing, so that the model's default holds.
 import dataclasses
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sora_jax.pipeline.model_file import ModelFile
@@ -65,6 +66,19 @@ def read(
     if strategy and not reference:
         raise ValueError("a mask strategy says where references go, but none was uploaded.")
     return Request(prompt=prompt or "", options=options, reference=reference or "", strategy=strategy or _STRATEGIES[mode])
+
+
+def read_recipe(name: str | None, known: Mapping[str, Path]) -> str | None:
+    """Returns the file of a recipe that the page offers by name; None where none is chosen.
+
+    Raises:
+      ValueError: the page offers no such recipe; no other file of this machine is read.
+    """
+    if not name:
+        return None
+    if name not in known:
+        raise ValueError(f"recipe is {name[:40]!r}; expected one of {', '.join(known) or 'none: this page has no recipes'}.")
+    return str(known[name])
 
 
 def read_option(name: str, text: str | int | float | None) -> Any:

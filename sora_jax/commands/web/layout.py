@@ -5,7 +5,9 @@ our own, and no font or script from elsewhere.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -21,12 +23,13 @@ from sora_jax.inputs.tokenizer import listed_words
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Declared
 from sora_jax.pipeline.presets import PRESETS
+from sora_jax.pipeline.recipe import Recipe
 from sora_jax.pipeline.settings import OPTIONS
 from sora_jax.storage.location import Location
 
 _COMPUTES: dict[str, Any] = {"concurrency_id": "computes", "concurrency_limit": 1}
 _EXAMPLE = "a red circle moves right on a blue background"
-_WAY = ("preset", *form.SAMPLING)
+_WAY = ("preset", "recipe", *form.SAMPLING)
 _FORGETS_S = (600, 6 * 3600)  # how often files of the browser are looked through, and at what age they are removed
 
 
@@ -66,8 +69,8 @@ def _generate_tab(page: gr.Blocks, studio: Studio) -> None:
             if words is not None:
                 with gr.Accordion("Words that the model knows", open=False):
                     gr.Markdown(" ".join(sorted(words)))
-            size, length, seed, preset = _usual_fields(studio)
-            options = {"num_frames": length, "seed": seed, "preset": preset}
+            size, length, seed, preset, recipe = _usual_fields(studio)
+            options = {"num_frames": length, "seed": seed, "preset": preset, "recipe": recipe}
             with gr.Accordion("Image or clip to video", open=False):
                 reference = gr.File(
                     label="Reference", file_types=[*IMAGE_SUFFIXES, *VIDEO_SUFFIXES], type="filepath", elem_id="reference"
@@ -98,6 +101,7 @@ def _generate_tab(page: gr.Blocks, studio: Studio) -> None:
         gallery = _own(studio, visit)
         try:
             fields = dict(zip(names, values, strict=True))
+            fields["recipe"] = form.read_recipe(fields["recipe"], studio.recipes)
             request = form.read(prompt=text, size=size, fields=fields, mode=mode, reference=reference, strategy=strategy)
         except ValueError as error:
             yield f"error: {shell.describe(error)}", gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
@@ -130,7 +134,7 @@ def _generate_tab(page: gr.Blocks, studio: Studio) -> None:
     page.load(listing, None, listed, api_name=False, queue=False)
 
 
-def _usual_fields(studio: Studio) -> tuple[gr.Dropdown, gr.Dropdown, gr.Textbox, gr.Dropdown]:
+def _usual_fields(studio: Studio) -> tuple[gr.Dropdown, gr.Dropdown, gr.Textbox, gr.Dropdown, gr.Dropdown]:
     model = studio.pipeline.model
     plain = model.resolve({})
     with gr.Row():
@@ -144,13 +148,24 @@ def _usual_fields(studio: Studio) -> tuple[gr.Dropdown, gr.Dropdown, gr.Textbox,
     with gr.Row():
         seed = gr.Textbox(value="0", label="Seed", elem_id="seed")
         preset = gr.Dropdown(_presets(model), value="", label="Preset", elem_id="preset")
-    return size, length, seed, preset
+        recipe = _recipe_field(studio, "Recipe", "recipe")
+    return size, length, seed, preset, recipe
 
 
 def _presets(model: ModelFile) -> list[tuple[str, str]]:
     """Returns the presets, each with what it costs."""
     costs = {name: model.resolve({"preset": name}).evaluations()[0] for name in PRESETS}
     return [("the model's own", ""), *((f"{name}: {count:g} evaluations", name) for name, count in costs.items())]
+
+
+def _recipe_field(studio: Studio, label: str, identity: str) -> gr.Dropdown:
+    """Returns the choice of a recipe, each with what it costs and how near it comes; hidden where the page has none."""
+    known = {name: Recipe.read(path) for name, path in studio.recipes.items()}
+    choices = [
+        (f"{name}: {one.evaluations} evaluations, {one.measured.get('error_db', math.nan):.1f} dB", name)
+        for name, one in known.items()
+    ]
+    return gr.Dropdown([("none", ""), *choices], value="", label=label, elem_id=identity, visible=bool(known))
 
 
 def _field(option: Declared, studio: Studio, suffix: str = "") -> gr.components.Component:
@@ -209,6 +224,8 @@ def _again(gallery: Gallery, names: Sequence[str], number: int | None) -> Sequen
     size = f"{options['height']} x {options['width']}" if "height" in options else None
     if "resolution" in options:
         size = f"{options['resolution']} {options['aspect_ratio']}"
+    if options.get("recipe") is not None:
+        options["recipe"] = Path(options["recipe"]).name
     values = ["" if options.get(name) is None else str(options[name]) for name in names]
     mode = form.mode_of(request)
     return [request.prompt, size, request.reference or None, mode, form.own_strategy(request), *values, "as for that clip."]
@@ -232,11 +249,11 @@ def _compare_tab(studio: Studio) -> None:
         for name, preset in (("A", "exact"), ("B", "recommended")):
             with gr.Column():
                 gr.Markdown(f"### {name}")
-                ways.append(
-                    gr.Dropdown(_presets(studio.pipeline.model), value=preset, label="preset", elem_id=f"preset-{name}")
-                )
+                presets = _presets(studio.pipeline.model)
+                ways.append(gr.Dropdown(presets, value=preset, label="preset", elem_id=f"preset-{name}"))
+                ways.append(_recipe_field(studio, "recipe (with no preset)", f"recipe-{name}"))
                 with gr.Accordion("Options of this way", open=False):
-                    ways += [_field(OPTIONS[option], studio, f"-{name}") for option in _WAY[1:]]
+                    ways += [_field(OPTIONS[option], studio, f"-{name}") for option in form.SAMPLING]
     with gr.Row():
         start = gr.Button("Compare", variant="primary", elem_id="compare")
         stop = gr.Button("Cancel", elem_id="compare-cancel")
@@ -258,6 +275,7 @@ def _compare_tab(studio: Studio) -> None:
             both = []
             for way in (values[: len(_WAY)], values[len(_WAY) :]):
                 fields = {"seed": seed, "num_frames": length, **dict(zip(_WAY, way, strict=True))}
+                fields["recipe"] = form.read_recipe(fields["recipe"], studio.recipes)
                 both.append(form.read(prompt=text, size=None, fields=fields))
         except ValueError as error:
             yield f"error: {shell.describe(error)}", *[gr.skip()] * 6

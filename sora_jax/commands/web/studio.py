@@ -10,7 +10,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,13 @@ class Studio:
       pipeline: makes the clips.
       folder: keeps them.
       previews: folder where the map of previews is kept; None: it is fitted for this process.
+      recipes: files of recipes that visitors may choose, by name.
     """
 
-    def __init__(self, pipeline: Pipeline, folder: Path, *, previews: Path | None = None):
+    def __init__(
+        self, pipeline: Pipeline, folder: Path, *, previews: Path | None = None, recipes: Mapping[str, Path] | None = None
+    ):
+        self.recipes = recipes or {}
         self.pipeline, self.folder, self._previews = pipeline, folder, previews
         self.galleries = Galleries(folder / SERVED)
         self._computing = threading.Lock()
