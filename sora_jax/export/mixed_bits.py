@@ -17,44 +17,44 @@ from typing import Any
 
 import numpy as np
 
+from sora_jax.export import check
 from sora_jax.export.palettes import nearest_table
 from sora_jax.storage.quantisation import is_quantised
 
 WIDTHS = (3, 4, 6, 8)
 _TABLE_VALUE = 2  # bytes: float16
+_NO_LIMITS = check.Limits(-math.inf, math.inf)
 
 Arrays = Mapping[str, np.ndarray]
 Widths = dict[str, int]
-Outputs = Callable[[Arrays], Arrays]
+Call = Callable[[Arrays, Arrays], Arrays]
 
 
-def choose_widths(params: Arrays, mean_bits: float, inputs: Arrays, outputs: Outputs) -> Widths:
+def choose_widths(params: Arrays, mean_bits: float, cases: Mapping[str, tuple[Arrays, Arrays]], call: Call) -> Widths:
     """Returns bits by name for the matrices of a stage.
 
     Args:
       params: the weights.
       mean_bits: bits for each value of all matrices, tables included.
-      inputs: inputs of the function that judges.
-      outputs: that function, of weights.
+      cases: inputs and exact outputs of the function that judges, as they are checked: captured, and with outlier channels,
+        which some matrices see and others, behind a norm, do not.
+      call: that function, of weights and inputs.
     """
     matrices = {name: array for name, array in params.items() if is_quantised(name, array.shape)}
-    expected = outputs(params)
     costs: dict[str, dict[int, float]] = {name: {} for name in matrices}
     for name, array in matrices.items():
         for width in WIDTHS:
-            costs[name][width] = error(inputs, expected, outputs({**params, name: table_rounded(array, width)}))
+            costs[name][width] = error(cases, {**params, name: table_rounded(array, width)}, call)
     sizes = {name: {width: table_bytes(array.shape, width) for width in WIDTHS} for name, array in matrices.items()}
     return allocate(costs, sizes, mean_bits / 8 * sum(array.size for array in matrices.values()))
 
 
-def error(inputs: Arrays, expected: Arrays, found: Arrays) -> float:
-    """Returns squared errors relative to the squares of what a stage adds, of all outputs together."""
-    total = 0.0
-    for name, array in expected.items():
-        passed_through = np.asarray(inputs[name]) if name in inputs and np.shape(inputs[name]) == np.shape(array) else 0.0
-        added = float(np.sum(np.square(np.asarray(array, np.float64) - passed_through)))
-        total += float(np.sum(np.square(np.asarray(found[name], np.float64) - array))) / added if added else 0.0
-    return total
+def error(cases: Mapping[str, tuple[Arrays, Arrays]], params: Arrays, call: Call) -> float:
+    """Returns the squared relative errors of weights, of all outputs in all cases together, measured as by the check."""
+    checks: list[check.Check] = []
+    for case, (inputs, expected) in cases.items():
+        checks += check.compare(case, inputs, expected, call(params, inputs), _NO_LIMITS)
+    return sum(one.relative_l2**2 for one in checks)
 
 
 def allocate(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, Mapping[int, float]], budget: float) -> Widths:

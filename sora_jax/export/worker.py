@@ -96,11 +96,12 @@ class _References:
             self._known[(stage.name, function.name, function.sizes[0])] = cases["captured"][1]
         return cases
 
-    def widths(self, stage: Stage, params: Mapping[str, np.ndarray], mean_bits: float) -> dict[str, int]:
-        """Returns bits by matrix of a stage, judged by its first function on captured inputs."""
+    def widths(self, stage: Stage, params: Mapping[str, np.ndarray], mean_bits: float, cases: Cases) -> dict[str, int]:
+        """Returns bits by matrix of a stage, judged by its first function."""
         function = stage.functions[0]
-        inputs = capture.stage_inputs(function, self.values[function.sizes[0]])
-        return mixed_bits.choose_widths(params, mean_bits, inputs, lambda rounded: self._run(stage, function, rounded, inputs))
+        return mixed_bits.choose_widths(
+            params, mean_bits, cases, lambda rounded, inputs: self._run(stage, function, rounded, inputs)
+        )
 
     def outputs(self, stage: Stage, params: Mapping[str, np.ndarray], size: Size) -> dict[str, Any]:
         """Returns the captured outputs of the function by which a stage goes on for a size."""
@@ -110,7 +111,7 @@ class _References:
         return self._run(stage, function, params, inputs) if known is None else known
 
     def _run(
-        self, stage: Stage, function: Function, params: Mapping[str, np.ndarray], inputs: capture.Values
+        self, stage: Stage, function: Function, params: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]
     ) -> dict[str, Any]:
         key = (stage.program.name, function.name)
         if key not in self._compiled:
@@ -130,16 +131,18 @@ def _export_stage(
     """Returns the entry of a stage that was saved, run and found exact enough."""
     steps = 3 * len(stage.functions)  # references, saving, checks
     cases: dict[str, Cases] = {}
+    judged: Cases = {}  # of the first function, with both rows of guidance
     half = job.options.boundary_of(stage) == "float16"
     for function in reference.functions:
         both = references.cases(reference, function, params, half=half)
+        judged = judged or both
         written = stage.function(function.name)
         cases[function.name] = {case: capture.called_with(written, *arrays) for case, arrays in both.items()}
         tell(stage.name, len(cases) / steps)
     narrowed = {name: params[name].astype(spec.dtype, copy=False) for name, spec in stage.program.abstract.items()}
     options = job.options
     if options.weights_of(stage) == "mixed":
-        options = dataclasses.replace(options, widths=references.widths(reference, params, options.mean_bits or 0))
+        options = dataclasses.replace(options, widths=references.widths(reference, params, options.mean_bits or 0, judged))
     artefacts = target_module(job.target).save(stage, narrowed, folder, options)
     entry = describe.stage_entry(stage, options, artefacts)
     limits = check.limits(job.options.precision_of(stage), job.options.weights_of(stage))

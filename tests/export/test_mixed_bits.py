@@ -56,14 +56,14 @@ def test_a_matrix_that_is_heard_more_has_more_bits():
     params["loud.bias"] = np.zeros(64, np.float32)
     x = rng.standard_normal((8, 64)).astype(np.float32)
 
-    def outputs(given: Any) -> dict[str, np.ndarray]:
-        return {"x": x + 10 * x @ given["loud.kernel"] + 0.1 * x @ given["soft.kernel"]}
+    def call(given: Any, inputs: Any) -> dict[str, np.ndarray]:
+        return {"x": inputs["x"] + 10 * inputs["x"] @ given["loud.kernel"] + 0.1 * inputs["x"] @ given["soft.kernel"]}
 
-    widths = choose_widths(params, 5.6, {"x": x}, outputs)
+    cases: Any = {"captured": ({"x": x}, call(params, {"x": x}))}
+    widths = choose_widths(params, 5.6, cases, call)
     assert set(widths) == {"loud.kernel", "soft.kernel"}
     assert widths["loud.kernel"] > widths["soft.kernel"]
-    exact = outputs(params)
-    assert mixed_bits.error({"x": x}, exact, exact) == 0.0
+    assert mixed_bits.error(cases, params, call) == 0.0
 
 
 def test_tables_have_their_number_of_values_and_six_decibels_a_bit():
