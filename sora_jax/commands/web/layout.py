@@ -71,6 +71,9 @@ def _generate_tab(page: gr.Blocks, studio: Studio) -> None:
                     gr.Markdown(" ".join(sorted(words)))
             size, length, seed, preset, recipe = _usual_fields(studio)
             options = {"num_frames": length, "seed": seed, "preset": preset, "recipe": recipe}
+            with gr.Row():
+                start = gr.Button("Generate", variant="primary", elem_id="generate")
+                stop = gr.Button("Cancel", elem_id="cancel")
             with gr.Accordion("Image or clip to video", open=False):
                 reference = gr.File(
                     label="Reference", file_types=[*IMAGE_SUFFIXES, *VIDEO_SUFFIXES], type="filepath", elem_id="reference"
@@ -79,12 +82,9 @@ def _generate_tab(page: gr.Blocks, studio: Studio) -> None:
                 strategy = gr.Textbox(label="Mask strategy (of its own; else as chosen above)", elem_id="strategy")
             with gr.Accordion("More options", open=False):
                 options |= {name: _field(OPTIONS[name], studio) for name in (*form.USUAL, *form.RARE)}
-            with gr.Row():
-                start = gr.Button("Generate", variant="primary", elem_id="generate")
-                stop = gr.Button("Cancel", elem_id="cancel")
         with gr.Column():
             status = gr.Textbox(label="Progress", interactive=False, elem_id="status", lines=2)
-            preview = gr.Image(label="Latents on the way", interactive=False, height=220, elem_id="preview", buttons=[])
+            preview = gr.Image(label="What the step predicts", interactive=False, height=220, elem_id="preview", buttons=[])
             shown = gr.Video(label="Clip", interactive=False, autoplay=True, loop=True, elem_id="clip", height=320, buttons=[])
             listed = gr.Dropdown(label="Clips made since the page started", choices=[], elem_id="clips")
             with gr.Row():
