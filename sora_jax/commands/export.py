@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 from sora_jax import files, shell
 from sora_jax.commands import options
-from sora_jax.export.entries import TargetName
+from sora_jax.export.entries import TargetName, Weights
 from sora_jax.pipeline import command_line
 from sora_jax.pipeline.option import Option, declared
 from sora_jax.pipeline.settings import OPTIONS, Options
@@ -48,9 +48,21 @@ class Arguments(options.Writing):
         tuple[str, ...], Option("A further size, for example 51x240x320; repeatable.", metavar="FxHxW", repeats=True)
     ] = ()
     precision: Annotated[str, Option("Precision of the arithmetic.", choices=("float32", "float16"))] = "float32"
+    io_precision: Annotated[
+        str, Option("Precision of inputs and outputs; float16 needs float16 arithmetic.", choices=("float32", "float16"))
+    ] = "float32"
     weights: Annotated[
-        str, Option("How weights are stored; lut6 and int4: Core ML only.", choices=("float", "int8", "lut6", "int4"))
+        str,
+        Option("How weights are stored; lut6, int4 and mixed: Core ML only.", choices=get_args(Weights)),
     ] = "float"
+    mean_bits: Annotated[
+        float | None,
+        Option(
+            "With mixed weights: bits for each value on average; a matrix has 3, 4, 6 or 8, by the error it makes.",
+            metavar="BITS",
+            within=(3, 8),
+        ),
+    ] = None
     stages: Annotated[str, Option("Which parts, of t5,stdit3,vae_decoder,vae_encoder.", metavar="NAMES")] = (
         "t5,stdit3,vae_decoder"
     )
@@ -60,6 +72,23 @@ class Arguments(options.Writing):
         str,
         Option("Attention whose logits would take more than this (in float32) is computed in chunks.", metavar="SIZE"),
     ] = "256MiB"
+    attention_forms: Annotated[
+        str | None,
+        Option(
+            "Forms of attention of which every pair has functions, of plain,chunked and for Core ML fused,breaker; the first "
+            "is the default (without this option there is one).",
+            metavar="NAMES",
+        ),
+    ] = None
+    guidance_rows: Annotated[
+        int, Option("Rows of guidance in a call; with 1 a step calls every function twice.", metavar="1|2", within=(1, 2))
+    ] = 2
+    caption_once: Annotated[
+        bool, Option("Project the caption in a stage of its own, once a clip; one row of guidance implies it.")
+    ] = False
+    pairs_per_package: Annotated[
+        int, Option("Pairs of blocks that are one package and one call.", metavar="N", within=(1, 1000))
+    ] = 1
     vectors: Annotated[
         str, Option("Test vectors beside the programs, with which a host or a device is proven.", choices=("on", "off"))
     ] = "on"
@@ -166,21 +195,28 @@ def _order(asked: Arguments, sizes: Sequence[tuple[int, int, int]]) -> "Order":
     """Returns what the command line asks for."""
     from sora_jax.export import Size
     from sora_jax.export.order import prepare
+    from sora_jax.export.request import Request
 
-    return prepare(
-        asked.model,
-        target=asked.target,  # type: ignore[arg-type]  # one of the choices, as the two below
+    request = Request(
+        target=asked.target,  # type: ignore[arg-type]  # one of the choices, as the three below
         further_sizes=[Size(num_frames=frames, height=height, width=width) for frames, height, width in sizes],
         precision=asked.precision,  # type: ignore[arg-type]
+        io_precision=asked.io_precision,  # type: ignore[arg-type]
         weights=asked.weights,  # type: ignore[arg-type]
+        mean_bits=asked.mean_bits,
         stages=tuple(asked.stages.split(",")),
         settings=asked.clip,
         licence=asked.licence,
         fuse_attention=not asked.no_fused_attention,
         logits_limit=asked.logits_limit,
+        attention_forms=tuple(asked.attention_forms.split(",")) if asked.attention_forms else (),
+        guidance_rows=asked.guidance_rows,
+        caption_once=asked.caption_once,
+        pairs_per_package=asked.pairs_per_package,
         vectors=asked.vectors == "on",
         memory_limit=asked.memory_limit,
     )
+    return prepare(asked.model, request)
 
 
 def footprint_lines(order: "Order") -> Iterator[str]:

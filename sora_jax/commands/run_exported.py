@@ -36,6 +36,9 @@ class Arguments(options.Writing):
         Path | None, Option("Image that becomes the first frame; needs an export of vae_encoder.", metavar="FILE")
     ] = None
     sampler: Annotated[bool, Option("StableHLO: run the whole loop as one program.")] = False
+    attention_form: Annotated[
+        str | None, Option("One of the exported forms of attention (default: the first).", metavar="NAME")
+    ] = None
     check_vectors: Annotated[bool, Option("Run the test vectors of the export instead of a prompt.")] = False
     unload: Annotated[bool, Option("Unload every stage when the manifest says that it may be.")] = False
     clip: Options
@@ -95,7 +98,7 @@ def _make(asked: Arguments) -> None:
     from sora_jax.inputs.tokenizer import Tokenizer
     from sora_jax.sampling import noise
 
-    model = ExportedModel(asked.folder, keep=not asked.unload)
+    model = ExportedModel(asked.folder, keep=not asked.unload, attention=asked.attention_form)
     tokens, tokenizer, size = model.manifest["tokens"], model.tokenizer(), model.size(asked.size)
     numbers: dict[str, Any] = {name: asked.clip.get(name) for name in ("num_steps", "guidance", "merge_steps")}
     numbers |= {"leap": _leap_entry(asked.clip.get("leap"))}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sora_jax.devices.names import check_attention
-from sora_jax.networks.attention import DENSE, LEAST_QUERIES, Attention, Chunked
+from sora_jax.networks.attention import DENSE, LEAST_QUERIES, Attention, Chunked, Dense
 from sora_jax.networks.attention_kernels import CuDNN, Flash
 from sora_jax.networks.forms import Forms
 
@@ -36,14 +36,15 @@ FLOAT_BYTES = 4
 class ByLogits:
     """Dense while the logits take at most ``dense_bytes``, else in chunks of that size.
 
-    Where they take more than ``kernel_bytes``, the first of ``kernels`` that can do it comes before both.  ``unrolled`` as in
-    `Chunked`.
+    Where they take more than ``kernel_bytes``, the first of ``kernels`` that can do it comes before both.  ``unrolled`` and
+    ``breaker`` as in `Chunked`.
     """
 
     dense_bytes: int
     kernels: tuple[Attention, ...] = ()
     kernel_bytes: int = 0
     unrolled: bool = False
+    breaker: bool = False
 
     def __call__(
         self,
@@ -63,14 +64,16 @@ class ByLogits:
         options: dict[str, Any] = {"scale": scale, "bias": bias, "mask": mask, "half_range": half_range}
         shape = (*q_BNSK.shape[:3], k_BNLK.shape[2])
         if not all(isinstance(size, int) for size in shape):
-            return DENSE(q_BNSK, k_BNLK, v_BNLK, **options)
+            return Dense(self.breaker)(q_BNSK, k_BNLK, v_BNLK, **options)
         for kernel in self.asked(*shape):
             try:
                 return kernel(q_BNSK, k_BNLK, v_BNLK, **options)
             except NotImplementedError:
                 continue
         at_once = self.queries(*shape)
-        form = DENSE if at_once == shape[2] else Chunked(at_once, unrolled=self.unrolled)
+        form: Attention = Dense(self.breaker)
+        if at_once < shape[2]:
+            form = Chunked(at_once, unrolled=self.unrolled, breaker=self.breaker)
         return form(q_BNSK, k_BNLK, v_BNLK, **options)
 
     def asked(self, batch: int, heads: int, queries: int, keys: int) -> tuple[Attention, ...]:

@@ -15,8 +15,9 @@ import numpy as np
 
 from sora_jax.config import ModelConfig
 from sora_jax.export.host_program import guided
+from sora_jax.export.program import Function, Specs, Stage
+from sora_jax.export.rows import has_rows
 from sora_jax.export.size import Size
-from sora_jax.export.stages import Function, Stage
 from sora_jax.inputs import prompt, sizes
 from sora_jax.inputs.tokenizer import Tokenizer
 from sora_jax.pipeline.make_sampler import make_schedule
@@ -52,6 +53,23 @@ def stage_inputs(function: Function, values: Mapping[str, np.ndarray]) -> Values
         name: values[name][:, : spec.shape[1]] if len(spec.shape) > 1 else values[name]
         for name, spec in function.inputs.items()
     }
+
+
+def rounded_to_half(values: Mapping[str, np.ndarray]) -> Values:
+    """Returns the values that float16 has, in the dtypes that they have; whole numbers stay."""
+    return {
+        name: array.astype(np.float16).astype(array.dtype) if array.dtype == np.float32 else array
+        for name, array in values.items()
+    }
+
+
+def called_with(function: Function, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> tuple[Values, Values]:
+    """Returns the inputs and outputs of one call of a function: the first row alone where it takes one row of guidance."""
+
+    def taken(arrays: Mapping[str, Any], specs: Specs) -> Values:
+        return {name: array[: specs[name].shape[0]] if has_rows(name) else array for name, array in arrays.items()}
+
+    return taken(inputs, function.inputs), taken(outputs, function.outputs)
 
 
 def after_stage(stage: Stage, values: Values, outputs: Mapping[str, Any], guidance: float) -> Values:

@@ -15,6 +15,7 @@ float16  50 dB 0.05   68 dB 0.0024        65 dB 0.0022 (T5-XXL)
 int8     35 dB 0.10   44 dB 0.015         43 dB 0.032 (28 pairs)    0.37 to 1.07
 lut6     28 dB 0.20   33 dB 0.062         34 dB 0.097               0.37 to 1.07
 int4     18 dB 0.35   24 dB 0.16          26 dB 0.25                0.37 to 1.07
+mixed    18 dB 0.35   by its mean bits                              0.37 to 1.07
 =======  ===========  ==================  ========================  ==============
 
 Floors lie 15, 8, 5 and 6 dB below what is reached, because trained matrices of full size may have longer tails, which cost
@@ -62,6 +63,7 @@ LIMITS: Mapping[str, Limits] = {
     "int8": Limits(35.0, 0.1),
     "lut6": Limits(28.0, 0.2),
     "int4": Limits(18.0, 0.35),
+    "mixed": Limits(18.0, 0.35),  # of its least useful mean; at 6 bits it is above lut6
 }
 
 

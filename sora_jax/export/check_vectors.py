@@ -55,6 +55,9 @@ def rows(model: ExportedModel) -> Iterator[Row]:
         yield from step(model, content)
     if entry["clip"] is not None:
         yield from _clip_rows(model, content["clip"], vectors.read(model.contents, entry["clip"], vectors.CLIP))
+    given = entry.get("given")
+    if given is not None:
+        yield from _given_rows(model, content["clip"], vectors.read(model.contents, given, vectors.GIVEN))
 
 
 def _function_row(model: ExportedModel, stage: StageEntry, function: FunctionEntry) -> Row:
@@ -162,8 +165,7 @@ def _clip_rows(model: ExportedModel, clip: Mapping[str, Any], expected: vectors.
     sampling: SamplingEntry = model.sampling(leap={"mode": clip["leap"], "index": None}, **numbers)
     times = model.times(size, sampling["num_steps"])
     yield _near("the clip's times", times, clip["times"])
-    text = prompt.prompt_at_loop(prompt.prepare_prompt(clip["prompt"], **model.manifest["tokens"]["scores"]), 0)
-    ids, mask = Tokenizer.from_file(model.tokenizer()).encode([text], model.manifest["tokens"]["length"])
+    ids, mask = _clip_tokens(model, clip)
     z = expected["noise_BTHWC"]
     ones = np.ones(z.shape[:2], np.float32)
     values, seen, switched = model.text(ids, mask, size["key"]) | {"frame_mask_BT": ones}, list[np.ndarray](), list[bool]()
@@ -177,17 +179,40 @@ def _clip_rows(model: ExportedModel, clip: Mapping[str, Any], expected: vectors.
     latents, _ = sample(velocity, z, times, sampling, ones)
     frames = video.quantise(model.decode(latents, size["key"]))
     yield _equal("the clip's merge switch", switched, clip["merged"])
-    precision, dtype = model.manifest["precision"], model.manifest["weights"]["dtype"]
-    floor_db = check.limits(precision, dtype).floor_db - check.WHOLE_NETWORK_DB
-    for name, made, wanted in (
+    compared = (
         ("velocity of step 0", seen[0], expected["v_0_BTHWC"]),
         ("velocity of step 1", seen[1], expected["v_1_BTHWC"]),
         ("final latents", latents, expected["z_BTHWC"]),
         ("pixels", frames.astype(np.float64), expected["frames_Bthw3"].astype(np.float64)),
-    ):
-        psnr_db, _ = check.difference(np.asarray(wanted, np.float64), made)
-        passed = psnr_db >= floor_db
-        yield Row(name=f"the clip's {name}", measured=f"{psnr_db:.1f} dB", expected=f"{floor_db:g} dB", passed=passed)
+    )
+    for name, made, wanted in compared:
+        yield _above_floor(model, f"the clip's {name}", made, wanted)
+
+
+def _given_rows(model: ExportedModel, clip: Mapping[str, Any], expected: vectors.Arrays) -> Iterator[Row]:
+    """Yields the comparisons of the clip whose first frame is given."""
+    size = model.size(clip["size"])
+    encoded = model.encode(expected["image_Bthw3"], size["key"])
+    yield _above_floor(model, "a given frame's latents", encoded, expected["encoded_BTHWC"])
+    z = np.array(expected["noise_BTHWC"])
+    z[:, : encoded.shape[1]] = encoded
+    numbers = {name: clip[name] for name in ("num_steps", "guidance", "merge_steps")}
+    leap, ids_and_mask = {"mode": clip["leap"], "index": None}, _clip_tokens(model, clip)
+    made = model(*ids_and_mask, z, size=size["key"], leap=leap, frame_mask_BT=expected["frame_mask_BT"], **numbers)
+    yield _above_floor(model, "the clip with a given frame, final latents", made.latents_BTHWC, expected["z_BTHWC"])
+
+
+def _clip_tokens(model: ExportedModel, clip: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    text = prompt.prompt_at_loop(prompt.prepare_prompt(clip["prompt"], **model.manifest["tokens"]["scores"]), 0)
+    return Tokenizer.from_file(model.tokenizer()).encode([text], model.manifest["tokens"]["length"])
+
+
+def _above_floor(model: ExportedModel, name: str, found: np.ndarray, expected: np.ndarray) -> Row:
+    """Returns whether arrays are as near as whole networks of the export have to be."""
+    precision, dtype = model.manifest["precision"], model.manifest["weights"]["dtype"]
+    floor_db = check.limits(precision, dtype).floor_db - check.WHOLE_NETWORK_DB
+    psnr_db, _ = check.difference(np.asarray(expected, np.float64), np.asarray(found, np.float64))
+    return Row(name=name, measured=f"{psnr_db:.1f} dB", expected=f"{floor_db:g} dB", passed=psnr_db >= floor_db)
 
 
 def _equal(name: str, found: object, expected: object) -> Row:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from sora_jax.export.contents import ExportFileError, checked_name
 from sora_jax.export.entries import ExportManifest, FunctionEntry, SizeEntry
-from sora_jax.export.phases import network_name, phases, program_name, stage_names
+from sora_jax.export.phases import CAPTION, base_name, network_name, phases, program_name, stage_names
 from sora_jax.export.wiring import CONDITIONS, ContradictionError, check_wiring, fixed_shape
 
 SAMPLER_WEIGHTS = "stdit3_*.safetensors"  # those of all the transformer's stages
@@ -47,7 +47,7 @@ def _check_files(manifest: ExportManifest) -> None:
     total = sum(entry["bytes"] for entry in manifest["files"].values())
     _refuse(total != manifest["total_bytes"], f"total_bytes is {manifest['total_bytes']}, its files have {total}.")
     vectors = manifest.get("vectors")
-    for proof in (vectors["host"], vectors["clip"]) if vectors else ():
+    for proof in (vectors["host"], vectors["clip"], vectors.get("given")) if vectors else ():
         _refuse(proof is not None and proof not in manifest["files"], f"the vectors {proof!r} are not in files.")
     tokenizer = manifest["tokens"]["file"]
     _refuse(tokenizer is not None and tokenizer not in manifest["files"], f"the tokenizer {tokenizer!r} is not in files.")
@@ -55,9 +55,13 @@ def _check_files(manifest: ExportManifest) -> None:
 
 def _check_stages(manifest: ExportManifest) -> None:
     names = [stage["name"] for stage in manifest["stages"]]
-    expected = stage_names(_depths(manifest, names), names)
+    depths, together = _depths(manifest, names), manifest.get("pairs_per_package", 1)
+    _refuse(depths["stdit3"] % together > 0, f"{depths['stdit3']} pairs are not packages of {together}.")
+    expected = stage_names(depths, names, together)
     _refuse(names != expected, f"stages are {_listed(names)}; a complete export has {_listed(expected)}.")
     _refuse(manifest["phases"] != phases(names), "phases are not those of its stages.")
+    alone = any(name.startswith("stdit3_") for name in names) and CAPTION not in names
+    _refuse(alone and manifest.get("guidance_rows", 2) == 1, f"one row of guidance at a time needs the stage {CAPTION}.")
     for stage in manifest["stages"]:
         told = (stage["program"], stage["network"])
         made = (program_name(stage["name"]), network_name(stage["name"]))
@@ -112,12 +116,15 @@ def _check_functions(manifest: ExportManifest, functions: Sequence[FunctionEntry
     keys = [size["key"] for size in manifest["sizes"]]
     names = [function["name"] for function in functions]
     _refuse(len(set(names)) != len(names), f"{where} has functions {_listed(names)}, one of them twice.")
-    served = [(function["variant"], key) for function in functions for key in function["sizes"]]
+    served = [(function["variant"], key, function.get("attention")) for function in functions for key in function["sizes"]]
     _refuse(len(set(served)) != len(served), f"{where} has two functions for one variant and size.")
+    forms = [form["name"] for form in manifest.get("attention", {}).get("forms", [])]
     for function in functions:
         at = f"{where} {function['name']}"
         expected = [function["variant"], *(f"{function['variant']}_{key}" for key in function["sizes"])]
-        _refuse(function["name"] not in expected, f"{at} is said to be the variant {function['variant']}.")
+        form = function.get("attention")
+        _refuse(form is not None and form not in forms, f"{at} has attention {form!r}; the manifest has {_listed(forms)}.")
+        _refuse(base_name(function["name"], form) not in expected, f"{at} is said to be the variant {function['variant']}.")
         unknown = sorted(set(function["sizes"]) - set(keys))
         _refuse(bool(unknown), f"{at} serves sizes {_listed(unknown)}, which there are not.")
         for one in function["checks"]:

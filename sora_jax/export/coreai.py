@@ -2,7 +2,8 @@
 
 A pair of STDiT3 blocks is one asset with the functions ``full`` and ``merged``, and two more for every further size; they
 differ in their programs and share the weights.  Names, precision and int8 weights are those of the ONNX target; an output has
-the stage's name with the suffix ``_out``.  Inputs and outputs are float32 (token ids int32) whatever the precision inside.
+the stage's name with the suffix ``_out``.  Inputs and outputs are float32 (token ids int32) whatever the precision inside,
+unless float16 is asked for.
 
 Invariant: an asset holds every function of its stage or does not exist.  The checks run it by Apple's own runtime on the CPU of
 this machine (`coreai_open`); nothing here was compiled for or run on Apple hardware.
@@ -21,7 +22,7 @@ from sora_jax.export import onnx as graphs
 from sora_jax.export.coreai_open import STAGE, VERSIONS, require_versions
 from sora_jax.export.entries import ArtefactEntry
 from sora_jax.export.opening import require
-from sora_jax.export.stages import Stage
+from sora_jax.export.program import Stage
 from sora_jax.export.targets import Options, refuse_weights
 
 SUFFIX = ".aimodel"

@@ -3,7 +3,7 @@
 A pair of STDiT3 blocks is one package with the functions ``full`` and ``merged``, and two more for every further size; they
 differ in their programs and read the same weights.  Inputs have the names of the stage's inputs; an output has the stage's name
 with the suffix ``_out``, because in Core ML no input and output may share a name.  Inputs and outputs are float32
-(token ids int32) whatever the precision inside.
+(token ids int32) whatever the precision inside, unless float16 is asked for.
 
 Invariant: weights are compressed before functions are merged (coremltools refuses the other order).  Nothing here was compiled
 or run on Apple hardware; `coreml_open` runs what lies on the disk, by the interpreter of `mil_check`.
@@ -26,10 +26,12 @@ import jax
 import numpy as np
 
 from sora_jax.config import FLOAT32, DTypePolicy
+from sora_jax.export.cut import FUSED
 from sora_jax.export.entries import ArtefactEntry, Precision, Weights
+from sora_jax.export.mixed_bits import ByContent
 from sora_jax.export.opening import require
 from sora_jax.export.palettes import nearest_table
-from sora_jax.export.stages import Function, Stage
+from sora_jax.export.program import Function, Stage
 from sora_jax.export.targets import Options
 from sora_jax.storage.quantisation import is_quantised
 
@@ -77,9 +79,11 @@ def save(stage: Stage, params: Mapping[str, np.ndarray], folder: Path, options: 
 
 
 def _save_function(function: Function, params: Mapping[str, np.ndarray], path: Path, *, stage: Stage, options: Options) -> None:
-    model = converted(function, params, precision=options.precision_of(stage), fuse_attention=options.fuse_attention)
+    fused = options.fuse_attention if function.form is None else function.form == FUSED
+    model = converted(function, params, precision=options.precision_of(stage), fuse_attention=fused)
     if options.weights_of(stage) != "float":
-        model = compressed(model, options.weights_of(stage), weight_threshold(params))
+        chosen = ByContent(params, options.widths)
+        model = compressed(model, options.weights_of(stage), weight_threshold(params), chosen)
     model.save(str(path))
 
 
@@ -148,9 +152,11 @@ def _name_outputs(program: Any, names: list[str]) -> None:
 def _depending_on(given: Any, constant: Any) -> Any:
     """Returns the constant plus a zero that is computed at run time; the converter would remove an identity."""
     from coremltools.converters.mil import Builder
+    from coremltools.converters.mil.mil import types
 
+    dtype = types.builtin_to_string(constant.dtype)
     least = Builder.reduce_min(x=given, keep_dims=True)
-    return Builder.add(x=constant, y=Builder.cast(x=Builder.less(x=least, y=least), dtype="fp32"))
+    return Builder.add(x=constant, y=Builder.cast(x=Builder.less(x=least, y=least), dtype=dtype))
 
 
 def weight_threshold(params: Mapping[str, np.ndarray]) -> int:
@@ -159,16 +165,17 @@ def weight_threshold(params: Mapping[str, np.ndarray]) -> int:
     return min([_THRESHOLD, *(size - 1 for size in sizes)])
 
 
-def compressed(model: Any, weights: Weights, threshold: int) -> Any:
+def compressed(model: Any, weights: Weights, threshold: int, chosen: ByContent | None = None) -> Any:
     """Returns a model whose matrices are compressed.
 
     ``int8``: a scale for every output channel (every row of an embedding); ``lut6``: a table of 64 values for every matrix;
-    ``int4``: a scale for every 32 inputs of an output channel.
+    ``int4``: a scale for every 32 inputs of an output channel; ``mixed``: a table whose size is chosen for every matrix.
     """
     from coremltools.optimize import coreml
 
-    if weights == "lut6":
-        find = functools.partial(nearest_table, entries=64)  # coremltools' own k-means needs scikit-learn
+    if weights in ("lut6", "mixed"):
+        # coremltools' own k-means needs scikit-learn
+        find = functools.partial(nearest_table, entries=64) if chosen is None or weights == "lut6" else chosen.table
         config = coreml.OpPalettizerConfig(mode="custom", lut_function=find, weight_threshold=threshold)
     else:
         granularity = "per_channel" if weights == "int8" else "per_block"
@@ -176,7 +183,7 @@ def compressed(model: Any, weights: Weights, threshold: int) -> Any:
             mode="linear_symmetric", dtype=weights, granularity=granularity, block_size=_BLOCK, weight_threshold=threshold
         )
     matrices = coreml.OptimizationConfig(op_type_configs=dict.fromkeys(_READ_AS_WEIGHTS, config))
-    compress = coreml.palettize_weights if weights == "lut6" else coreml.linear_quantize_weights
+    compress = coreml.palettize_weights if weights in ("lut6", "mixed") else coreml.linear_quantize_weights
     return compress(model, matrices)
 
 

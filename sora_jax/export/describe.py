@@ -24,12 +24,11 @@ from sora_jax.export.entries import (
     SizeEntry,
     StageEntry,
     TensorEntry,
-    Weights,
     WeightsEntry,
 )
 from sora_jax.export.manifest import MANIFEST_FILE
+from sora_jax.export.program import Function, Specs, Stage
 from sora_jax.export.size import Size
-from sora_jax.export.stages import Function, Specs, Stage
 from sora_jax.export.targets import Options
 from sora_jax.inputs import sizes
 from sora_jax.networks.vae.codec import chunks
@@ -55,10 +54,13 @@ def model_entry(networks: Mapping[str, Manifest], name: str, licence: str | None
     }
 
 
-def weights_entry(networks: Mapping[str, Manifest], weights: Weights) -> WeightsEntry:
+def weights_entry(networks: Mapping[str, Manifest], options: Options) -> WeightsEntry:
     """Returns how weights are stored, there and here."""
     stored = {network: networks[network].dtype for network in NETWORKS}
-    return {"dtype": weights, "stored_dtype": stored, "dequantised": "int8" in stored.values()}
+    entry: WeightsEntry = {"dtype": options.weights, "stored_dtype": stored, "dequantised": "int8" in stored.values()}
+    if options.mean_bits is not None:
+        entry["mean_bits"] = options.mean_bits
+    return entry
 
 
 def size_entry(config: ModelConfig, size: Size, settings: Settings) -> SizeEntry:
@@ -126,7 +128,7 @@ def _one(name: str, value: Any) -> float:
 
 def stage_entry(stage: Stage, options: Options, artefacts: Mapping[str, ArtefactEntry]) -> StageEntry:
     """Returns a saved stage with its functions, none of them checked yet, and its memory not measured."""
-    return {
+    entry: StageEntry = {
         "name": stage.name,
         "program": stage.program.name,
         "network": stage.network,
@@ -135,11 +137,14 @@ def stage_entry(stage: Stage, options: Options, artefacts: Mapping[str, Artefact
         "peak_rss_bytes": 0,
         "functions": [function_entry(function, artefacts[function.name]) for function in stage.functions],
     }
+    if options.widths:
+        entry["bits"] = dict(options.widths)
+    return entry
 
 
 def function_entry(function: Function, artefact: ArtefactEntry) -> FunctionEntry:
     """Returns a saved function: where it is and what goes in and out; not checked yet."""
-    return {
+    entry: FunctionEntry = {
         "name": function.name,
         "variant": function.variant,
         "sizes": list(function.sizes),
@@ -148,6 +153,9 @@ def function_entry(function: Function, artefact: ArtefactEntry) -> FunctionEntry
         "outputs": tensor_entries(function.outputs),
         "checks": [],
     }
+    if function.form is not None:
+        entry["attention"] = function.form
+    return entry
 
 
 def tensor_entries(specs: Specs) -> list[TensorEntry]:

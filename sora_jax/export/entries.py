@@ -8,7 +8,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 TargetName = Literal["stablehlo", "onnx", "coreml", "coreai"]
 Precision = Literal["float32", "float16"]
-Weights = Literal["float", "int8", "lut6", "int4"]
+Weights = Literal["float", "int8", "lut6", "int4", "mixed"]
 Unload = Literal["after_use", "after_phase"]
 
 
@@ -25,6 +25,7 @@ class WeightsEntry(TypedDict):
     dtype: Weights
     stored_dtype: dict[str, str]
     dequantised: bool
+    mean_bits: NotRequired[float]
 
 
 class NetworkEntry(TypedDict):
@@ -148,11 +149,21 @@ class ChunkedEntry(TypedDict):
     queries: int
 
 
+class FormEntry(TypedDict):
+    """A form of attention of which every pair has functions, and the public reports that are the reason for it."""
+
+    name: str
+    reason: str
+    reports: list[str]
+    logits_limit_bytes: int
+
+
 class AttentionEntry(TypedDict):
-    """From how many bytes of logits on attention is chunked, and which is."""
+    """From how many bytes of logits on attention is chunked, and which is; and the forms, where pairs have several."""
 
     logits_limit_bytes: int
     chunked: list[ChunkedEntry]
+    forms: NotRequired[list[FormEntry]]
 
 
 class FunctionEntry(TypedDict):
@@ -166,6 +177,7 @@ class FunctionEntry(TypedDict):
     outputs: list[TensorEntry]
     checks: list[CheckEntry]
     vectors: NotRequired[str]
+    attention: NotRequired[str]
 
 
 class StageEntry(TypedDict):
@@ -178,6 +190,7 @@ class StageEntry(TypedDict):
     precision: Precision
     peak_rss_bytes: int
     functions: list[FunctionEntry]
+    bits: NotRequired[dict[str, int]]
 
 
 class SamplerEntry(TypedDict):
@@ -192,6 +205,7 @@ class VectorsEntry(TypedDict):
 
     host: str
     clip: str | None
+    given: NotRequired[str | None]
 
 
 class UnsealedManifest(TypedDict):
@@ -207,6 +221,8 @@ class UnsealedManifest(TypedDict):
     sizes: list[SizeEntry]
     sampling: SamplingEntry
     attention: NotRequired[AttentionEntry]
+    guidance_rows: NotRequired[int]
+    pairs_per_package: NotRequired[int]
     phases: list[PhaseEntry]
     stages: list[StageEntry]
     sampler: SamplerEntry | None

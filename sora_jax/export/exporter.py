@@ -13,32 +13,30 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Unpack
 
 from sora_jax import files
 from sora_jax.export import capture, describe, footprint, host_vectors, manifest, on_mac, worker
-from sora_jax.export.attention import LOGITS_LIMIT, attention_entry
+from sora_jax.export.attention import attention_entry
 from sora_jax.export.check import CheckError
 from sora_jax.export.entries import (
     ExportManifest,
-    Precision,
     SamplerEntry,
     StageEntry,
-    TargetName,
     TokensEntry,
     UnsealedManifest,
-    Weights,
 )
 from sora_jax.export.job import WORK, Job, groups, parameter_bytes, save_values
 from sora_jax.export.order import Order, check_disk, prepare
 from sora_jax.export.phases import phases
+from sora_jax.export.program import Stage
 from sora_jax.export.progress import Meter, Progress, work_of
-from sora_jax.export.size import Size
-from sora_jax.export.stages import DEFAULT_PARTS, Stage, check_parts
+from sora_jax.export.request import Fields, Request
+from sora_jax.export.stages import DEFAULT_PARTS, check_parts
 from sora_jax.export.targets import target_module
-from sora_jax.export.vectors import CLIP_FILE, HOST_FILE
+from sora_jax.export.vectors import CLIP_FILE, GIVEN_FILE, HOST_FILE
 from sora_jax.pipeline.model_file import tokenizer_path
 from sora_jax.storage import directory as model_directory
 from sora_jax.storage.location import local_path
@@ -56,47 +54,20 @@ def export(
     directory: str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     *,
-    target: TargetName,
-    num_frames: int | str | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    further_sizes: Sequence[Size] = (),
-    precision: Precision = "float32",
-    weights: Weights = "float",
-    stages: Sequence[str] = DEFAULT_PARTS,
-    settings: Mapping[str, Any] | None = None,
-    licence: str | None = None,
-    fuse_attention: bool = True,
-    logits_limit: str | int | float = LOGITS_LIMIT,
-    vectors: bool = True,
-    memory_limit: str | int | float | None = None,
     allow_oversize: bool = False,
     overwrite: bool = False,
     progress: Callable[[Progress], Any] | None = None,
+    **request: Unpack[Fields],
 ) -> ExportManifest:
     """Returns the manifest of the folder ``out``, exported from a model directory (None: the pocket model).
 
     Args:
       directory: a complete model directory.
       out: folder to create.
-      target: ``stablehlo``, ``onnx``, ``coreml`` or ``coreai``.
-      num_frames: length of the video, a number or a duration such as ``2s``; None: the model's default, as for height and
-        width.
-      height: pixels, a multiple of 16.
-      width: pixels, a multiple of 16.
-      further_sizes: more sizes, as further functions.
-      precision: ``float32`` or ``float16`` arithmetic.
-      weights: ``float``, ``int8``, and for Core ML ``lut6`` and ``int4``.
-      stages: some of ``t5``, ``stdit3``, ``vae_decoder``, ``vae_encoder``.
-      settings: numbers of the loop in place of the model's defaults: num_steps, guidance, merge_steps, leap, fps, ...
-      licence: the weights' licence, for the manifest and Core ML packages; None: not stated.
-      fuse_attention: Core ML only: use the converter's fused attention.
-      logits_limit: bytes, such as ``"500MB"``; where one attention's logits would take more (in float32) it is chunked.
-      vectors: write test vectors for hosts and devices; with a clip of four steps where the model fits in 2 GB.
-      memory_limit: bytes, such as ``"3.3GB"``, that one function may take: weights, inputs, outputs, largest value.
-      allow_oversize: write functions that exceed this limit, or those of Apple's devices for Core ML and Core AI.
+      allow_oversize: write functions that exceed ``memory_limit``, or the limits of Apple's devices for Core ML and Core AI.
       overwrite: replace an existing folder, once the new one is complete.
       progress: called about twice a second; what it raises ends the export.
+      request: what is exported, and how: the fields of `Request`, of which only ``target`` has no default.
 
     Raises:
       ValueError: the request cannot be fulfilled, or the model directory is incomplete or damaged.
@@ -104,26 +75,10 @@ def export(
       CheckError: an artefact is not as exact as its floor demands; nothing was kept.
       ExportError: a process of the export ended without a result.
     """
-    out = Path(out)
-    check_parts(stages)
+    out, asked = Path(out), Request(**request)
+    check_parts(asked.stages)
     refuse_target(out, overwrite)
-    order = prepare(
-        directory,
-        target=target,
-        num_frames=num_frames,
-        height=height,
-        width=width,
-        further_sizes=further_sizes,
-        precision=precision,
-        weights=weights,
-        stages=stages,
-        settings=settings,
-        licence=licence,
-        fuse_attention=fuse_attention,
-        logits_limit=logits_limit,
-        vectors=vectors,
-        memory_limit=memory_limit,
-    )
+    order = prepare(directory, asked)
     return carry_out(order, out, allow_oversize=allow_oversize, overwrite=overwrite, progress=progress)
 
 
@@ -169,7 +124,8 @@ def _fill(folder: Path, order: Order, progress: Callable[[Progress], Any] | None
     stages, sampler = _run_groups(job, order.stages, folder, progress)
     shutil.rmtree(folder / WORK)
     if job.vectors:
-        host_vectors.write(folder, pipeline, order.settings, order.tokens, order.sizes[0], clip=_makes_clip(job))
+        given = "vae_encoder" in job.parts
+        host_vectors.write(folder, pipeline, order.settings, order.tokens, order.sizes[0], clip=_makes_clip(job), given=given)
         on_mac.write(folder, job.target)
     manifest.write(folder, _manifest(order, stages, sampler, folder))
 
@@ -265,13 +221,15 @@ def _manifest(order: Order, stages: list[StageEntry], sampler: SamplerEntry | No
         "format_version": manifest.FORMAT_VERSION,
         "target": job.target,
         "precision": job.options.precision,
-        "weights": describe.weights_entry(networks, job.options.weights),
+        "weights": describe.weights_entry(networks, job.options),
         "made_by": describe.versions(target_module(job.target).PACKAGES),
         "model": describe.model_entry(networks, pipeline.model_id, order.licence),
         "tokens": tokens,
         "sizes": order.sizes,
         "sampling": order.sampling,
-        "attention": attention_entry(pipeline.config, job.sizes, job.parts, job.options.logits_limit),
+        "attention": attention_entry(pipeline.config, job.sizes, job.parts, job.options.logits_limit, job.cut),
+        "guidance_rows": job.cut.guidance_rows,
+        "pairs_per_package": job.cut.pairs_per_package,
         "phases": phases([entry["name"] for entry in stages]),
         "stages": stages,
         "sampler": sampler,
@@ -280,7 +238,8 @@ def _manifest(order: Order, stages: list[StageEntry], sampler: SamplerEntry | No
         "notes": [target_module(job.target).NOTE],
     }
     if job.vectors:
-        entry["vectors"] = {"host": HOST_FILE, "clip": CLIP_FILE if CLIP_FILE in found else None}
+        clip, given = (file if file in found else None for file in (CLIP_FILE, GIVEN_FILE))
+        entry["vectors"] = {"host": HOST_FILE, "clip": clip, "given": given}
     return entry
 
 

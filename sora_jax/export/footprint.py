@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.export.entries import TargetName, Weights
-from sora_jax.export.stages import Function, Specs, Stage
+from sora_jax.export.program import Function, Specs, Stage
 from sora_jax.export.targets import Options
 from sora_jax.storage.quantisation import is_quantised, scale_axis
 
@@ -132,6 +132,8 @@ def weight_bytes(stage: Stage, options: Options) -> int:
         values = math.prod(spec.shape)
         if stored == "float" or not is_quantised(name, spec.shape):
             total += values * width
+        elif stored == "mixed":
+            total += values * (options.mean_bits or 0) / 8  # its tables too
         else:
             total += values * _BITS[stored] / 8 + _SCALES * _scales(name, spec.shape, stored)
     return round(total)

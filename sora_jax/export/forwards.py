@@ -74,10 +74,46 @@ def front(
     return outputs
 
 
+def caption(modules: Modules, *, caption_BLE: Array, mask_BL: Array) -> Outputs:
+    """Returns the projections of the caption and of the null caption, and the mask of both."""
+    embed = modules[""]
+    both_RLE = with_null_caption(caption_BLE, embed.y_embedder.y_embedding[...])
+    return {"caption_RLD": embed.caption(both_RLE), "mask_RL": _twice(mask_BL)}
+
+
+def front_alone(
+    rows: int,
+    modules: Modules,
+    *,
+    z_BTHWC: Array,
+    t_B: Array,
+    fps_B: Array,
+    height_px_B: Array,
+    width_px_B: Array,
+    frame_mask_BT: Array | None = None,
+) -> Outputs:
+    """Returns tokens and conditioning of one row, or of two equal ones: what is not the caption's."""
+    embed = modules[""]
+    x_RTSD, conditioning = embed.with_caption(
+        _repeated(z_BTHWC, rows),
+        _repeated(t_B, rows),
+        jnp.zeros((rows, 0, embed.config.hidden_size), z_BTHWC.dtype),
+        None,
+        fps_B=fps_B,
+        height_px_B=height_px_B,
+        width_px_B=width_px_B,
+        frame_mask_BT=None if frame_mask_BT is None else _is_real(_repeated(frame_mask_BT, rows)),
+    )
+    outputs = {"x_RTSD": x_RTSD, "mod_RF6D": conditioning.mod_BF6D, "t_RD": conditioning.t_BD}
+    if frame_mask_BT is not None:
+        outputs |= {"t0_RD": conditioning.t0_BD, "frame_mask_RT": _repeated(frame_mask_BT, rows)}
+    return outputs
+
+
 def pair(
     merge: Merge | None, modules: Modules, *, x_RTSD: Array, caption_RLD: Array, mask_RL: Array, mod_RF6D: Array
 ) -> Outputs:
-    """Returns the tokens after a spatial and a temporal block, which do not read the time itself."""
+    """Returns the tokens after the blocks, spatial and temporal ones alternately, which do not read the time itself."""
     conditioning = Conditioning(
         caption_BLD=caption_RLD,
         mask_BL=_is_real(mask_RL),
@@ -86,8 +122,9 @@ def pair(
         t0_BD=None,
         frame_mask_BT=None,
     )
-    x_RTSD = modules["spatial"](x_RTSD, conditioning, merge=merge)
-    return {"x_RTSD": modules["temporal"](x_RTSD, conditioning, merge=merge)}
+    for block in modules.values():
+        x_RTSD = block(x_RTSD, conditioning, merge=merge)
+    return {"x_RTSD": x_RTSD}
 
 
 def final(
@@ -144,3 +181,7 @@ def _is_real(mask: Array) -> Array:
 
 def _twice(x: Array) -> Array:
     return jnp.concatenate([x, x])
+
+
+def _repeated(x: Array, rows: int) -> Array:
+    return x if rows == 1 else _twice(x)

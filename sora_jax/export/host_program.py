@@ -25,6 +25,7 @@ from sora_jax.export.contents import Contents
 from sora_jax.export.entries import ChunkEntry, LeapEntry, PhaseEntry, SamplingEntry, SizeEntry
 from sora_jax.export.opening import Runner, open_function
 from sora_jax.export.phases import stage_function
+from sora_jax.export.rows import each_call
 from sora_jax.process import Timings
 
 TINY = 1e-8
@@ -48,19 +49,25 @@ class ExportedModel:
     """An exported folder, opened.
 
     ``keep`` keeps stages loaded between steps; without it every stage is unloaded as soon as the manifest allows it.
+    ``attention`` names one of the manifest's forms of attention, where it has any (None: the first).
     ``timings`` has the seconds so far: of loading, of every phase, and of the sampler program.
 
     Raises:
       ExportFileError: the folder is no finished export, a file is missing, or the manifest was changed or is wrong.
+      ValueError: the manifest has no such form of attention.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, keep: bool = True):
+    def __init__(self, folder: str | os.PathLike[str], *, keep: bool = True, attention: str | None = None):
         self.folder, self.keep = Path(folder), keep
         self.manifest = manifests.read(self.folder)
         self.contents = Contents(self.folder, self.manifest["files"])
         self.stages = {stage["name"]: stage for stage in self.manifest["stages"]}
         self.loaded: dict[tuple[str, str], Runner] = {}
         self.timings = Timings()
+        forms = [form["name"] for form in self.manifest.get("attention", {}).get("forms", [])]
+        if attention is not None and attention not in forms:
+            raise ValueError(f"{self.folder} has no attention form {attention!r}; it has {', '.join(forms) or 'one'}.")
+        self.attention = attention or (forms[0] if forms else None)
         for size in self.manifest["sizes"]:
             self._check_times(size)
 
@@ -112,7 +119,9 @@ class ExportedModel:
         at = self.size(size)
         values: Values = {"ids_BL": np.asarray(ids_BL, np.int32), "mask_BL": np.asarray(mask_BL, np.float32)}
         values |= {name: np.full(len(values["ids_BL"]), value, np.float32) for name, value in at["conditions"].items()}
-        return self._phase("text", at["key"], values)
+        values = self._phase("text", at["key"], values)
+        alone = any(phase["name"] == "caption" for phase in self.manifest["phases"])
+        return self._phase("caption", at["key"], values) if alone else values
 
     def decode(self, z_BTHWC: Float[np.ndarray, "B T H W C"], size: str | None = None) -> Float[np.ndarray, "B t h w 3"]:
         """Returns the frames of latents: chunk by chunk, then frame by frame."""
@@ -146,10 +155,11 @@ class ExportedModel:
     def velocity(
         self, z_BTHWC: np.ndarray, time: float, values: Values, *, guidance: float, merged: bool, size: str | None = None
     ) -> np.ndarray:
-        """Returns the guided velocity: one pass through all stages of the phase ``step``."""
+        """Returns the guided velocity: one pass through the stages of the phase ``step``, where one may run for each row."""
         values = values | {"z_BTHWC": z_BTHWC, "t_B": np.full(len(z_BTHWC), time, np.float32)}
-        values = self._phase("step", self.size(size)["key"], values, "merged" if merged else "full")
-        return guided(values["v_RTHWC"], guidance)
+        calls = list(each_call(values, self.manifest.get("guidance_rows", 2)))
+        calls = self._phase_of_calls("step", self.size(size)["key"], calls, "merged" if merged else "full")
+        return guided(np.concatenate([call["v_RTHWC"] for call in calls]), guidance)
 
     def size(self, key: str | None = None) -> SizeEntry:
         """Returns a size by its key (None: the first).
@@ -243,7 +253,7 @@ class ExportedModel:
         matching = [one for one in functions if one["variant"] == mode and at["key"] in one["sizes"]]
         if not matching:
             raise ValueError(f"{self.folder} has no sampler program; it was exported for {self.manifest['target']}.")
-        stages = [self.stages[name] for name in self._find_phase("step")["stages"]]
+        stages = [stage for stage in self.manifest["stages"] if stage["network"] == "stdit3"]
         times, first = self.times(at, sampling["num_steps"]), first_comparison(sampling["leap"], sampling["num_steps"])
         numbers = resident.sampler_numbers(times, resident.capacity(matching[0]), sampling, first=first)
         with self.timings.measure("sampler"):
@@ -252,18 +262,24 @@ class ExportedModel:
 
     def _phase(self, name: str, size: str, values: Values, variant: str = "main") -> Values:
         """Returns the values after every stage of a phase has run once."""
+        (values,) = self._phase_of_calls(name, size, [values], variant)
+        return values
+
+    def _phase_of_calls(self, name: str, size: str, calls: list[Values], variant: str) -> list[Values]:
+        """Returns the values of every call after every stage of a phase has run for each of them, loaded once for all."""
         phase = self._find_phase(name)
         for stage in phase["stages"]:
-            function = stage_function(self.stages[stage], size, variant)
+            function = stage_function(self.stages[stage], size, variant, self.attention)
             key = (stage, function["name"])
             if key not in self.loaded:
                 with self.timings.measure("load"):
                     self.loaded[key] = open_function(self.manifest["target"], self.contents, self.stages[stage], function)
             with self.timings.measure(name):
-                values = values | self.loaded[key]({tensor["name"]: values[tensor["name"]] for tensor in function["inputs"]})
+                run, names = self.loaded[key], [tensor["name"] for tensor in function["inputs"]]
+                calls = [values | run({each: values[each] for each in names}) for values in calls]
             if phase["unload"] == "after_use" and not self.keep:
                 del self.loaded[key]
-        return values
+        return calls
 
     def _end_phase(self, name: str) -> None:
         if not self.keep:

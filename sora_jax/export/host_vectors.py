@@ -1,20 +1,22 @@
-"""What a host of an export does itself, as pairs of input and output: text, noise, times, guidance, leap, pixels, one clip.
+"""What a host of an export does itself, as pairs of input and output: text, noise, times, guidance, leap, pixels, clips.
 
 Invariant: every value comes from the pipeline and the sampler, none from the reference host (`host_program`), which is tested
 by them as any other host is.  The JSON holds small things; arrays of the clip are in a safetensors file.
 """
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from sora_jax.export import vectors, weight_file
 from sora_jax.export.entries import SizeEntry, TokensEntry
-from sora_jax.inputs import prompt
+from sora_jax.inputs import prompt, references
 from sora_jax.inputs.tokenizer import Tokenizer
 from sora_jax.pipeline import video
 from sora_jax.pipeline.pipeline import Pipeline
@@ -36,8 +38,17 @@ CLIP_STEPS, CLIP_MERGED = 4, 2
 _ENDS = 8  # values of noise that are written, at each end
 
 
-def write(folder: Path, pipeline: Pipeline, settings: Settings, tokens: TokensEntry, size: SizeEntry, *, clip: bool) -> None:
-    """Writes ``host.json`` and, with ``clip``, the arrays of a clip of the size."""
+def write(
+    folder: Path,
+    pipeline: Pipeline,
+    settings: Settings,
+    tokens: TokensEntry,
+    size: SizeEntry,
+    *,
+    clip: bool,
+    given: bool = False,
+) -> None:
+    """Writes ``host.json`` and, with ``clip``, the arrays of a clip of the size; ``given``: and one with a given frame."""
     (folder / vectors.FOLDER).mkdir(exist_ok=True)
     scores = dict(tokens["scores"])
     content = {
@@ -50,6 +61,8 @@ def write(folder: Path, pipeline: Pipeline, settings: Settings, tokens: TokensEn
         "pixels": _pixel_entry(),
         "clip": _clip_entry(folder, pipeline, settings, size) if clip else None,
     }
+    if clip and given and size["latents"][0] > 1:
+        _write_given(folder, pipeline, settings, size)
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     (folder / vectors.HOST_FILE).write_text(text, encoding="utf-8")
 
@@ -118,20 +131,15 @@ def _pixel_entry() -> dict[str, Any]:
 
 def _clip_entry(folder: Path, pipeline: Pipeline, settings: Settings, size: SizeEntry) -> dict[str, Any]:
     """Returns what the pipeline did for a clip of a few steps, and writes its arrays."""
-    merged = CLIP_MERGED if size["latents"][0] > 1 else 0
-    numbers: dict[str, Any] = {"num_steps": CLIP_STEPS, "guidance": settings.guidance, "merge_steps": merged}
+    numbers = _clip_numbers(settings, size)
+    merged = numbers["merge_steps"]
     seen: dict[int, np.ndarray] = {}
 
     def keep(at: Progress) -> None:
         if at.carry is not None:
             seen[at.step] = np.asarray(at.carry.v)
 
-    shape = {name: size[name] for name in ("num_frames", "height", "width")}
-    scores = {"aes": settings.aes, "flow": settings.flow, "camera_motion": settings.camera_motion}
-    own = {"seed": 0, "leap": "off", "shift": settings.shift}
-    rate = {} if size["num_frames"] == 1 else {"fps": settings.fps}  # an image is refused with one
-    options: dict[str, Any] = {**own, **rate, **numbers, **shape, **scores}
-    clip = pipeline(CLIP_PROMPT, callback=keep, **options)
+    clip = pipeline(CLIP_PROMPT, callback=keep, **_clip_options(settings, size))
     velocities = [seen[step] for step in sorted(seen)]
     arrays = {
         "noise_BTHWC": np.asarray(noise.initial_noise(0, (1, *size["latents"]))),
@@ -155,6 +163,42 @@ def _clip_entry(folder: Path, pipeline: Pipeline, settings: Settings, size: Size
         "merged": [step < merged for step in range(CLIP_STEPS)],
         "cosines": [None if np.isnan(cosine) else float(cosine) for cosine in cosines],
     }
+
+
+def _clip_numbers(settings: Settings, size: SizeEntry) -> dict[str, Any]:
+    merged = CLIP_MERGED if size["latents"][0] > 1 else 0
+    return {"num_steps": CLIP_STEPS, "guidance": settings.guidance, "merge_steps": merged}
+
+
+def _clip_options(settings: Settings, size: SizeEntry) -> dict[str, Any]:
+    """Returns the options by which the pipeline makes the clip."""
+    shape = {name: size[name] for name in ("num_frames", "height", "width")}
+    scores = {"aes": settings.aes, "flow": settings.flow, "camera_motion": settings.camera_motion}
+    own = {"seed": 0, "leap": "off", "shift": settings.shift}
+    rate = {} if size["num_frames"] == 1 else {"fps": settings.fps}  # an image is refused with one
+    return {**own, **rate, **_clip_numbers(settings, size), **shape, **scores}
+
+
+def _write_given(folder: Path, pipeline: Pipeline, settings: Settings, size: SizeEntry) -> None:
+    """Writes the arrays of the clip with a given first frame: a smooth picture, which every host reads from the file."""
+    height, width = size["height"], size["width"]
+    rows, columns = np.mgrid[0:height, 0:width] / np.reshape([height, width], (2, 1, 1))
+    pixels = video.quantise(np.stack([2 * rows - 1, 1 - 2 * columns, np.sin(9 * rows * columns)], axis=-1).astype(np.float32))
+    with tempfile.TemporaryDirectory() as scratch:
+        picture = Path(scratch) / "first.png"
+        Image.fromarray(pixels).save(picture)
+        options = _clip_options(settings, size)
+        clip = pipeline(CLIP_PROMPT, references=str(picture), mask_strategies="0", align="off", **options)
+        image_Bthw3 = references.read_reference(picture, height, width)[None]
+    z_BTHWC = np.asarray(clip.latents)
+    arrays = {
+        "image_Bthw3": image_Bthw3,
+        "encoded_BTHWC": z_BTHWC[:, :1],  # a frame that is given stays as it was encoded
+        "noise_BTHWC": np.asarray(noise.initial_noise(0, z_BTHWC.shape)),
+        "frame_mask_BT": (np.arange(z_BTHWC.shape[1])[None] > 0).astype(np.float32),
+        "z_BTHWC": z_BTHWC,
+    }
+    weight_file.write(folder / vectors.GIVEN_FILE, arrays, stage=vectors.GIVEN)
 
 
 def _floats(values: np.ndarray | Sequence[float]) -> list[float]:

@@ -12,10 +12,12 @@ from typing import Any, Self
 import numpy as np
 
 from sora_jax.config import FLOAT32, NETWORKS, ModelConfig
-from sora_jax.export.attention import export_forms
+from sora_jax.export.attention import export_forms, pair_forms
+from sora_jax.export.cut import WHOLE_CUT, Cut
 from sora_jax.export.entries import TargetName
+from sora_jax.export.program import Program, Stage, with_half_boundary
 from sora_jax.export.size import Size
-from sora_jax.export.stages import PARTS, Stage, list_stages
+from sora_jax.export.stages import PARTS, list_stages
 from sora_jax.export.targets import Options, target_module
 from sora_jax.storage.directory import Manifest, open_network
 
@@ -35,6 +37,7 @@ class Job:
       guidance: guidance scale of the captured step.
       sampler: whether the target's sampler program is written.
       vectors: whether test vectors are written.
+      cut: how the transformer is cut.
     """
 
     directory: str
@@ -45,6 +48,7 @@ class Job:
     guidance: float
     sampler: bool
     vectors: bool = False
+    cut: Cut = WHOLE_CUT
 
     def write(self, folder: Path) -> None:
         """Writes the job where its processes find it."""
@@ -57,6 +61,8 @@ class Job:
         fields["options"] = Options(**fields["options"])
         fields["sizes"] = tuple(Size(**size) for size in fields["sizes"])
         fields["parts"] = tuple(fields["parts"])
+        cut = fields["cut"]
+        fields["cut"] = Cut(**{**cut, "attention_forms": tuple(cut["attention_forms"])})
         return cls(**fields)
 
     def networks(self) -> dict[str, Manifest]:
@@ -74,22 +80,44 @@ class Job:
         return part in self.parts
 
     def reference_stages(self, config: ModelConfig) -> list[Stage]:
-        """Returns the stages to run, in float32 as the pipeline runs them."""
+        """Returns the stages to run, in float32 and with both rows of guidance, as the pipeline runs them."""
         forms = export_forms(self.options.logits_limit, "stablehlo")  # with loops: it compiles sooner
-        return list_stages(config, self.sizes, parts=self.needed_parts, policy=FLOAT32, forms=forms)
+        cut = self.cut.reference
+        return list_stages(config, self.sizes, parts=self.needed_parts, policy=FLOAT32, forms=forms, cut=cut)
 
     def exported_stages(self, config: ModelConfig) -> dict[str, Stage]:
         """Returns the stages to write by name, with the dtypes of the target."""
         made = self._with_policy(config, self.options)
         if self.options.precision != "float32":
-            wide = self._with_policy(config, dataclasses.replace(self.options, precision="float32"))
+            wide = self._with_policy(config, dataclasses.replace(self.options, precision="float32", io_precision="float32"))
             made = {name: wide[name] if stage.program.keep_float32 else stage for name, stage in made.items()}
+        if self.options.io_precision == "float16":
+            made = self._with_half_boundaries(made)
         return {name: stage for name, stage in made.items() if self.writes(stage)}
 
     def _with_policy(self, config: ModelConfig, options: Options) -> dict[str, Stage]:
-        policy, forms = target_module(self.target).policy(options), export_forms(options.logits_limit, self.target)
-        listed = list_stages(config, self.sizes, parts=self.needed_parts, policy=policy, forms=forms)
+        limit = options.logits_limit
+        listed = list_stages(
+            config,
+            self.sizes,
+            parts=self.needed_parts,
+            policy=target_module(self.target).policy(options),
+            forms=export_forms(limit, self.target),
+            cut=self.cut,
+            pair_forms=pair_forms(self.cut, limit, self.target),
+        )
         return {stage.name: stage for stage in listed}
+
+    def _with_half_boundaries(self, stages: Mapping[str, Stage]) -> dict[str, Stage]:
+        """Returns the stages with float16 inputs and outputs where they compute in float16; they still share programs."""
+        programs: dict[str, Program] = {}
+        for stage in stages.values():
+            if self.options.boundary_of(stage) == "float16" and stage.program.name not in programs:
+                programs[stage.program.name] = with_half_boundary(stage.program)
+        return {
+            name: dataclasses.replace(stage, program=programs.get(stage.program.name, stage.program))
+            for name, stage in stages.items()
+        }
 
 
 def load_values(folder: Path, size: Size) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from sora_jax.export import weight_file
 from sora_jax.export.entries import ArtefactEntry
 from sora_jax.export.onnx_open import graph_name
 from sora_jax.export.opening import require
-from sora_jax.export.stages import Function, Stage
+from sora_jax.export.program import Function, Stage
 from sora_jax.export.targets import Options, refuse_weights
 from sora_jax.storage.quantisation import SCALE_SUFFIX, scale_axis
 
@@ -69,7 +69,7 @@ def function_graph(stage: Stage, function: Function, weights: Path, options: Opt
     """Returns the graph of a function, which reads its weights from a file that `write_weights` wrote."""
     model = _graph(stage, function)
     if options.precision_of(stage) == "float16":
-        model = _to_float16(model)
+        model = _to_float16(model, keep_boundary=options.boundary_of(stage) == "float32")
     _attach(model, weights)
     for key, text in options.metadata.items():
         model.metadata_props.add(key=key, value=text)
@@ -103,11 +103,12 @@ def _graph(stage: Stage, function: Function) -> Any:
     return model
 
 
-def _to_float16(model: Any) -> Any:
-    """Returns the graph with float16 arithmetic and weights between float32 inputs and outputs."""
+def _to_float16(model: Any, *, keep_boundary: bool) -> Any:
+    """Returns the graph with float16 arithmetic and weights, and inputs and outputs as they are or in float16."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    names = [value.name for value in (*model.graph.input, *model.graph.output) if not value.name.startswith(_WEIGHT)]
+    boundary = (*model.graph.input, *model.graph.output) if keep_boundary else ()
+    names = [value.name for value in boundary if not value.name.startswith(_WEIGHT)]
     model = convert_float_to_float16(model, keep_io_types=names, disable_shape_infer=True, op_block_list=[])
     # The casts of inputs were appended; nodes must follow what they read.
     nodes = sorted(model.graph.node, key=lambda node: not node.name.startswith("graph_input_cast"))

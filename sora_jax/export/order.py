@@ -6,18 +6,18 @@ Invariant: an order that exists can be carried out as far as shapes, numbers and
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from sora_jax.config import ModelConfig
 from sora_jax.export import describe, footprint, manifest
-from sora_jax.export.attention import LOGITS_LIMIT
-from sora_jax.export.entries import Precision, SamplingEntry, SizeEntry, TargetName, TokensEntry, Weights
+from sora_jax.export.cut import FUSED, make_cut
+from sora_jax.export.entries import SamplingEntry, SizeEntry, TokensEntry
 from sora_jax.export.footprint import Footprint
 from sora_jax.export.job import Job, parameter_bytes
+from sora_jax.export.program import Stage
+from sora_jax.export.request import Request
 from sora_jax.export.size import Size
-from sora_jax.export.stages import DEFAULT_PARTS, Stage, check_parts
+from sora_jax.export.stages import check_parts
 from sora_jax.export.targets import Options, target_module
 from sora_jax.networks import merging
 from sora_jax.pipeline.model_file import model_path
@@ -59,56 +59,62 @@ class Order:
     memory_limit: int | None
 
 
-def prepare(
-    directory: str | os.PathLike[str] | None,
-    *,
-    target: TargetName,
-    num_frames: int | str | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    further_sizes: Sequence[Size] = (),
-    precision: Precision = "float32",
-    weights: Weights = "float",
-    stages: Sequence[str] = DEFAULT_PARTS,
-    settings: Mapping[str, Any] | None = None,
-    licence: str | None = None,
-    fuse_attention: bool = True,
-    logits_limit: str | int | float = LOGITS_LIMIT,
-    vectors: bool = True,
-    memory_limit: str | int | float | None = None,
-) -> Order:
-    """Returns the order of an export, see `exporter.export` for the arguments; writes nothing.
+def prepare(directory: str | os.PathLike[str] | None, request: Request) -> Order:
+    """Returns the order of an export of a model directory (None: the pocket model); writes nothing.
 
     Raises:
       ValueError: the request cannot be fulfilled, or the model directory is incomplete or damaged.
     """
-    check_parts(stages)
+    check_parts(request.stages)
     folder = local_path(model_path(directory))
     pipeline = Pipeline.from_pretrained(folder)
-    chosen = pipeline.resolve({"num_frames": num_frames, "height": height, "width": width, **(settings or {})})
-    options = Options(
-        precision=precision,
-        weights=weights,
-        fuse_attention=fuse_attention,
-        logits_limit=_parsed("logits limit", logits_limit),
-        metadata={"model": pipeline.model_id, "licence": licence or "not stated"},
-    )
-    target_module(target).check_options(options)
-    if not fuse_attention and target != "coreml":
-        raise ValueError(f"fuse_attention (--no-fused-attention) is Core ML's; leave it out for {target}.")
-    sizes = (Size(num_frames=chosen.num_frames, height=chosen.height, width=chosen.width), *further_sizes)
+    size = {"num_frames": request.num_frames, "height": request.height, "width": request.width}
+    settings = pipeline.resolve({**size, **(request.settings or {})})
+    first = Size(num_frames=settings.num_frames, height=settings.height, width=settings.width)
     job = Job(
         directory=str(folder.resolve()),
-        target=target,
-        options=options,
-        parts=tuple(dict.fromkeys(stages)),
-        sizes=tuple(dict.fromkeys(sizes)),
-        guidance=chosen.guidance,
-        sampler=target == "stablehlo" and "stdit3" in stages,
-        vectors=vectors,
+        target=request.target,
+        options=_options(request, pipeline),
+        parts=tuple(dict.fromkeys(request.stages)),
+        sizes=tuple(dict.fromkeys((first, *request.further_sizes))),
+        guidance=settings.guidance,
+        sampler=request.target == "stablehlo" and "stdit3" in request.stages,
+        vectors=request.vectors,
+        cut=make_cut(
+            request.target,
+            guidance_rows=request.guidance_rows,
+            caption_once=request.caption_once,
+            pairs_per_package=request.pairs_per_package,
+            attention_forms=tuple(request.attention_forms),
+            depth=pipeline.config.stdit3.depth,
+        ),
     )
-    limit = None if memory_limit is None else _parsed("memory limit", memory_limit)
-    return _order(job, pipeline, chosen, licence, limit)
+    limit = None if request.memory_limit is None else _parsed("memory limit", request.memory_limit)
+    return _order(job, pipeline, settings, request.licence, limit)
+
+
+def _options(request: Request, pipeline: Pipeline) -> Options:
+    """Returns how stages are written.
+
+    Raises:
+      ValueError: the target cannot do it, or options exclude each other.
+    """
+    forms = tuple(request.attention_forms)
+    options = Options(
+        precision=request.precision,
+        weights=request.weights,
+        mean_bits=request.mean_bits,
+        io_precision=request.io_precision,
+        fuse_attention=forms[0] == FUSED if forms else request.fuse_attention,
+        logits_limit=_parsed("logits limit", request.logits_limit),
+        metadata={"model": pipeline.model_id, "licence": request.licence or "not stated"},
+    )
+    target_module(request.target).check_options(options)
+    if not request.fuse_attention and request.target != "coreml":
+        raise ValueError(f"fuse_attention (--no-fused-attention) is Core ML's; leave it out for {request.target}.")
+    if not request.fuse_attention and forms:
+        raise ValueError("attention forms say which are fused; leave out fuse_attention (--no-fused-attention).")
+    return options
 
 
 def _order(job: Job, pipeline: Pipeline, settings: Settings, licence: str | None, memory_limit: int | None) -> Order:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sora_jax.export.stages import Stage
+from sora_jax.export.program import Stage
 
 _BYTES_OF_A_FUNCTION = 50_000_000  # weights that take as long to save and to run as a function takes to trace and to compile
 

@@ -32,7 +32,7 @@ from sora_jax.config import FLOAT32, DTypePolicy
 from sora_jax.export import weight_file
 from sora_jax.export.entries import ArtefactEntry
 from sora_jax.export.opening import require
-from sora_jax.export.stages import Function, Stage
+from sora_jax.export.program import Function, Stage
 from sora_jax.export.targets import Options, refuse_weights
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -49,6 +49,7 @@ SYMBOLIC: Mapping[str, str] = {
     "t5_block": "BL",
     "t5_final": "BL",
     "stdit3_pair": "RSL",
+    "stdit3_pairs": "RSL",
     "vae_temporal_decoder": "HW",
     "vae_spatial_decoder": "HW",
 }

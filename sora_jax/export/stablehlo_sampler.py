@@ -26,10 +26,11 @@ from sora_jax.config import DTypePolicy, ModelConfig
 from sora_jax.export import weight_file
 from sora_jax.export.consistency import SAMPLER_WEIGHTS
 from sora_jax.export.entries import ArtefactEntry
+from sora_jax.export.program import Function, Stage
 from sora_jax.export.resident import sampler_name
 from sora_jax.export.size import Size
 from sora_jax.export.stablehlo import SUFFIX, serialise
-from sora_jax.export.stages import MERGE, Function, Stage
+from sora_jax.export.stages import MERGE
 from sora_jax.networks.forms import WHOLE, Forms
 from sora_jax.networks.stdit3 import STDiT3, with_null_caption
 from sora_jax.pipeline.velocity import Velocity
@@ -56,7 +57,7 @@ def sampler_functions(
     functions = []
     for size in sizes:
         for mode in MODES:
-            inputs = _inputs(config, size, stages[0])
+            inputs = _inputs(size, stages)
 
             def call(params: Mapping[str, jax.Array], mode: Mode = mode, **given: jax.Array) -> dict[str, jax.Array]:
                 network = unflatten(shell, {flat_names[name]: value for name, value in params.items()})
@@ -94,8 +95,9 @@ def save(functions: Sequence[Function], stages: Sequence[Stage], folder: Path, *
     return artefacts
 
 
-def _inputs(config: ModelConfig, size: Size, front: Stage) -> dict[str, jax.ShapeDtypeStruct]:
-    given = next(function.inputs for function in front.functions if size.key in function.sizes)
+def _inputs(size: Size, stages: Sequence[Stage]) -> dict[str, jax.ShapeDtypeStruct]:
+    first = [function for stage in stages[:2] for function in stage.functions if size.key in function.sizes]
+    given = {name: spec for function in first for name, spec in function.inputs.items()}  # a caption may have its own stage
     scalar, whole = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     names = ("z_BTHWC", "caption_BLE", "mask_BL", "fps_B", "height_px_B", "width_px_B")
     return {name: given[name] for name in names} | {

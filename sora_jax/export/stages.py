@@ -1,27 +1,24 @@
-"""The stages a model is exported in: functions of a flat dictionary of weights and named arrays, in fixed shapes.
-
-A stage is what a host program loads and unloads as one; several stages (all pairs of blocks, all T5 blocks) share a program
-and differ in their weights only.  A host keeps one dictionary of named arrays, hands each function the inputs it names and
-puts its outputs back, so an output named like an input replaces it.
+"""The stages a model is exported in, in execution order: text, transformer, decoder, encoder.
 
 Invariant: every function is a composition of the networks' own forward functions.  Masks are float32 (1 real or sampled,
 0 not), because not every target has Boolean inputs; weights are float32 whatever the directory stores.
 
-The transformer's rows R are [conditional, unconditional] of the batch B: the front appends the null caption itself.
+The transformer's rows R are [conditional, unconditional] of the batch B, and the null caption is appended here; or a function
+computes one of the two rows, and a host calls it for each (`Cut.guidance_rows`).
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from sora_jax.config import FLOAT32, DTypePolicy, ModelConfig
 from sora_jax.export import forwards
+from sora_jax.export.cut import WHOLE_CUT, Cut
+from sora_jax.export.program import Function, Program, Stage, Variant, make_program, make_shell, make_stage
 from sora_jax.export.size import Size
 from sora_jax.networks import merging
 from sora_jax.networks.forms import WHOLE, Forms
@@ -30,96 +27,17 @@ from sora_jax.networks.stdit3 import Embed, Final, STDiT3Block
 from sora_jax.networks.t5 import T5Block, T5Embed
 from sora_jax.networks.vae.codec import VAE, chunks
 from sora_jax.pipeline.frame_size import check_multiple
-from sora_jax.storage.checkpoint import flatten, read_layer
-from sora_jax.storage.directory import Manifest
-from sora_jax.storage.reader import Reader
 
 PARTS = ("t5", "stdit3", "vae_decoder", "vae_encoder")
 DEFAULT_PARTS = PARTS[:3]
 MERGE = merging.Merge()
+PAIR, PAIRS = "stdit3_pair", "stdit3_pairs"  # programs of one pair of blocks, and of several
 
-Specs = Mapping[str, jax.ShapeDtypeStruct]
-_Variant = tuple[str, Size, Callable[..., dict[str, jax.Array]], Specs]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Function:
-    """One fixed-shape function of a stage.
-
-    Attributes:
-      name: unique within the stage; the variant's name, for further sizes followed by the size.
-      variant: what it computes: ``main``; ``full`` or ``merged`` of a pair; ``frames_17`` of a temporal codec.
-      sizes: keys of the sizes it serves (see `Size`); of a text stage all of them.
-      call: ``call(params, **inputs) -> outputs``, params by local name.
-      inputs: shapes and dtypes by name, in order.
-      outputs: likewise.
-    """
-
-    name: str
-    variant: str
-    sizes: tuple[str, ...]
-    call: Callable[..., dict[str, jax.Array]]
-    inputs: Specs
-    outputs: Specs
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Program:
-    """What stages of the same computation share.
-
-    Attributes:
-      name: for example ``stdit3_pair``.
-      abstract: shape and dtype of every parameter by local name, as the functions expect them.
-      functions: at least one.
-      keep_float32: its arithmetic has no meaning in float16 (angles of times up to 1000).
-    """
-
-    name: str
-    abstract: Specs
-    functions: tuple[Function, ...]
-    keep_float32: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A unit of loading: a program and the weights it runs on.
-
-    Attributes:
-      name: ``t5_block_00``, ``stdit3_pair_00``, ...; also the stem of its files.
-      program: what it computes.
-      network: ``t5``, ``stdit3`` or ``vae``: where its parameters are stored.
-      layers: the layers of the network that hold its parameters.
-      parameters: flat name in the network by local name.
-    """
-
-    name: str
-    program: Program
-    network: str
-    layers: tuple[str, ...]
-    parameters: Mapping[str, str]
-
-    @property
-    def functions(self) -> tuple[Function, ...]:
-        """The functions of its program."""
-        return self.program.functions
-
-    def function(self, name: str) -> Function:
-        """Returns the function of that name."""
-        return next(function for function in self.functions if function.name == name)
-
-
-def load_parameters(manifest: Manifest, stage: Stage) -> dict[str, np.ndarray]:
-    """Returns a stage's parameters by local name, in the dtype it expects, reading its layers only; int8 is multiplied out.
-
-    Raises:
-      ModelDirectoryError: a parameter is missing or does not match its checksum.
-    """
-    reader, flat = Reader(manifest), {}
-    for layer in stage.layers:
-        flat.update(read_layer(reader, layer, dtype="float32"))
-    return {
-        local: flat[name].astype(stage.program.abstract[local].dtype, copy=False) for local, name in stage.parameters.items()
-    }
+# Children of the layer ``embed`` that project the caption; the rest is the front's where that is a stage of its own.
+_CAPTION = ("y_embedder",)
+_VIDEO = ("x_embedder", "t_embedder", "fps_embedder", "t_block")
+_PAIR_INPUTS = ("x_RTSD", "caption_RLD", "mask_RL", "mod_RF6D")
+_FINAL_INPUTS = ("x_RTSD", "t_RD", "t0_RD", "frame_mask_RT")
 
 
 def list_stages(
@@ -129,10 +47,21 @@ def list_stages(
     parts: Sequence[str] = DEFAULT_PARTS,
     policy: DTypePolicy = FLOAT32,
     forms: Forms = WHOLE,
+    cut: Cut = WHOLE_CUT,
+    pair_forms: Mapping[str | None, Forms] | None = None,
 ) -> list[Stage]:
     """Returns the stages of ``parts`` in execution order: text, transformer, decoder, encoder.
 
     With ``vae_encoder`` the transformer also takes a frame mask, so that a host can pass reference frames.
+
+    Args:
+      config: the model.
+      sizes: sizes of video.
+      parts: what is listed.
+      policy: the dtypes.
+      forms: the forms of all computations.
+      cut: how the transformer is cut.
+      pair_forms: the forms of a pair's functions by the name of the form of attention; None: ``forms``, without a name.
 
     Raises:
       ValueError: a part is unknown, or a size is not one the model can make.
@@ -141,8 +70,14 @@ def list_stages(
     for size in sizes:
         check_multiple(config.vae, config.stdit3.patch_size[1], size.height, size.width)
     builder = _Builder(config, sizes, policy=policy, forms=forms, frame_mask="vae_encoder" in parts)
+    builds: Sequence[Callable[[], list[Stage]]] = (
+        builder.t5,
+        functools.partial(builder.stdit3, cut, pair_forms or {None: forms}),
+        builder.vae_decoder,
+        builder.vae_encoder,
+    )
     stages: list[Stage] = []
-    for part, build in zip(PARTS, (builder.t5, builder.stdit3, builder.vae_decoder, builder.vae_encoder), strict=True):
+    for part, build in zip(PARTS, builds, strict=True):
         stages += build() if part in parts else []
     return stages
 
@@ -173,9 +108,9 @@ class _Builder:
         bias = _float32(1, config.num_heads, self.length, self.length)
         ids = jax.ShapeDtypeStruct((1, self.length), jnp.int32)
         shells = {
-            "t5_embed": _shell(lambda rngs: T5Embed(config, policy=self.policy, rngs=rngs)),
-            "t5_block": _shell(lambda rngs: T5Block(config, policy=self.policy, forms=self.forms, rngs=rngs)),
-            "t5_final": _shell(lambda _: RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, policy=self.policy)),
+            "t5_embed": make_shell(lambda rngs: T5Embed(config, policy=self.policy, rngs=rngs)),
+            "t5_block": make_shell(lambda rngs: T5Block(config, policy=self.policy, forms=self.forms, rngs=rngs)),
+            "t5_final": make_shell(lambda _: RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, policy=self.policy)),
         }
         inputs: dict[str, dict[str, jax.ShapeDtypeStruct]] = {
             "t5_embed": {"ids_BL": ids},
@@ -188,76 +123,124 @@ class _Builder:
             "t5_final": forwards.t5_final,
         }
         embed, block, final = (
-            _program(name, {"": shells[name]}, [("main", size, bodies[name], inputs[name]) for size in self.sizes])
+            make_program(name, {"": shells[name]}, [_main(size, bodies[name], inputs[name]) for size in self.sizes])
             for name in shells
         )
         return [
-            _stage("t5_embed", embed, "t5", {"embed": ""}),
-            *(_stage(f"t5_block_{i:02}", block, "t5", {f"block.{i}": ""}) for i in range(config.num_layers)),
-            _stage("t5_final", final, "t5", {"final": ""}),
+            make_stage("t5_embed", embed, "t5", {"embed": ""}),
+            *(make_stage(f"t5_block_{i:02}", block, "t5", {f"block.{i}": ""}) for i in range(config.num_layers)),
+            make_stage("t5_final", final, "t5", {"final": ""}),
         ]
 
-    def stdit3(self) -> list[Stage]:
-        """Returns front, pairs of blocks and final layer of the transformer."""
-        config, policy, forms = self.config.stdit3, self.policy, self.forms
-        embed = _shell(lambda rngs: Embed(config, policy=policy, rngs=rngs))
-        blocks = {
-            "spatial": _shell(lambda rngs: STDiT3Block(config, temporal=False, policy=policy, forms=forms, rngs=rngs)),
-            "temporal": _shell(lambda rngs: STDiT3Block(config, temporal=True, policy=policy, forms=forms, rngs=rngs)),
-        }
-        last = _shell(lambda rngs: Final(config, policy=policy, rngs=rngs))
-        front = _program(
-            "stdit3_front",
-            {"": embed},
-            [("main", size, forwards.front, self._front_inputs(size)) for size in self.sizes],
-            keep_float32=True,
-        )
-        pairs: list[_Variant] = []
-        finals: list[_Variant] = []
+    def stdit3(self, cut: Cut, pair_forms: Mapping[str | None, Forms]) -> list[Stage]:
+        """Returns front, pairs of blocks and final layer of the transformer, and before them the caption's projection."""
+        stages = [self._caption()] if cut.caption_once else []
+        front = self._front(cut)
+        known = {**(stages[0].functions[0].outputs if stages else {})}
+        inputs = {size.key: {**known, **_serving(front.functions, size).outputs} for size in self.sizes}
+        last = make_shell(lambda rngs: Final(self.config.stdit3, policy=self.policy, rngs=rngs))
+        finals: list[Variant] = []
         for size in self.sizes:
-            made = next(function.outputs for function in front.functions if size.key in function.sizes)
-            inputs = {name: made[name] for name in ("x_RTSD", "caption_RLD", "mask_RL", "mod_RF6D")}
-            pairs.append(("full", size, functools.partial(forwards.pair, None), inputs))
-            if made["x_RTSD"].shape[1] > 1:
-                pairs.append(("merged", size, functools.partial(forwards.pair, MERGE), inputs))
-            inputs = {name: made[name] for name in ("x_RTSD", "t_RD", "t0_RD", "frame_mask_RT") if name in made}
-            latent = (*size.latents(self.config.vae)[1:], config.in_channels)
-            finals.append(("main", size, functools.partial(forwards.final, latent), inputs))
-        pair = _program("stdit3_pair", blocks, pairs)
+            latent = (*size.latents(self.config.vae)[1:], self.config.stdit3.in_channels)
+            taken = {name: inputs[size.key][name] for name in _FINAL_INPUTS if name in inputs[size.key]}
+            finals.append(_main(size, functools.partial(forwards.final, latent), taken))
         return [
-            _stage("stdit3_front", front, "stdit3", {"embed": ""}),
-            *(
-                _stage(f"stdit3_pair_{i:02}", pair, "stdit3", {f"{kind}_blocks.{i}": kind for kind in blocks})
-                for i in range(config.depth)
-            ),
-            _stage("stdit3_final", _program("stdit3_final", {"": last}, finals), "stdit3", {"final": ""}),
+            *stages,
+            make_stage("stdit3_front", front, "stdit3", {"embed": ""}),
+            *self._pairs(cut, pair_forms, inputs),
+            make_stage("stdit3_final", make_program("stdit3_final", {"": last}, finals), "stdit3", {"final": ""}),
         ]
 
-    def _front_inputs(self, size: Size) -> dict[str, jax.ShapeDtypeStruct]:
+    def _caption(self) -> Stage:
+        """Returns the projection of the caption and of the null caption."""
+        inputs = {
+            "caption_BLE": self._activation(1, self.length, self.config.stdit3.caption_channels),
+            "mask_BL": _float32(1, self.length),
+        }
+        variants = [_main(size, forwards.caption, inputs) for size in self.sizes]
+        program = make_program("stdit3_caption", {"": self._embed(without=_VIDEO)}, variants)
+        return make_stage("stdit3_caption", program, "stdit3", {"embed": ""})
+
+    def _front(self, cut: Cut) -> Program:
+        alone = functools.partial(forwards.front_alone, cut.guidance_rows)
+        shell = self._embed(without=_CAPTION if cut.caption_once else ())
+        variants = []
+        for size in self.sizes:
+            inputs = self._front_inputs(size, caption=not cut.caption_once)
+            variants.append(_main(size, alone if cut.caption_once else forwards.front, inputs))
+        return make_program("stdit3_front", {"": shell}, variants, keep_float32=True)
+
+    def _embed(self, *, without: Sequence[str]) -> Any:
+        """Returns the layer that precedes the blocks, without some of its children."""
+
+        def build(rngs: nnx.Rngs) -> Embed:
+            embed = Embed(self.config.stdit3, policy=self.policy, rngs=rngs)
+            for child in without:
+                delattr(embed, child)
+            return embed
+
+        return make_shell(build)
+
+    def _pairs(
+        self, cut: Cut, pair_forms: Mapping[str | None, Forms], inputs: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]
+    ) -> list[Stage]:
+        """Returns the pairs, so many to a stage as the cut says; ``inputs`` are what precedes them, by size."""
+        count = cut.pairs_per_package
+        shells = {form: self._blocks(count, forms) for form, forms in pair_forms.items()}
+        variants: list[Variant] = []
+        for size in self.sizes:
+            taken = {name: _rows(inputs[size.key][name], cut.guidance_rows) for name in _PAIR_INPUTS}
+            merges = {"full": None, "merged": MERGE} if taken["x_RTSD"].shape[1] > 1 else {"full": None}
+            for form in pair_forms:
+                for name, merge in merges.items():
+                    body = functools.partial(forwards.pair, merge)
+                    variants.append(Variant(name=name, size=size, body=body, inputs=taken, shells=shells[form], form=form))
+        name = PAIR if count == 1 else PAIRS
+        program = make_program(name, next(iter(shells.values())), variants)
+        return [
+            make_stage(f"{name}_{number:02}", program, "stdit3", _layers(number * count, count))
+            for number in range(self.config.stdit3.depth // count)
+        ]
+
+    def _blocks(self, count: int, forms: Forms) -> dict[str, Any]:
+        """Returns the blocks of so many pairs, by the prefix of their parameters."""
+
+        def block(temporal: bool) -> Any:
+            config, policy = self.config.stdit3, self.policy
+            return make_shell(lambda rngs: STDiT3Block(config, temporal=temporal, policy=policy, forms=forms, rngs=rngs))
+
+        pair = {"spatial": block(False), "temporal": block(True)}
+        return {prefix: pair[prefix.rpartition(".")[2]] for prefix in _layers(0, count).values()}
+
+    def _front_inputs(self, size: Size, *, caption: bool) -> dict[str, jax.ShapeDtypeStruct]:
         config = self.config.stdit3
         frames, rows, columns = size.latents(self.config.vae)
-        inputs = {
-            "z_BTHWC": _float32(1, frames, rows, columns, config.in_channels),
-            "t_B": _float32(1),
+        captions = {
             "caption_BLE": self._activation(1, self.length, config.caption_channels),
             "mask_BL": _float32(1, self.length),
+        }
+        return {
+            "z_BTHWC": _float32(1, frames, rows, columns, config.in_channels),
+            "t_B": _float32(1),
+            **(captions if caption else {}),
             "fps_B": _float32(1),
             "height_px_B": _float32(1),
             "width_px_B": _float32(1),
+            **({"frame_mask_BT": _float32(1, frames)} if self.frame_mask else {}),
         }
-        return inputs | ({"frame_mask_BT": _float32(1, frames)} if self.frame_mask else {})
 
     def vae_decoder(self) -> list[Stage]:
         """Returns the temporal decoder of chunks and the spatial decoder of single frames."""
         channels = self.config.vae.temporal.embed_dim
-        temporal: list[_Variant] = []
-        spatial: list[_Variant] = []
+        temporal: list[Variant] = []
+        spatial: list[Variant] = []
         for size in self.sizes:
             _, rows, columns = size.latents(self.config.vae)
             for length, latents in _chunk_lengths(self.config, size):
                 z = {"z_BTHWC": _float32(1, latents, rows, columns, channels)}
-                temporal.append((f"frames_{length}", size, functools.partial(forwards.decode_latents, length), z))
-            spatial.append(("main", size, forwards.decode_frames, {"x_BtHWC": self._spatial_latents(1, size)}))
+                body = functools.partial(forwards.decode_latents, length)
+                temporal.append(Variant(name=f"frames_{length}", size=size, body=body, inputs=z))
+            spatial.append(_main(size, forwards.decode_frames, {"x_BtHWC": self._spatial_latents(1, size)}))
         return [
             self._vae("vae_temporal_decoder", ("temporal_decoder", "stats"), temporal),
             self._vae("vae_spatial_decoder", ("spatial_decoder",), spatial),
@@ -265,14 +248,14 @@ class _Builder:
 
     def vae_encoder(self) -> list[Stage]:
         """Returns the spatial encoder of single frames and the temporal encoder of chunks and of single images."""
-        spatial: list[_Variant] = []
-        temporal: list[_Variant] = []
+        spatial: list[Variant] = []
+        temporal: list[Variant] = []
         for size in self.sizes:
             frames = {"frames_Bthw3": _float32(1, 1, size.height, size.width, 3)}
-            spatial.append(("main", size, forwards.encode_frames, frames))
+            spatial.append(_main(size, forwards.encode_frames, frames))
             for length in sorted({1} | {length for length, _ in _chunk_lengths(self.config, size)}, reverse=True):
                 x = {"x_BtHWC": self._spatial_latents(length, size)}
-                temporal.append((f"frames_{length}", size, forwards.encode_latents, x))
+                temporal.append(Variant(name=f"frames_{length}", size=size, body=forwards.encode_latents, inputs=x))
         return [
             self._vae("vae_spatial_encoder", ("spatial_encoder",), spatial),
             self._vae("vae_temporal_encoder", ("temporal_encoder", "stats"), temporal),
@@ -282,7 +265,7 @@ class _Builder:
         _, rows, columns = size.latents(self.config.vae)
         return _float32(1, num_frames, rows, columns, self.config.vae.spatial.latent_channels)
 
-    def _vae(self, name: str, layers: tuple[str, ...], variants: Sequence[_Variant]) -> Stage:
+    def _vae(self, name: str, layers: tuple[str, ...], variants: Sequence[Variant]) -> Stage:
         def build(rngs: nnx.Rngs) -> VAE:
             vae = VAE(self.config.vae, policy=self.policy, forms=self.forms, rngs=rngs)
             for layer in self.config.vae.layers:
@@ -290,54 +273,33 @@ class _Builder:
                     delattr(vae, layer)
             return vae
 
-        return _stage(name, _program(name, {"": _shell(build)}, variants), "vae", {layer: layer for layer in layers})
+        program = make_program(name, {"": make_shell(build)}, variants)
+        return make_stage(name, program, "vae", {layer: layer for layer in layers})
 
     def _activation(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, self.policy.compute)
 
 
-def _shell(build: Callable[[nnx.Rngs], Any]) -> Any:
-    return jax.eval_shape(lambda: build(nnx.Rngs(0)))
+def _main(size: Size, body: Callable[..., dict[str, jax.Array]], inputs: Mapping[str, jax.ShapeDtypeStruct]) -> Variant:
+    return Variant(name="main", size=size, body=body, inputs=inputs)
 
 
-def _stage(name: str, program: Program, network: str, prefixes: Mapping[str, str]) -> Stage:
-    """Returns a stage; ``prefixes`` maps its layers to the prefix their parameters have in the program."""
-    parameters: dict[str, str] = {}
-    for layer, prefix in prefixes.items():
-        start = len(prefix) + 1 if prefix else 0
-        mine = [local for local in program.abstract if local.startswith(prefix + "." if prefix else "")]
-        parameters |= {local: f"{layer}.{local[start:]}" for local in mine}
-    return Stage(name=name, program=program, network=network, layers=tuple(prefixes), parameters=parameters)
+def _serving(functions: Sequence[Function], size: Size) -> Function:
+    return next(function for function in functions if size.key in function.sizes)
 
 
-def _program(name: str, shells: Mapping[str, Any], variants: Sequence[_Variant], *, keep_float32: bool = False) -> Program:
-    """Returns a program whose functions are the variants; sizes with the same shapes share one."""
-    abstract = _abstract(shells)
-    made: dict[Any, Function] = {}
-    for variant, size, body, inputs in variants:
-        key = (variant, *((name, spec.shape) for name, spec in inputs.items()))
-        if key in made:
-            made[key] = dataclasses.replace(made[key], sizes=(*made[key].sizes, size.key))
-            continue
-        taken = {function.name for function in made.values()}
-        call = forwards.bound(body, shells)
-        made[key] = Function(
-            name=f"{variant}_{size.key}" if variant in taken else variant,
-            variant=variant,
-            sizes=(size.key,),
-            call=call,
-            inputs=inputs,
-            outputs=jax.eval_shape(lambda params, given, call=call: call(params, **given), abstract, inputs),
-        )
-    return Program(name=name, abstract=abstract, functions=tuple(made.values()), keep_float32=keep_float32)
+def _rows(spec: jax.ShapeDtypeStruct, rows: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape of so many rows; the caption's projection makes both."""
+    return jax.ShapeDtypeStruct((rows, *spec.shape[1:]), spec.dtype)
 
 
-def _abstract(shells: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape and dtype of every parameter by local name: that of its module below the module's prefix."""
+def _layers(first: int, count: int) -> dict[str, str]:
+    """Returns the prefix of the parameters of every block of a stage, by its layer."""
+    numbers = range(count)
     return {
-        f"{prefix}.{name}" if prefix else name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for prefix, shell in shells.items()
-        for name, leaf in flatten(shell).items()
+        f"{kind}_blocks.{first + number}": kind if count == 1 else f"{number}.{kind}"
+        for number in numbers
+        for kind in ("spatial", "temporal")
     }
 
 

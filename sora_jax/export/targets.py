@@ -17,7 +17,8 @@ import numpy as np
 from sora_jax.config import DTypePolicy
 from sora_jax.export.attention import LOGITS_LIMIT
 from sora_jax.export.entries import ArtefactEntry, Precision, TargetName, Weights
-from sora_jax.export.stages import Stage
+from sora_jax.export.mixed_bits import WIDTHS
+from sora_jax.export.program import Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,25 +28,42 @@ class Options:
     Attributes:
       precision: ``float32`` or ``float16`` arithmetic; stages marked ``keep_float32`` stay float32.
       weights: how matrices are stored.
-      fuse_attention: Core ML only: let the converter use its fused attention operation.
+      io_precision: of inputs and outputs; stages whose arithmetic is float32 keep float32 there.
+      mean_bits: with weights ``mixed``: bits for each value of a stage's matrices, on average.
+      widths: with weights ``mixed``: bits by matrix of the stage that is saved; empty until they are chosen.
+      fuse_attention: Core ML only: let the converter use its fused attention operation, where a function names no form.
       logits_limit: bytes of float32 logits beyond which an attention is chunked.
       metadata: texts that an artefact carries where its format has a place for them (model, licence).
     """
 
     precision: Precision = "float32"
     weights: Weights = "float"
+    io_precision: Precision = "float32"
+    mean_bits: float | None = None
+    widths: Mapping[str, int] = dataclasses.field(default_factory=dict)
     fuse_attention: bool = True
     logits_limit: int = LOGITS_LIMIT
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("precision", get_args(Precision)), ("weights", get_args(Weights))):
+        known = {"precision": get_args(Precision), "io_precision": get_args(Precision), "weights": get_args(Weights)}
+        for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}.")
+        if (self.weights == "mixed") != (self.mean_bits is not None):
+            raise ValueError("weights mixed and mean bits go together; name both (--weights mixed --mean-bits 5), or neither.")
+        if self.mean_bits is not None and not min(WIDTHS) < self.mean_bits <= max(WIDTHS):
+            raise ValueError(f"mean bits are {self.mean_bits!r}; expected a number above {min(WIDTHS)}, at most {max(WIDTHS)}.")
+        if self.io_precision == "float16" and self.precision != "float16":
+            raise ValueError("inputs and outputs in float16 need float16 arithmetic; add --precision float16.")
 
     def precision_of(self, stage: Stage) -> Precision:
         """Returns the precision a stage is written in."""
         return "float32" if stage.program.keep_float32 else self.precision
+
+    def boundary_of(self, stage: Stage) -> Precision:
+        """Returns the precision of a stage's inputs and outputs."""
+        return "float16" if self.precision_of(stage) == self.io_precision == "float16" else "float32"
 
     def weights_of(self, stage: Stage) -> Weights:
         """Returns how a stage's matrices are stored; the autoencoder stays float: few bytes, and its errors are seen."""

@@ -1,7 +1,8 @@
 """Test vectors of an export: inputs and outputs by which a host in another language, or a device, is proven.
 
 Every function has a safetensors file with the arrays of a real evaluation, as JAX computes it in float32 (`check` says how near
-an artefact comes).  ``vectors/host.json`` has what a host does itself (`host_vectors`), ``vectors/clip.safetensors`` one clip.
+an artefact comes).  ``vectors/host.json`` has what a host does itself (`host_vectors`), ``vectors/clip.safetensors`` one clip,
+``vectors/given.safetensors`` one whose first frame is given.
 
 Invariant: vectors come from JAX and the pipeline, never from the artefacts that they test.  They are files of the export as all
 others: listed, and compared with their checksum before they are read.
@@ -17,10 +18,11 @@ from sora_jax.export import weight_file
 from sora_jax.export.contents import Contents, ExportFileError
 from sora_jax.export.entries import FunctionEntry, TensorEntry
 from sora_jax.export.opening import refuse_other_name
+from sora_jax.export.phases import base_name
 
 FOLDER = "vectors"
-HOST_FILE, CLIP_FILE = f"{FOLDER}/host.json", f"{FOLDER}/clip.safetensors"
-CLIP = "the clip"  # whose arrays they are, in the file's header
+HOST_FILE, CLIP_FILE, GIVEN_FILE = f"{FOLDER}/host.json", f"{FOLDER}/clip.safetensors", f"{FOLDER}/given.safetensors"
+CLIP, GIVEN = "the clip", "the clip with a given frame"  # whose arrays they are, in the file's header
 _IN, _OUT = "in/", "out/"
 
 Arrays = dict[str, np.ndarray]
@@ -44,7 +46,8 @@ def read_function(contents: Contents, stage: str, function: FunctionEntry) -> tu
     Raises:
       ExportFileError: the file is damaged, or has other arrays than the function.
     """
-    arrays = read(contents, function.get("vectors", ""), f"{stage} {function['name']}")
+    base = base_name(function["name"], function.get("attention"))  # forms of attention share their vectors
+    arrays = read(contents, function.get("vectors", ""), f"{stage} {base}")
     path = contents.folder / function.get("vectors", "")
     return _declared(path, arrays, _IN, function["inputs"]), _declared(path, arrays, _OUT, function["outputs"])
 

@@ -104,6 +104,7 @@ def main(arguments: list[str]) -> int:
     for stage in manifest["stages"]:
         for function in stage["functions"]:
             given, expected = read_vectors(folder / function["vectors"])
+            given = {one["name"]: given[one["name"]].astype(one["dtype"]) for one in function["inputs"]}
             suffix, limits = function["artefact"]["output_suffix"], function["checks"][0]
             try:
                 outputs, seconds, units = run(folder / function["artefact"]["file"], function, given)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from sora_jax.export.entries import ExportManifest, FunctionEntry, SizeEntry, TensorEntry
 from sora_jax.export.phases import stage_function
+from sora_jax.export.rows import has_rows
 
 CONDITIONS = ("fps_B", "height_px_B", "width_px_B")
 
@@ -31,10 +32,13 @@ def check_wiring(manifest: ExportManifest, size: SizeEntry) -> None:
     length = (1, manifest["tokens"]["length"])
     flow = _Flow(manifest, size["key"])
     known = flow.after("text", "main", {"ids_BL": length, "mask_BL": length, **dict.fromkeys(CONDITIONS, (1,))})
+    guidance_rows = manifest.get("guidance_rows", 2)
+    known = flow.after("caption", "main", known)
+    known = {name: (guidance_rows, *shape[1:]) if has_rows(name) else shape for name, shape in known.items()}
     known |= {"z_BTHWC": (1, frames, rows, columns, channels), "t_B": (1,), "frame_mask_BT": (1, frames)}
     for variant in ("full", "merged") if frames > 1 else ("full",):
         made = flow.after("step", variant, known)
-        _expect("v_RTHWC", made.get("v_RTHWC"), (2, frames, rows, columns, channels))
+        _expect("v_RTHWC", made.get("v_RTHWC"), (guidance_rows, frames, rows, columns, channels))
     for function in manifest["sampler"]["functions"] if manifest["sampler"] else ():
         if size["key"] in function["sizes"]:
             made = _after(f"sampler {function['name']}", function, known)

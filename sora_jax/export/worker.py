@@ -7,6 +7,7 @@ standard input ends, the exporter is gone and so is this process.
 Invariant: an entry for the manifest is written only for a stage whose every function has passed its check.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -21,16 +22,17 @@ import jax
 import numpy as np
 
 from sora_jax.config import ModelConfig
-from sora_jax.export import capture, check, describe, resident, stablehlo_open, stablehlo_sampler, vectors
+from sora_jax.export import capture, check, describe, mixed_bits, resident, stablehlo_open, stablehlo_sampler, vectors
 from sora_jax.export.attention import export_forms
 from sora_jax.export.contents import Contents
-from sora_jax.export.entries import SamplerEntry, SamplingEntry, StageEntry
+from sora_jax.export.entries import FunctionEntry, SamplerEntry, SamplingEntry, StageEntry
 from sora_jax.export.host_program import guided
 from sora_jax.export.job import WORK, Job, load_values, save_values
 from sora_jax.export.opening import Runner, open_function
-from sora_jax.export.phases import stage_function
+from sora_jax.export.phases import CAPTION, base_name, stage_function
+from sora_jax.export.program import Function, Stage, load_parameters
+from sora_jax.export.rows import each_call
 from sora_jax.export.size import Size
-from sora_jax.export.stages import Function, Stage, load_parameters
 from sora_jax.export.targets import target_module
 from sora_jax.process import peak_bytes
 from sora_jax.sampling.schedule import OPEN_SORA_TIMESTEPS
@@ -77,18 +79,29 @@ class _References:
         self._compiled: dict[tuple[str, str], Any] = {}
         self._known: dict[tuple[str, str, str], dict[str, Any]] = {}
 
-    def cases(self, stage: Stage, function: Function, params: Mapping[str, np.ndarray]) -> Cases:
-        """Returns inputs and outputs of a function for its first size, as captured and, of streams, with outliers."""
+    def cases(self, stage: Stage, function: Function, params: Mapping[str, np.ndarray], *, half: bool) -> Cases:
+        """Returns inputs and outputs of a function for its first size, as captured and, of streams, with outliers.
+
+        With ``half`` inputs are values that float16 has: what is rounded before a call is no error of the call.
+        """
         inputs = capture.stage_inputs(function, self.values[function.sizes[0]])
+        inputs = capture.rounded_to_half(inputs) if half else inputs
         given = {"captured": inputs}
         moved = check.with_outliers(inputs)
         if moved is not None:
-            given["outliers"] = moved
+            given["outliers"] = capture.rounded_to_half(moved) if half else moved
         cases = {case: (arrays, self._run(stage, function, params, arrays)) for case, arrays in given.items()}
-        self._known = {(stage.name, function.name, function.sizes[0]): cases["captured"][1]} | {
-            key: outputs for key, outputs in self._known.items() if key[0] == stage.name
-        }
+        self._known = {key: outputs for key, outputs in self._known.items() if key[0] == stage.name}
+        if not half:  # the run goes on with values as they are
+            self._known[(stage.name, function.name, function.sizes[0])] = cases["captured"][1]
         return cases
+
+    def widths(self, stage: Stage, params: Mapping[str, np.ndarray], mean_bits: float, cases: Cases) -> dict[str, int]:
+        """Returns bits by matrix of a stage, judged by its first function."""
+        function = stage.functions[0]
+        return mixed_bits.choose_widths(
+            params, mean_bits, cases, lambda rounded, inputs: self._run(stage, function, rounded, inputs)
+        )
 
     def outputs(self, stage: Stage, params: Mapping[str, np.ndarray], size: Size) -> dict[str, Any]:
         """Returns the captured outputs of the function by which a stage goes on for a size."""
@@ -98,7 +111,7 @@ class _References:
         return self._run(stage, function, params, inputs) if known is None else known
 
     def _run(
-        self, stage: Stage, function: Function, params: Mapping[str, np.ndarray], inputs: capture.Values
+        self, stage: Stage, function: Function, params: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]
     ) -> dict[str, Any]:
         key = (stage.program.name, function.name)
         if key not in self._compiled:
@@ -118,20 +131,29 @@ def _export_stage(
     """Returns the entry of a stage that was saved, run and found exact enough."""
     steps = 3 * len(stage.functions)  # references, saving, checks
     cases: dict[str, Cases] = {}
+    judged: Cases = {}  # of the first function, with both rows of guidance
+    half = job.options.boundary_of(stage) == "float16"
     for function in reference.functions:
-        cases[function.name] = references.cases(reference, function, params)
+        both = references.cases(reference, function, params, half=half)
+        judged = judged or both
+        written = stage.function(function.name)
+        cases[function.name] = {case: capture.called_with(written, *arrays) for case, arrays in both.items()}
         tell(stage.name, len(cases) / steps)
     narrowed = {name: params[name].astype(spec.dtype, copy=False) for name, spec in stage.program.abstract.items()}
-    artefacts = target_module(job.target).save(stage, narrowed, folder, job.options)
-    entry = describe.stage_entry(stage, job.options, artefacts)
+    options = job.options
+    if options.weights_of(stage) == "mixed":
+        options = dataclasses.replace(options, widths=references.widths(reference, params, options.mean_bits or 0, judged))
+    artefacts = target_module(job.target).save(stage, narrowed, folder, options)
+    entry = describe.stage_entry(stage, options, artefacts)
     limits = check.limits(job.options.precision_of(stage), job.options.weights_of(stage))
     for number, function_entry in enumerate(entry["functions"]):
         tell(stage.name, (2 * len(stage.functions) + number) / steps)
         run = open_function(job.target, Contents(folder, None), entry, function_entry)
         name = function_entry["name"]
-        function_entry["checks"] = [one.to_dict() for one in _checked(f"{stage.name} {name}", run, cases[name], limits)]
+        base = base_name(name, function_entry.get("attention"))  # forms of attention compute the same
+        function_entry["checks"] = [one.to_dict() for one in _checked(f"{stage.name} {name}", run, cases[base], limits)]
         if job.vectors:
-            function_entry["vectors"] = vectors.write_function(folder, stage.name, name, *cases[name]["captured"])
+            function_entry["vectors"] = vectors.write_function(folder, stage.name, base, *cases[base]["captured"])
     entry["peak_rss_bytes"] = peak_bytes()
     tell(stage.name, 1.0)
     return entry
@@ -192,16 +214,30 @@ def _sampler_cases(job: Job, saved: list[StageEntry], contents: Contents, size: 
     for step, (time, after) in enumerate(zip(times, [first / 2, 0.0], strict=True)):
         known = given | {"z_BTHWC": z, "t_B": np.full_like(values["t_B"], time)}
         for stage in saved:
-            function = stage_function(stage, size, "merged" if step < merged else "full")
-            run = open_function(job.target, contents, stage, function)
-            known = known | run({tensor["name"]: known[tensor["name"]] for tensor in function["inputs"]})
-        z = z + guided(known["v_RTHWC"], job.guidance) * np.float32((time - after) / OPEN_SORA_TIMESTEPS)
+            if stage["name"] == CAPTION:
+                (known,) = _run_saved(job, contents, stage, stage_function(stage, size, "main"), [known])
+        calls = list(each_call(known, job.cut.guidance_rows))
+        for stage in saved:
+            if stage["name"] != CAPTION:
+                function = stage_function(stage, size, "merged" if step < merged else "full")
+                calls = _run_saved(job, contents, stage, function, calls)
+        v = guided(np.concatenate([call["v_RTHWC"] for call in calls]), job.guidance)
+        z = z + v * np.float32((time - after) / OPEN_SORA_TIMESTEPS)
     cases["two_steps"] = (given | sampler_numbers(times, merged, job.guidance), z)
     steps = {"captured": 1, "two_steps": 2}
     return {
         case: (inputs, {"z_BTHWC": latents, "evaluations_B": np.full(len(latents), steps[case], np.float32)})
         for case, (inputs, latents) in cases.items()
     }
+
+
+def _run_saved(
+    job: Job, contents: Contents, stage: StageEntry, function: FunctionEntry, calls: list[capture.Values]
+) -> list[capture.Values]:
+    """Returns the values of every call with the outputs of a saved function."""
+    run = open_function(job.target, contents, stage, function)
+    names = [tensor["name"] for tensor in function["inputs"]]
+    return [values | run({name: values[name] for name in names}) for values in calls]
 
 
 def sampler_numbers(visited: list[float], merge_steps: int, guidance: float) -> dict[str, np.ndarray]:

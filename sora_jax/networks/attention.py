@@ -57,12 +57,14 @@ class Attention(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """All logits at once.
+    """All logits at once; with ``breaker`` they are split and joined before the softmax, which changes no value.
 
     The weights are normalised after the product with the values, which is cheaper by L/K and equal in exact arithmetic.
     With ``half_range`` before it, as the sum of values may be large, and the mask is added, as a number that float16 holds
     and at the mask's own shape: converters know this form, and the others write the mask out in full.
     """
+
+    breaker: bool = False
 
     def __call__(
         self,
@@ -84,6 +86,8 @@ class Dense:
             logits = logits + jnp.where(mask, 0.0, _HIDDEN)
         elif mask is not None:
             logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        if self.breaker and logits.shape[-1] > 1:  # what a runtime cannot look through, it does not fuse
+            logits = jnp.concatenate(jnp.split(logits, [logits.shape[-1] // 2], axis=-1), axis=-1)
         weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
         total = jnp.sum(weights, axis=-1, keepdims=True)
         if half_range:
@@ -101,7 +105,7 @@ class Chunked:
 
     Blocks are equally long and no shorter than `LEAST_QUERIES`; the last may overlap the one before, whose rows it computes
     again.  Every row is reduced whole, so on a CPU the bits are those of the dense form.  With ``unrolled`` they are written
-    one after the other, for export targets that have no loops.
+    one after the other, for export targets that have no loops.  ``breaker`` as in `Dense`.
 
     Raises:
       ValueError: ``queries`` is below `LEAST_QUERIES`.
@@ -109,6 +113,7 @@ class Chunked:
 
     queries: int = 256
     unrolled: bool = False
+    breaker: bool = False
 
     def __post_init__(self) -> None:
         if self.queries < LEAST_QUERIES:
@@ -127,7 +132,7 @@ class Chunked:
     ) -> Float[Array, "B N S K"]:
         """Returns the averages of the values, see `Attention`."""
         length = q_BNSK.shape[2]
-        dense = functools.partial(DENSE, scale=scale, half_range=half_range)
+        dense = functools.partial(Dense(self.breaker), scale=scale, half_range=half_range)
         if length <= self.queries:
             return dense(q_BNSK, k_BNLK, v_BNLK, bias=bias, mask=mask)
         count = -(-length // self.queries)

@@ -135,12 +135,40 @@ class Embed(nnx.Module):
         frame_mask_BT: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T S D"], Conditioning]:
         """Returns the video tokens and what conditions them."""
-        batch, compute = z_BTHWC.shape[0], self.policy.compute
+        return self.with_caption(
+            z_BTHWC,
+            t_B,
+            self.caption(caption_BLE),
+            mask_BL,
+            fps_B=fps_B,
+            height_px_B=height_px_B,
+            width_px_B=width_px_B,
+            frame_mask_BT=frame_mask_BT,
+        )
+
+    def caption(self, caption_BLE: Float[Array, "B L E"]) -> Float[Array, "B L D"]:
+        """Returns text features at the model's width; they depend on nothing else, and so serve every step."""
+        return self.y_embedder(caption_BLE.astype(self.policy.compute))
+
+    def with_caption(
+        self,
+        z_BTHWC: Float[Array, "B T H W C"],
+        t_B: Float[Array, "B"],
+        caption_BLD: Float[Array, "B L D"],
+        mask_BL: Bool[Array, "_ L"] | None,
+        *,
+        fps_B: Float[Array, "_"],
+        height_px_B: Float[Array, "_"],
+        width_px_B: Float[Array, "_"],
+        frame_mask_BT: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T S D"], Conditioning]:
+        """Returns the video tokens and what conditions them, for captions from `caption`."""
+        batch = z_BTHWC.shape[0]
         fps_BD = self.fps_embedder(_tiled(fps_B, batch, "fps_B"))
         t_BD = self.t_embedder(t_B) + fps_BD
         t0_BD = None if frame_mask_BT is None else self.t_embedder(jnp.zeros_like(t_B)) + fps_BD
         conditioning = Conditioning(
-            caption_BLD=self.y_embedder(caption_BLE.astype(compute)),
+            caption_BLD=caption_BLD,
             mask_BL=None if mask_BL is None else _tiled(mask_BL, batch, "mask_BL"),
             mod_BF6D=self.modulation(t_BD, t0_BD, frame_mask_BT),
             t_BD=t_BD,

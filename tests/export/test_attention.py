@@ -13,8 +13,9 @@ from sora_jax.config import FLOAT32, DTypePolicy, open_sora_1_2
 from sora_jax.export import onnx
 from sora_jax.export.attention import LOGITS_LIMIT, attention_entry, export_forms
 from sora_jax.export.exporter import export
+from sora_jax.export.program import Stage
 from sora_jax.export.size import Size
-from sora_jax.export.stages import PARTS, Stage, list_stages
+from sora_jax.export.stages import PARTS, list_stages
 from sora_jax.export.targets import Options
 from sora_jax.networks.attention import DENSE, Chunked
 from tests.support.tiny_model import CONFIG, random_flat

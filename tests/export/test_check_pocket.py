@@ -9,8 +9,9 @@ import pytest
 from sora_jax import Pipeline
 from sora_jax.export import capture, check
 from sora_jax.export.palettes import nearest_table
+from sora_jax.export.program import load_parameters
 from sora_jax.export.size import Size
-from sora_jax.export.stages import list_stages, load_parameters
+from sora_jax.export.stages import list_stages
 from sora_jax.pipeline.model_file import POCKET
 from sora_jax.storage.directory import open_network
 from sora_jax.storage.quantisation import dequantise, quantise

@@ -20,8 +20,9 @@ from sora_jax.export import check, coreml, coreml_open, describe, mil_check
 from sora_jax.export.contents import Contents
 from sora_jax.export.entries import ArtefactEntry
 from sora_jax.export.mil_package import Package
+from sora_jax.export.program import Stage
 from sora_jax.export.size import Size
-from sora_jax.export.stages import Stage, list_stages
+from sora_jax.export.stages import list_stages
 from sora_jax.export.targets import Options
 from tests.support.tiny_model import CONFIG
 

@@ -10,7 +10,8 @@ import pytest
 from sora_jax.commands import main
 from sora_jax.export import footprint
 from sora_jax.export.footprint import Footprint, traced_values
-from sora_jax.export.stages import Function, Program, Stage, list_stages
+from sora_jax.export.program import Function, Program, Stage
+from sora_jax.export.stages import list_stages
 from sora_jax.export.targets import Options
 from tests.support.exports import SMALL
 from tests.support.tiny_model import CONFIG

@@ -13,6 +13,7 @@ import pytest
 
 from sora_jax import Pipeline
 from sora_jax.export import exporter
+from sora_jax.export.stages import PARTS
 from sora_jax.inputs import prompt
 from tests.support.exports import PROMPT, psnr_db
 
@@ -64,9 +65,11 @@ def test_the_page_suffices_for_every_vector_and_pockets_clip(tmp_path):
     if not (HOST / "node_modules" / "onnxruntime-web").is_dir():
         pytest.skip("onnxruntime-web is not installed: npm install --ignore-scripts in tests/export/javascript_host")
     out, frames = tmp_path / "out", tmp_path / "frames"
-    exporter.export(None, out, target="onnx", settings={"num_steps": 8, "merge_steps": 4, "leap": "dynamic"})
+    settings = {"num_steps": 8, "merge_steps": 4, "leap": "dynamic"}
+    exporter.export(None, out, target="onnx", settings=settings, stages=PARTS, guidance_rows=1, pairs_per_package=2)
     rows = run(str(out)).splitlines()
     assert len(rows) > 50
+    assert any(row.startswith("pass  the clip with a given frame") for row in rows)
     assert all(row.startswith("pass  ") for row in rows)
     run(str(out), PROMPT, "1", "8", str(frames))
     expected = Pipeline.from_pretrained()(PROMPT, seed=1, num_steps=8, merge_steps=4, leap="dynamic").frames

@@ -60,6 +60,7 @@ def test_the_table_passes_fails_and_goes_on(tmp_path, monkeypatch, capsys):
         {
             "name": name,
             "artefact": {"file": "a.aimodel", "function": name, "output_suffix": "_out"},
+            "inputs": [{"name": "x", "shape": [3], "dtype": "float32"}],
             "vectors": vectors.write_function(tmp_path, "pair", name, {"x": x}, {"y": y}),
             "checks": [{"floor_db": 35.0, "ceiling_l2": 0.1}],
         }

@@ -18,7 +18,8 @@ from sora_jax.commands import main
 from sora_jax.export import ExportedModel, check, exporter, stablehlo, stablehlo_sampler, weight_file
 from sora_jax.export.contents import Contents
 from sora_jax.export.entries import FunctionEntry, StageEntry
-from sora_jax.export.stages import PARTS, Function, list_stages, load_parameters
+from sora_jax.export.program import Function, load_parameters
+from sora_jax.export.stages import PARTS, list_stages
 from sora_jax.inputs import references
 from sora_jax.networks.merging import Merge
 from sora_jax.sampling import noise

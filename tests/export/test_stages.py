@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from sora_jax.export.program import Stage, load_parameters
 from sora_jax.export.size import Size
-from sora_jax.export.stages import PARTS, Stage, list_stages, load_parameters
+from sora_jax.export.stages import PARTS, list_stages
 from sora_jax.networks import registry
 from sora_jax.networks.merging import Merge
 from sora_jax.storage.checkpoint import load_network, unflatten

@@ -10,6 +10,7 @@ import pytest
 from sora_jax.commands import main
 from sora_jax.export import ExportedModel, check_vectors, vectors, worker
 from sora_jax.export.contents import ExportFileError
+from sora_jax.export.stages import PARTS
 from tests.support.exports import complete_manifest, export_tiny, write_folder
 
 pytest.importorskip("jsonschema", reason="manifests are validated with jsonschema (extra stablehlo, onnx or coreml)")
@@ -101,10 +102,11 @@ def test_what_cannot_be_checked_says_why(tmp_path, capsys, arguments, message):
 @pytest.mark.artefacts
 @pytest.mark.slow
 def test_a_whole_model_has_a_clip_that_its_artefacts_make(tiny_model, tmp_path, in_process):
-    made = export_tiny(tiny_model, tmp_path / "out", "onnx", vectors=True)
-    assert made["vectors"] == {"host": vectors.HOST_FILE, "clip": vectors.CLIP_FILE}
+    made = export_tiny(tiny_model, tmp_path / "out", "onnx", vectors=True, stages=PARTS)
+    assert made["vectors"] == {"host": vectors.HOST_FILE, "clip": vectors.CLIP_FILE, "given": vectors.GIVEN_FILE}
     rows = {row.name: row for row in check_vectors.rows(ExportedModel(tmp_path / "out"))}
     assert all(row.passed for row in rows.values())
     assert {"the clip's velocity of step 0", "the clip's velocity of step 1", "the clip's final latents"} <= set(rows)
+    assert {"a given frame's latents", "the clip with a given frame, final latents"} <= set(rows)
     functions = sum(len(stage["functions"]) for stage in made["stages"])
     assert sum("vectors" in function for stage in made["stages"] for function in stage["functions"]) == functions

@@ -18,8 +18,9 @@ from sora_jax.export import ExportedModel, describe, exporter, manifest
 from sora_jax.export.check import Check, difference
 from sora_jax.export.entries import ArtefactEntry, ExportManifest, FileEntry, StageEntry, TargetName, UnsealedManifest
 from sora_jax.export.phases import phases
+from sora_jax.export.program import Stage
 from sora_jax.export.size import Size
-from sora_jax.export.stages import Stage, list_stages
+from sora_jax.export.stages import list_stages
 from sora_jax.export.targets import Options
 from sora_jax.inputs import prompt
 from sora_jax.pipeline import video

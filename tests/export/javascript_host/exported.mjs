@@ -83,6 +83,27 @@ export class Exported {
     return values;
   }
 
+  // One dictionary for both rows of guidance, or one for each of them.
+  rows(values) {
+    if ((this.manifest.guidance_rows ?? 2) === 2) return [values];
+    return [0, 1].map((row) => new Map([...values].map(([name, { data, shape }]) => {
+      if (!/_R[A-Z0-9]*$/.test(name)) return [name, { data, shape }];
+      const length = data.length / shape[0];
+      return [name, { data: data.slice(row * length, (row + 1) * length), shape: [1, ...shape.slice(1)] }];
+    })));
+  }
+
+  // The velocity of both rows, every stage for one after the other.
+  async step(key, values, variant) {
+    const calls = this.rows(values);
+    for (const stage of this.phases.get("step").stages.map((each) => this.stages.get(each))) {
+      for (const n of calls.keys()) {
+        calls[n] = new Map([...calls[n], ...(await this.call(stage, this.function(stage, key, variant), calls[n]))]);
+      }
+    }
+    return Float32Array.from(calls.flatMap((call) => [...call.get("v_RTHWC").data]));
+  }
+
   async text(prompt, size) {
     const { length, scores } = this.manifest.tokens, { ids, mask } = this.tokenizer.encode(caption(prompt, scores), length);
     const values = new Map([
@@ -90,22 +111,31 @@ export class Exported {
       ["mask_BL", { data: Float32Array.from(mask), shape: [1, length] }],
     ]);
     for (const [name, value] of Object.entries(size.conditions)) values.set(name, { data: Float32Array.of(value), shape: [1] });
-    return this.phase("text", size.key, values);
+    const encoded = await this.phase("text", size.key, values);
+    return this.phases.has("caption") ? this.phase("caption", size.key, encoded) : encoded;
   }
 
-  // Latents of a prompt: the numbers are the manifest's where none are told, and `seen` gets every guided velocity.
-  async sample(prompt, size, z, numbers, seen = []) {
+  // The latents of an image, which is one frame in [-1, 1].
+  async encode(image, size) {
+    const frame = await this.phase("encode_frame", size.key, new Map([["frames_Bthw3", image]]));
+    return (await this.phase("encode_chunk", size.key, frame, "frames_1")).get("z_BTHWC").data;
+  }
+
+  // Latents of a prompt: the numbers are the manifest's where none are told, and `seen` gets every guided velocity; frames
+  // whose mask is 0 stay as they are.
+  async sample(prompt, size, z, numbers, seen = [], mask = new Float32Array(size.latents[0]).fill(1)) {
     const sampling = { ...this.manifest.sampling, ...numbers }, most = sampling.num_timesteps, shape = [1, ...size.latents];
     const own = sampling.num_steps === this.manifest.sampling.num_steps;
     const visited = own ? size.times : times(sampling.num_steps, size.shift, most);
     const unit = [...visited, 0].map((time) => Math.fround(time / most));
     const leap = new Leap(sampling.leap, sampling.num_steps, sampling.merge_steps);
     const given = await this.text(prompt, size);
-    given.set("frame_mask_BT", { data: new Float32Array(shape[1]).fill(1), shape: [1, shape[1]] });
+    given.set("frame_mask_BT", { data: mask, shape: [1, shape[1]] });
+    const frame = volume(shape) / shape[1];
     for (let i = 0; i < visited.length; i++) {
       given.set("z_BTHWC", { data: z, shape }).set("t_B", { data: Float32Array.of(visited[i]), shape: [1] });
-      const values = await this.phase("step", size.key, given, i < sampling.merge_steps ? "merged" : "full");
-      const v = guided(values.get("v_RTHWC").data, sampling.guidance), leaps = leap.leaps(v);
+      const rows = await this.step(size.key, given, i < sampling.merge_steps ? "merged" : "full");
+      const v = guided(rows, sampling.guidance).map((x, n) => (mask[Math.floor(n / frame)] > 0 ? x : 0)), leaps = leap.leaps(v);
       const dt = leaps ? unit[i] : Math.fround(unit[i] - unit[i + 1]);
       seen.push(v);
       z = z.map((x, n) => x + Math.fround(v[n] * dt));

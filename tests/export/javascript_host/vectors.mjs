@@ -86,9 +86,24 @@ async function* clip(model, told, arrays) {
   }
 }
 
+async function* given(model, told, arrays) {
+  const size = model.size(told.size), floor = 90;
+  const encoded = await model.encode(arrays.get("image_Bthw3"), size);
+  const latents = difference(arrays.get("encoded_BTHWC").data, encoded);
+  yield { name: `a given frame's latents: ${latents.psnr.toFixed(1)} dB`, passed: latents.psnr >= floor };
+  const start = Float32Array.from(arrays.get("noise_BTHWC").data);
+  start.set(encoded);
+  const numbers = { num_steps: told.num_steps, guidance: told.guidance, merge_steps: told.merge_steps };
+  numbers.leap = { ...model.manifest.sampling.leap, mode: told.leap };
+  const z = await model.sample(told.prompt, size, start, numbers, [], arrays.get("frame_mask_BT").data);
+  const { psnr } = difference(arrays.get("z_BTHWC").data, z);
+  yield { name: `the clip with a given frame: ${psnr.toFixed(1)} dB`, passed: psnr >= floor };
+}
+
 export async function* rows(model) {
-  const { host: file, clip: arrays } = model.manifest.vectors, content = JSON.parse(model.bytes(file).toString("utf8"));
+  const { host: file, clip: arrays, given: frames } = model.manifest.vectors, content = JSON.parse(model.bytes(file).toString("utf8"));
   yield* host(model, content);
   yield* functions(model);
   if (arrays !== null) yield* clip(model, content.clip, model.arrays(arrays));
+  if (frames) yield* given(model, content.clip, model.arrays(frames));
 }
