@@ -49,6 +49,7 @@ def main() -> None:
     options = parse()
     try:
         study = sampler_study.opened(options)
+        pipelines = within(study, options.model, options.memory_budget)
         wanted = chosen(methods(), [*study_report.leap_names(), *merge_names()])
         for noise, indices in study.batches():
             sampler_study.run_batch(study, wanted, noise, indices)
@@ -63,7 +64,7 @@ def main() -> None:
             "prompts": len(study.prompts),
             "table_3": [rows[name] for name in study_report.leap_names() if name in rows],
             "table_4": [rows[name] for name in (*merge_names(), REFERENCE) if name in rows],
-            "table_5": table_5(study, options.model, options.memory_budget, options.repeats),
+            "table_5": table_5(study, pipelines, options.repeats),
             "figure_5": study_report.cosines(lines),
         }
         write_report(report, options.out.with_suffix(".json"))
@@ -121,12 +122,23 @@ def write_clips(study: Study, wanted: Sequence[Method], noise: int, indices: Seq
             video.save(frames, target, fps=study.settings.save_fps, overwrite=True)
 
 
-def table_5(study: Study, model: Path | None, budget: str | None, repeats: int) -> list[dict[str, Any]]:
-    """Returns a row for each combination of methods, in memory and streamed within a budget, over the plain sampling."""
-    rows: list[dict[str, Any]] = []
+def within(study: Study, model: Path | None, budget: str | None) -> dict[str, Pipeline]:
+    """Returns the model in memory and, if there is a budget, streamed, by what the names of its rows end with.
+
+    Raises:
+      ValueError: the budget is too small.
+    """
     pipelines = {"": study.pipeline}
     if budget:
-        pipelines[f", streamed within {budget}"] = Pipeline.from_pretrained(model, memory_budget=budget)
+        streamed = Pipeline.from_pretrained(model, memory_budget=budget)
+        streamed.check(streamed.resolve(kept(study)), 1)
+        pipelines[f", streamed within {budget}"] = streamed
+    return pipelines
+
+
+def table_5(study: Study, pipelines: Mapping[str, Pipeline], repeats: int) -> list[dict[str, Any]]:
+    """Returns a row for each combination of methods, in memory and streamed within a budget, over the plain sampling."""
+    rows: list[dict[str, Any]] = []
     for suffix, pipeline in pipelines.items():
         for name, changes in TABLE_5.items():
             settings = pipeline.resolve({**kept(study), "num_steps": STEPS, **changes})
