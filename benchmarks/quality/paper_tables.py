@@ -4,7 +4,7 @@ Command:  python -m benchmarks.quality.paper_tables --work tables [MODEL_DIR] [-
           ... --memory-budget 3.3GB      table 5 with streamed rows: concurrent inference and dynamic loading
           ... --frames OUT               also the clips as VBench reads them, OUT/<method>/<prompt>-0.mp4
 Needs:    any model directory, its prompts one a line; the embedded model brings captions and a judge.
-Writes:   OUT.json, OUT.md and OUT.png (figure 5; with matplotlib).  WORK holds latents and lines, as those of `sampler_study`,
+Writes:   OUT.json and OUT.md; with --picture figure 5 as a PNG.  WORK holds latents and lines, as those of `sampler_study`,
           from which an interrupted run goes on.
 Expect:   LPL of 16 evaluations 1.88 times fewer than 30, the more tokens merged the less motion.
 
@@ -69,7 +69,8 @@ def main() -> None:
         }
         write_report(report, options.out.with_suffix(".json"))
         options.out.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
-        draw(report["figure_5"], options.out.with_suffix(".png"))
+        if options.picture:
+            draw(report["figure_5"], options.picture)
         print(markdown(report), end="")
     except (ValueError, OSError) as error:
         sys.exit(f"paper_tables: error: {describe(error)}")
@@ -91,6 +92,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=kind, help="default: the model's")
     parser.add_argument("--memory-budget", help="also stream the model within this, in table 5")
     parser.add_argument("--repeats", type=int, default=3, help="of table 5; the median counts")
+    parser.add_argument("--picture", type=Path, help="PNG file of figure 5; needs matplotlib")
     parser.add_argument("--frames", type=Path, help="folder of the clips, by VBench's names")
     parser.add_argument("--compile-cache", type=Path, help="folder of compiled programs")
     return argparse.Namespace(**vars(parser.parse_args()), calibration_prompts=0)
