@@ -24,6 +24,7 @@ OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 NAME = "sora-jax"  # how every line for the user begins
 _MAX_FOREIGN = 400  # characters of an error that is not ours: XLA's can fill a screen
 _MAX_LINE = 2000
+_COMPLETES = "_ARGCOMPLETE"  # set by argcomplete's function in the shell
 _NEGATIVE = re.compile(r"-\.?\d")  # a value that argparse would take for an option
 # Controls, lone surrogates, line separators, and the controls that reverse the direction of what follows them.
 _UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}
@@ -43,6 +44,7 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         """Returns the parsed arguments; a value that begins with a minus and a digit is a value, not an option."""
+        complete(self)
         joined: list[str] = []
         for argument in sys.argv[1:] if arguments is None else arguments:
             takes_it = bool(joined) and re.fullmatch(r"--[a-z][a-z-]*", joined[-1]) is not None
@@ -56,6 +58,30 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the program with the message and exit code 2."""
         self.exit(BAD_INPUT, f"{NAME}: error: {printable(_one_line(message))} (see {self.prog} --help)\n")
+
+
+def typed() -> list[str] | None:
+    """Returns the whole words behind the command's name on the line that the shell wants to have completed; else None."""
+    if _COMPLETES not in os.environ:
+        return None
+    words = os.environ.get("COMP_LINE", "")[: int(os.environ.get("COMP_POINT", "0"))].split(" ")
+    return [word for word in words[1:-1] if word]
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answers the shell with what may follow on its line, and ends the process; does nothing unless the shell asks.
+
+    Needs the package argcomplete, whose function in the shell asks.
+    """
+    if _COMPLETES in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+
+
+def complete_behind_command() -> None:
+    """Says that the next parser's words begin behind the name of a command: ``sora-jax generate ...``."""
+    os.environ[_COMPLETES] = "2"
 
 
 def run(

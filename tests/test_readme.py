@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sora_jax.commands.main import main
-from tests.support import pages
+from tests.support import pages, recipe_pictures
 from tests.support.pages import PAGES, ROOT, Fence, fences
 
 INSTALL = (
@@ -42,6 +42,13 @@ def test_the_readme_opens_with_two_commands_complete_on_a_fresh_machine():
 def test_the_code_of_a_page_runs_and_prints_what_it_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run_page(page)
+    if page.stem == "recipes":
+        recipe_pictures.check(tmp_path)
+
+
+def run_page(page: Path) -> None:
+    """Runs the code of a page in the working directory, and compares what it prints with what the page shows."""
     namespace: dict[str, object] = {"__name__": page.stem}
     for fence in CODE:
         if fence.page == page and fence.not_run is None:

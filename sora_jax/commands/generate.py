@@ -8,17 +8,17 @@ same clips.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from sora_jax import files, shell
-from sora_jax.commands import options
+from sora_jax.commands import options, preview_file
 from sora_jax.commands.jobs import Job, Naming, batches, decoded_paths, plan_jobs, refuse_shared
 from sora_jax.commands.progress import progress_bar
 from sora_jax.commands.prompts import read_prompts
 from sora_jax.commands.spelling import Spelling
-from sora_jax.commands.user_cache import caption_folder, use_compile_cache
+from sora_jax.commands.user_cache import caption_folder, preview_folder, use_compile_cache
 from sora_jax.devices.axes import check_mesh_request, parse_axes
 from sora_jax.devices.shares import ALL, parse_share
 from sora_jax.inputs import prompt
@@ -88,6 +88,13 @@ class Where(Naming, options.Writing, options.CompileCache):
     profile_streaming: Annotated[
         Path | None, Option("Write a Chrome trace of reading and computing the layers.", metavar="FILE")
     ] = None
+    preview: Annotated[
+        Path | None,
+        Option("After every step, write what the clip will look like, in place of the last one; .png or .gif.", metavar="FILE"),
+    ] = None
+    preview_every: Annotated[
+        int | None, Option("Write the preview after every N-th step only.", metavar="N", within=(1, 10**6))
+    ] = None
     caption_cache: Annotated[
         str | None,
         Option(
@@ -141,7 +148,7 @@ def run(asked: Arguments) -> None:
     if asked.dry_run and not asked.from_latents:
         rehearse(resolve(asked))
         return
-    paths = (asked.output, asked.save_latents, asked.profile_streaming)
+    paths = (asked.output, asked.save_latents, asked.profile_streaming, asked.preview)
     folders = {asked.folder, *(path.parent for path in paths if path)}
     work = functools.partial(decode, decoding(asked)) if asked.from_latents else functools.partial(make, resolve(asked))
     use_compile_cache(asked.compile_cache)
@@ -177,9 +184,14 @@ def resolve(asked: Arguments) -> Request:
         if len(jobs) > asked.batch_size:
             raise ValueError("--save-latents names one file, for one batch; raise --batch-size to the number of clips.")
         check_latents_target(asked.save_latents, overwrite=asked.overwrite)
-    others = {"--save-latents": asked.save_latents, "--profile-streaming": asked.profile_streaming}
+    others = {
+        "--save-latents": asked.save_latents,
+        "--profile-streaming": asked.profile_streaming,
+        "--preview": asked.preview,
+    }
     refuse_shared([job.path for job in jobs], others)
     _check_streaming(asked)
+    _check_preview(asked)
     if asked.mesh is not None:
         check_mesh_request(parse_axes(asked.mesh), guided=settings.guided, num_clips=asked.batch_size)
     if not asked.quiet:
@@ -208,6 +220,19 @@ def _check_streaming(asked: Arguments) -> None:
         if asked.memory_budget is None:
             raise ValueError("--profile-streaming records how layers are streamed; it needs --memory-budget.")
         files.check_target(asked.profile_streaming, overwrite=asked.overwrite)
+
+
+def _check_preview(asked: Arguments) -> None:
+    """Refuses a preview that cannot be written, and a number of steps without one.
+
+    Raises:
+      ValueError: says what is expected.
+      OSError: the file exists, or cannot be written.
+    """
+    if asked.preview is not None:
+        preview_file.check(asked.preview, overwrite=asked.overwrite)
+    elif asked.preview_every is not None:
+        raise ValueError("--preview-every says when previews are written; it needs --preview FILE.")
 
 
 def rehearse(request: Request) -> None:
@@ -262,6 +287,8 @@ def make(request: Request) -> None:
         from sora_jax.streaming.profile import Profile
 
         profile = pipeline.networks.profile = Profile()
+    if asked.preview is not None:
+        pipeline.prepare_preview(preview_folder())
     rows = iter(samples)
     for batch in batches(jobs, asked.batch_size):
         paths = [job.path for job in batch]
@@ -272,11 +299,19 @@ def make(request: Request) -> None:
                     settings.with_seed(settings.seed + batch[0].number),
                     latents_path=asked.save_latents,
                     overwrite=asked.overwrite,
-                    callback=callback,
+                    callback=_previewing(asked, settings, callback),
                 )
             save(asked, clip, paths)
     if profile is not None and asked.profile_streaming:
         profile.save(asked.profile_streaming, overwrite=asked.overwrite)
+
+
+def _previewing(asked: Arguments, settings: Settings, callback: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Returns the callback, with the preview that was asked for."""
+    if asked.preview is None:
+        return callback
+    seconds = settings.num_frames / settings.save_fps
+    return preview_file.writing(asked.preview, asked.preview_every or 1, seconds, callback)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,12 @@ def _command(arguments: Sequence[str]) -> int | None:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
     for name, (summary, _) in COMMANDS.items():
         commands.add_parser(name, help=summary, prog=f"sora-jax {name}", add_help=False)
+    typed = shell.typed()
+    if typed is not None:  # the shell asks what may follow
+        if not typed or typed[0] not in COMMANDS:
+            shell.complete(parser)
+        shell.complete_behind_command()
+        arguments = typed[:1]
     name = parser.parse_args(arguments[:1]).command
     module = importlib.import_module(COMMANDS[name][1])
     # A command of verbs has a main of its own, which says how an interrupted one goes on.

@@ -1,4 +1,4 @@
-"""What commands keep from one run to the next in the user's cache folder: compiled programs and caption features.
+"""What commands keep in the user's cache folder: compiled programs, caption features and the maps of previews.
 
 Invariant: a cache changes no result; one that cannot be used, unless it was named, is done without.  Compiled
 programs are executed, so they are kept only where nobody else can put any.  What lies in the folders is JAX's and
@@ -77,6 +77,18 @@ def caption_folder(choice: str | None) -> Path | None:
     if choice:
         files.refuse_unwritable(choice)
     return Path(choice) if choice else _user_cache("captions")
+
+
+def preview_folder() -> Path | None:
+    """Returns where maps of previews are kept, in the user's cache; None where nothing can be written there."""
+    folder = _user_cache("previews")
+    if folder is None:
+        return None
+    try:
+        files.refuse_unwritable(folder)
+    except OSError:
+        return None
+    return folder
 
 
 def _user_cache(name: str) -> Path | None:

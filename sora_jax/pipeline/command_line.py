@@ -45,10 +45,21 @@ def _add(place: Any, each: Declared) -> None:
     keywords |= {"type": _parser_of(each), "metavar": metavar(each) or None}
     if option.positional:
         keywords["nargs"] = "*" if option.repeats else None if each.required else "?"
-        place.add_argument(each.name, **keywords)
+        _offer(place.add_argument(each.name, **keywords), option.choices)
         return
     action = "append" if option.repeats else "store"
-    place.add_argument(*each.flags, dest=each.name, action=action, required=each.required, default=None, **keywords)
+    added = place.add_argument(*each.flags, dest=each.name, action=action, required=each.required, default=None, **keywords)
+    _offer(added, option.choices)
+
+
+def _offer(action: Any, choices: Sequence[str]) -> None:
+    """Tells the shell's completion what an option may be; the parser itself refuses in words of ours."""
+
+    def complete(**_asked: Any) -> Sequence[str]:
+        return choices
+
+    if choices:
+        action.completer = complete
 
 
 def metavar(each: Declared) -> str:

@@ -6,6 +6,7 @@ alone.  `run` executes the stages, `model_file` reads what a model says of itsel
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self, Unpack
 
 import jax
@@ -24,6 +25,7 @@ from sora_jax.pipeline.html import model_html
 from sora_jax.pipeline.latents_file import check_latents_target, load_latents, save_latents
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.open_model import Networks
+from sora_jax.pipeline.previews import Previews
 from sora_jax.pipeline.recipe_file import CALIBRATED, PlanFile
 from sora_jax.pipeline.run import Callback, Generation, planned
 from sora_jax.pipeline.samples import Sample, read_samples, refuse_idle
@@ -42,6 +44,7 @@ class Pipeline:
     def __init__(self, model: ModelFile, networks: Networks, tokenizer: Tokenizer):
         self.model, self.networks, self.tokenizer = model, networks, tokenizer
         self.config = networks.config
+        self._previews = Previews(networks, networks.decide(model.resolve({})))
 
     def __repr__(self) -> str:
         budget = "" if self.memory_budget is None else f", memory budget {self.memory_budget / 1e9:.3g} GB"
@@ -231,7 +234,7 @@ class Pipeline:
     ) -> Clip:
         """Returns the clip of one batch of samples that `read` has returned for these settings."""
         timings, parameters = Timings(), self._parameters(samples, settings)
-        generation = Generation(self.networks, self.tokenizer, settings, timings, callback)
+        generation = Generation(self.networks, self.tokenizer, settings, timings, callback, self._previews)
         sampled = generation.sample(samples)
         if latents_path is not None:
             save_latents(latents_path, sampled.latents, parameters, overwrite=overwrite)
@@ -248,6 +251,18 @@ class Pipeline:
             evaluations_B=evaluations_B,
             timings=timings,
         )
+
+    def prepare_preview(self, folder: str | os.PathLike[str] | None = None) -> None:
+        """Makes sure that `Progress.preview` has its map: the model's own, the folder's, or one that is fitted and kept there.
+
+        Without this call the first preview fits the map, once for the pipeline; under a memory budget it must come first.
+
+        Raises:
+          ModelDirectoryError: a parameter of the autoencoder is missing or damaged.
+          ValueError: the memory budget is too small to fit a map.
+          OSError: the folder cannot be written.
+        """
+        self._previews.prepare(None if folder is None else Path(folder))
 
     def calibrate(
         self,

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from sora_jax.devices.mesh import filled
 from sora_jax.inputs import prompt, sizes
@@ -25,6 +25,7 @@ from sora_jax.networks.vae.codec import latent_size
 from sora_jax.pipeline.coders import Coders
 from sora_jax.pipeline.make_sampler import make_guidance, make_sampler, make_schedule
 from sora_jax.pipeline.open_model import Networks
+from sora_jax.pipeline.previews import Previews
 from sora_jax.pipeline.samples import Sample, continued
 from sora_jax.pipeline.settings import Settings
 from sora_jax.pipeline.velocity import Velocity
@@ -32,6 +33,7 @@ from sora_jax.pipeline.workload import workload_of
 from sora_jax.process import Timings
 from sora_jax.sampling import noise
 from sora_jax.sampling.calibration import Calibration, calibrate
+from sora_jax.sampling.prediction import predicted_clean
 from sora_jax.sampling.reuse import Keep
 from sora_jax.sampling.sampler import Carry, Result, finish
 from sora_jax.streaming.memory_plan import MemoryPlan, plan_memory
@@ -45,7 +47,7 @@ class Progress:
     """How far a generation is; passed to the callback when a stage begins and after every step.
 
     ``step`` of ``num_steps`` sampling steps are done in clip ``loop`` of ``num_loops``; ``carry`` is the sampler's state
-    after a step, else None.
+    after a step, else None.  `preview` shows what the step predicts.
     """
 
     stage: str
@@ -54,6 +56,19 @@ class Progress:
     loop: int
     num_loops: int
     carry: Carry | None = None
+    pictures: Callable[[], UInt8[np.ndarray, "B T h w 3"]] | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def preview(self) -> UInt8[np.ndarray, "B T h w 3"]:
+        """Returns the clip that this step predicts: a picture for each latent frame, by a linear map in place of the decoder.
+
+        The clip has the same bits with and without.
+
+        Raises:
+          ValueError: no step has been taken, or a memory budget leaves no room to fit the map (`Pipeline.prepare_preview`).
+        """
+        if self.pictures is None:
+            raise ValueError(f"stage {self.stage!r} has no latents to show; ask for a preview where `carry` is not None.")
+        return self.pictures()
 
 
 Callback = Callable[[Progress], Any]
@@ -93,10 +108,16 @@ class Generation:
     """The open networks, the settings and the clock of one generation."""
 
     def __init__(
-        self, networks: Networks, tokenizer: Tokenizer, settings: Settings, timings: Timings, callback: Callback | None
+        self,
+        networks: Networks,
+        tokenizer: Tokenizer,
+        settings: Settings,
+        timings: Timings,
+        callback: Callback | None,
+        previews: Previews | None = None,
     ):
         self.networks, self.tokenizer, self.settings, self.timings = networks, tokenizer, settings, timings
-        self.callback, self.loop = callback, 0
+        self.callback, self.loop, self._previews = callback, 0, previews
         self._plan: MemoryPlan | None = None
 
     def sample(self, samples: Sequence[Sample]) -> Sampled:
@@ -230,7 +251,8 @@ class Generation:
             self._report("denoise")
             for carry in self.timings.each("denoise", sampler.steps(start)):
                 ended = np.asarray(carry.done_B).all()
-                self._report("denoise", settings.num_steps if ended else int(carry.step), carry)
+                pictures = self._pictures(carry, num_clips, sampler.sampling.schedule.num_timesteps)
+                self._report("denoise", settings.num_steps if ended else int(carry.step), carry, pictures)
             return _of_clips(finish(carry), num_clips)
 
     def _filled(self, rows: np.ndarray) -> np.ndarray:
@@ -270,10 +292,19 @@ class Generation:
     def _seed(self) -> int:
         return (self.settings.seed + self.loop * LOOP_SEED_STRIDE) % 2**32
 
-    def _report(self, stage: str, step: int = 0, carry: Carry | None = None) -> None:
+    def _report(
+        self, stage: str, step: int = 0, carry: Carry | None = None, pictures: Callable[[], np.ndarray] | None = None
+    ) -> None:
         if self.callback is not None:
             at = {"step": step, "num_steps": self.settings.num_steps, "loop": self.loop, "num_loops": self.settings.loop}
-            self.callback(Progress(stage=stage, carry=carry, **at))
+            self.callback(Progress(stage=stage, carry=carry, pictures=pictures, **at))
+
+    def _pictures(self, carry: Carry, num_clips: int, num_timesteps: float) -> Callable[[], np.ndarray] | None:
+        """Returns what makes the preview of a step when it is asked for."""
+        previews = self._previews
+        if previews is None:
+            return None
+        return lambda: previews.pictures(predicted_clean(carry, num_timesteps)[:num_clips])
 
 
 def _of_clips(result: Result, num_clips: int) -> Result:
