@@ -1,6 +1,6 @@
 """Bytes against the worst output of STDiT3-XL/2's pairs below 8 bits: one width for all matrices, and a width for each.
 
-Command:  python -m benchmarks.export.bits_frontier --json benchmarks/results/bits_frontier.json
+Command:  python -m benchmarks.export.bits_frontier --pairs 0 --json benchmarks/results/bits_frontier.json
 Needs:    1.5 GB of memory, two minutes of one core for each sampled pair.
 Expect:   by the rate of a Gaussian source 6 dB for every bit; mixed widths above one width wherever matrices differ.
 Rival:    the same bytes with one width for all matrices, which is what ``export --weights`` does.

