@@ -25,6 +25,7 @@ from sora_jax.pipeline.recipe import Recipe
 from sora_jax.streaming.budget import parse_budget
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_REMOVALS = 20  # attempts to remove a folder while a computation still writes into it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,11 @@ def run(asked: Arguments) -> None:
     def clean_up() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave the folder behind
         files.remove_partial(folder)
-        shutil.rmtree(folder if asked.folder is None else folder / SERVED, ignore_errors=True)
+        gone = folder if asked.folder is None else folder / SERVED
+        for _ in range(_REMOVALS):
+            shutil.rmtree(gone, ignore_errors=True)
+            if not gone.exists():
+                break
 
     shell.interruptibly(lambda: _serve(asked, model, folder.resolve(), credentials, recipes), clean_up)
 
