@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.config import FLOAT32, DTypePolicy
@@ -85,7 +86,10 @@ def _graph(stage: Stage, function: Function) -> Any:
     def call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         params = dict(zip(weights, arrays[len(names) :], strict=True))
         made = function.call(params, **dict(zip(names, arrays, strict=False)))
-        return tuple(made[name] for name in function.outputs)
+        # An output that is an input, such as the mask of one row of guidance, needs a value with a name of its own.
+        return tuple(
+            jnp.copy(made[name]) if any(made[name] is each for each in arrays) else made[name] for name in function.outputs
+        )
 
     model = jax2onnx.to_onnx(
         call,
