@@ -195,7 +195,7 @@ class _Guard:
         self._worker.wait()
         if verdict.process == self._process:
             return verdict.code if self._told else shell.fail(verdict.line(), verdict.code)
-        if self._told and self._report is not None and self._report.rank == FAILED_BY_ITSELF:
+        if self._told and self._report is not None and verdict.rank == self._report.rank == FAILED_BY_ITSELF:
             return self._report.code  # all refuse the same, each in its own words
         interrupted = verdict.code in (shell.INTERRUPTED, shell.TERMINATED)
         return shell.fail(f"{verdict.line()}; this one cannot go on.", verdict.code if interrupted else shell.FAILED)
