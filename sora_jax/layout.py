@@ -156,9 +156,15 @@ def _filled(x: jax.Array, axis: int) -> jax.Array:
 @no_type_check  # a pytree also holds shapes and paths in place of arrays
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """A parameter of which every device holds some rows; ``[...]`` fetches the others for as long as they are used."""
+    """A parameter of which every device holds some rows; ``[...]`` fetches the others for as long as they are used.
+
+    Attributes:
+      values: the array.
+      axis: its axis of rows: not 0 only where parameters of equal blocks are stacked, for a scan to take them apart.
+    """
 
     values: Any
+    axis: int = dataclasses.field(default=0, metadata={"static": True})
 
     def __getitem__(self, key: object) -> jax.Array:
         """Returns the whole parameter for ``[...]``, which is how a parameter is read; other indices are refused."""
@@ -185,13 +191,19 @@ def after(x: jax.Array, module: Any) -> Any:
         return module
     _, *tied = jax.lax.optimization_barrier((x, *spread))
     values = iter(tied)
-    return jax.tree.unflatten(structure, [Spread(next(values)) if isinstance(leaf, Spread) else leaf for leaf in leaves])
+    return jax.tree.unflatten(
+        structure, [dataclasses.replace(leaf, values=next(values)) if isinstance(leaf, Spread) else leaf for leaf in leaves]
+    )
 
 
 def parameters(network: Any) -> Any:
     """Returns how the parameters of a network are spread: as a tree for `over_mesh`."""
     return jax.tree.map(
-        lambda leaf: dataclasses.replace(leaf, values=PartitionSpec(DEVICES)) if isinstance(leaf, Spread) else NOWHERE,
+        lambda leaf: dataclasses.replace(leaf, values=_by_rows(leaf.axis)) if isinstance(leaf, Spread) else NOWHERE,
         network,
         is_leaf=lambda leaf: isinstance(leaf, Spread),
     )
+
+
+def _by_rows(axis: int) -> PartitionSpec:
+    return PartitionSpec(*(None,) * axis, DEVICES)

@@ -5,6 +5,7 @@ imported.  Clip n of a run has the seed ``--seed`` + n whatever the batch size, 
 same clips.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -13,14 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from sora_jax import files, shell
-from sora_jax.commands import options, preview_file
+from sora_jax.commands import options, preview_file, processes
 from sora_jax.commands.jobs import Job, Naming, batches, decoded_paths, plan_jobs, refuse_shared
 from sora_jax.commands.progress import progress_bar
 from sora_jax.commands.prompts import read_prompts
 from sora_jax.commands.spelling import Spelling
 from sora_jax.commands.user_cache import caption_folder, preview_folder, use_compile_cache
+from sora_jax.devices import guard
 from sora_jax.devices.axes import check_mesh_request, parse_axes
-from sora_jax.devices.shares import ALL, parse_share
+from sora_jax.devices.shares import ALL, Share, parse_share
 from sora_jax.inputs import prompt
 from sora_jax.pipeline import command_line
 from sora_jax.pipeline.frame_size import frames_size
@@ -129,11 +131,18 @@ class Request:
     jobs: Sequence[Job]
 
 
-def command(arguments: Sequence[str]) -> None:
-    """Reads the command line and makes clips."""
+def command(arguments: Sequence[str]) -> int | None:
+    """Reads the command line and makes clips; returns the exit code where another process makes them."""
     parser = command_line.make_parser("sora-jax generate", "Makes clips from prompts.", GROUPS)
     clip = {**command_line.of_clip(*declared(ClipOptions)), **command_line.of_clip(*declared(SamplingOptions))}
-    run(command_line.read(parser, arguments, Arguments, clip))
+    asked = command_line.read(parser, arguments, Arguments, clip)
+    if not processes.is_guard(asked) or asked.dry_run or asked.from_latents:
+        run(asked)
+        return None
+    asked.check()
+    asked.check_devices()
+    folders = {asked.folder} | ({asked.save_latents.parent} if asked.save_latents else set())
+    return processes.supervise("generate", arguments, folders)
 
 
 def run(asked: Arguments) -> None:
@@ -150,9 +159,15 @@ def run(asked: Arguments) -> None:
         return
     paths = (asked.output, asked.save_latents, asked.profile_streaming, asked.preview)
     folders = {asked.folder, *(path.parent for path in paths if path)}
-    work = functools.partial(decode, decoding(asked)) if asked.from_latents else functools.partial(make, resolve(asked))
+    if asked.from_latents:
+        work = functools.partial(decode, decoding(asked))
+    elif asked.distributed:
+        work = functools.partial(make_together, asked)
+    else:
+        work = functools.partial(make, resolve(asked))
     use_compile_cache(asked.compile_cache)
-    shell.interruptibly(work, lambda: files.remove_partial(*folders))
+    with guard.failures_told():
+        shell.interruptibly(work, lambda: files.remove_partial(*folders))
 
 
 def resolve(asked: Arguments) -> Request:
@@ -170,12 +185,36 @@ def resolve(asked: Arguments) -> Request:
     settings = model.resolve(clip)
     settings.check_room(min(asked.batch_size, len(texts) * asked.num_sample))
     share = ALL if asked.share is None else parse_share(asked.share)
+    prompts = list(zip(texts, references, strategies, strict=True))
+    plan = functools.partial(_planned, asked, prompts, share, image=settings.num_frames == 1)
+    jobs = processes.jobs_of_the_writer(plan) if asked.distributed and not asked.dry_run else plan()
+    _check_streaming(asked)
+    _check_preview(asked)
+    if asked.mesh is not None:
+        check_mesh_request(parse_axes(asked.mesh), guided=settings.guided, num_clips=asked.batch_size)
+    if not asked.quiet:
+        left_out = share.number_of(len(texts) * asked.num_sample, asked.batch_size) - len(jobs)
+        if left_out:
+            note(f"{counted(left_out, 'clip')} exist already or are asked for twice; making {len(jobs)}.")
+        if "resolution" in clip or "aspect_ratio" in clip:
+            rows, columns = frames_size(settings.height, settings.width)
+            note(f"clips have {rows} rows and {columns} columns of pixels (aspect ratios are height:width).")
+    return Request(asked=asked, model=model, settings=settings, jobs=jobs)
+
+
+def _planned(asked: Arguments, prompts: Sequence[tuple[str, str, str]], share: Share, *, image: bool) -> list[Job]:
+    """Returns the clips to make, each of which can be written, as can the other files.
+
+    Raises:
+      ValueError: no clip can have its name, or two files have the same.
+      OSError: a file exists, or cannot be written.
+    """
     jobs = plan_jobs(
         asked,
-        list(zip(texts, references, strategies, strict=True)),
+        prompts,
         num_samples=asked.num_sample,
         first=asked.start_index,
-        image=settings.num_frames == 1,
+        image=image,
         overwrite=asked.overwrite,
         share=share,
         group=asked.batch_size,
@@ -190,18 +229,7 @@ def resolve(asked: Arguments) -> Request:
         "--preview": asked.preview,
     }
     refuse_shared([job.path for job in jobs], others)
-    _check_streaming(asked)
-    _check_preview(asked)
-    if asked.mesh is not None:
-        check_mesh_request(parse_axes(asked.mesh), guided=settings.guided, num_clips=asked.batch_size)
-    if not asked.quiet:
-        left_out = share.number_of(len(texts) * asked.num_sample, asked.batch_size) - len(jobs)
-        if left_out:
-            note(f"{counted(left_out, 'clip')} exist already or are asked for twice; making {len(jobs)}.")
-        if "resolution" in clip or "aspect_ratio" in clip:
-            rows, columns = frames_size(settings.height, settings.width)
-            note(f"clips have {rows} rows and {columns} columns of pixels (aspect ratios are height:width).")
-    return Request(asked=asked, model=model, settings=settings, jobs=jobs)
+    return jobs
 
 
 def _check_streaming(asked: Arguments) -> None:
@@ -229,6 +257,8 @@ def _check_preview(asked: Arguments) -> None:
       ValueError: says what is expected.
       OSError: the file exists, or cannot be written.
     """
+    if asked.preview is not None and asked.distributed:
+        raise ValueError("--preview is written by a process alone; it does not go with --distributed: leave one of them out.")
     if asked.preview is not None:
         preview_file.check(asked.preview, overwrite=asked.overwrite)
     elif asked.preview_every is not None:
@@ -258,8 +288,19 @@ def rehearse(request: Request) -> None:
     shell.result("\n".join(lines))
 
 
+def make_together(asked: Arguments) -> None:
+    """Joins the other processes of the mesh, and makes with them what is asked for.
+
+    Raises:
+      ValueError, OSError: as `resolve` and `make`.
+      RuntimeError: another process failed.
+    """
+    writes = processes.join(asked)
+    make(resolve(asked if writes else dataclasses.replace(asked, quiet=True)))
+
+
 def make(request: Request) -> None:
-    """Makes and writes the clips of a request, one batch after the other.
+    """Makes and writes the clips of a request, one batch after the other; where processes do it together, one writes.
 
     Raises:
       ValueError: a prompt, reference or mask strategy is wrong, or the budget too small; nothing was loaded.
@@ -268,6 +309,7 @@ def make(request: Request) -> None:
     asked, settings, jobs = request.asked, request.settings, request.jobs
     if not jobs:
         return
+    from sora_jax.devices import hosts
     from sora_jax.pipeline.samples import refuse_idle
 
     pipeline = opened(asked, request.model)
@@ -292,7 +334,8 @@ def make(request: Request) -> None:
     rows = iter(samples)
     for batch in batches(jobs, asked.batch_size):
         paths = [job.path for job in batch]
-        with files.claimed(*paths):
+        with contextlib.ExitStack() as claims:
+            hosts.decided(functools.partial(claims.enter_context, files.claimed(*paths)))
             with progress_bar(asked.quiet) as callback:
                 clip = pipeline.generate(
                     list(itertools.islice(rows, len(batch))),
@@ -301,7 +344,7 @@ def make(request: Request) -> None:
                     overwrite=asked.overwrite,
                     callback=_previewing(asked, settings, callback),
                 )
-            save(asked, clip, paths)
+            hosts.decided(functools.partial(save, asked, clip, paths))
     if profile is not None and asked.profile_streaming:
         profile.save(asked.profile_streaming, overwrite=asked.overwrite)
 

@@ -4,6 +4,7 @@ Invariant: nothing is done with them here; a command's own options are declared 
 """
 
 import dataclasses
+import re
 from typing import Annotated
 
 from sora_jax.devices.axes import WEIGHTS, check_weights, parse_axes
@@ -68,6 +69,19 @@ class Devices:
         str | None,
         Option("The transformer's weights on a mesh: replicated (the default), or spread over its devices.", choices=WEIGHTS),
     ] = None
+    distributed: Annotated[
+        bool,
+        Option("The mesh has devices of several processes, each of which runs this command (SLURM, Open MPI, TPU pods, GKE)."),
+    ] = False
+    coordinator: Annotated[
+        str | None, Option("Without such a launcher: address and a free port of process 0.", metavar="HOST:PORT")
+    ] = None
+    num_processes: Annotated[
+        int | None, Option("Without such a launcher: how many processes there are.", metavar="N", within=(1, 10**6))
+    ] = None
+    process_id: Annotated[
+        int | None, Option("Without such a launcher: which of them this is, from 0.", metavar="I", within=(0, 10**6))
+    ] = None
     share: Annotated[
         str | None,
         Option("Make the I-th of N shares of the clips, 0 <= I < N: replicas that share nothing.", metavar="I/N"),
@@ -84,6 +98,29 @@ class Devices:
             parse_axes(self.mesh)
         if self.share is not None:
             parse_share(self.share)
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        """Refuses processes without a mesh, and half of what tells them."""
+        told = {
+            "--coordinator": self.coordinator,
+            "--num-processes": self.num_processes,
+            "--process-id": self.process_id,
+        }
+        present = [flag for flag, value in told.items() if value is not None]
+        if present and not self.distributed:
+            raise ValueError(f"{present[0]} tells processes of one mesh apart; it needs --distributed.")
+        if present and len(present) < len(told):
+            absent = " and ".join(flag for flag, value in told.items() if value is None)
+            raise ValueError(f"{present[0]} goes with {absent}; name all three, or none where a launcher tells them.")
+        if self.distributed and self.mesh is None:
+            raise ValueError("--distributed makes one mesh of several processes' devices; it needs --mesh.")
+        if self.process_id is not None and self.num_processes is not None and self.process_id >= self.num_processes:
+            raise ValueError(
+                f"--process-id is {self.process_id} of {self.num_processes} processes; expected 0 to {self.num_processes - 1}."
+            )
+        if self.coordinator is not None and not re.fullmatch(r".+:\d{1,5}", self.coordinator):
+            raise ValueError(f"--coordinator is {self.coordinator!r}; expected address and port, as 10.0.0.1:8476.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from sora_jax import files, shell
 from sora_jax.commands import options
+from sora_jax.devices.axes import WEIGHTS
 from sora_jax.pipeline import command_line
 from sora_jax.pipeline.option import Option, declared
 from sora_jax.pipeline.settings import Options
@@ -64,6 +65,10 @@ class Arguments(options.Attention, options.Writing):
         str | None,
         Option("All devices of the target together, as guidance=2,sequence=8; default: one of them.", metavar="AXES"),
     ] = None
+    weights: Annotated[
+        str | None,
+        Option("The transformer's weights on the mesh: replicated (the default), or spread over its devices.", choices=WEIGHTS),
+    ] = None
     python: Annotated[
         str | None,
         Option(
@@ -99,6 +104,7 @@ def run(asked: Arguments) -> int:
         programs=tuple(asked.programs.split(",")),
         optimisation=asked.optimisation,
         mesh=asked.mesh,
+        weights=asked.weights or WEIGHTS[0],
     )
     if asked.json is not None:
         files.check_target(asked.json, overwrite=asked.overwrite)

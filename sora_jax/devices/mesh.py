@@ -1,7 +1,7 @@
 """Several devices as one: the mesh that a user names, and where weights and inputs lie on it.
 
-Invariant: a mesh has the three axes of ``layout``, in their order, some of them 1 long, and its devices belong to this process.
-What devices compute is ``layout``'s and the networks' business.
+Invariant: a mesh has the three axes of ``layout``, in their order, some of them 1 long.  What devices compute is left to
+``layout`` and the networks, what several processes must take alike to ``hosts``.
 """
 
 import math
@@ -48,20 +48,6 @@ def _mesh(devices: np.ndarray) -> Mesh:
     return Mesh(devices, ORDER, axis_types=(AxisType.Auto,) * len(ORDER))
 
 
-def check_local(mesh: Mesh) -> None:
-    """Refuses devices of other processes.
-
-    Raises:
-      ValueError: says how many there are.
-    """
-    elsewhere = sum(device.process_index != jax.process_index() for device in mesh.devices.flat)
-    if elsewhere:
-        raise ValueError(
-            f"{elsewhere} of the mesh's {mesh.size} devices belong to other processes; expected devices of this one: "
-            "run a share of the clips (--share I/N) in each process."
-        )
-
-
 def axis_sizes(mesh: Mesh) -> dict[str, int]:
     """Returns the devices of every axis, in the order in which users write them."""
     return {name: mesh.shape[name] for name in AXES}
@@ -98,6 +84,31 @@ def place_parameters(flat: Mapping[str, Any], mesh: Mesh, weights: str) -> dict[
         else place(x, mesh)
         for name, x in flat.items()
     }
+
+
+def rows_here(num_rows: int, mesh: Mesh) -> list[tuple[int, int]]:
+    """Returns where the rows of a spread parameter that this process holds begin and end; neighbours are joined."""
+    each = num_rows // mesh.size
+    joined: list[tuple[int, int]] = []
+    for number, device in enumerate(mesh.devices.flat):
+        if device.process_index != jax.process_index():
+            continue
+        start, stop = number * each, (number + 1) * each
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, stop))
+    return joined
+
+
+def place_rows(spans: Mapping[tuple[int, int], np.ndarray], shape: tuple[int, ...], mesh: Mesh) -> layout.Spread:
+    """Returns a spread parameter from the rows that `rows_here` names."""
+
+    def rows_of(index: Any) -> np.ndarray:
+        first, last, _ = index[0].indices(shape[0])
+        start, stop = next(span for span in spans if span[0] <= first < span[1])
+        return spans[start, stop][first - start : last - start]
+
+    return layout.Spread(jax.make_array_from_callback(shape, NamedSharding(mesh, PartitionSpec(layout.DEVICES)), rows_of))
 
 
 def on_each(function: Any, mesh: Mesh, network: Any, *rows: Any) -> Any:

@@ -7,10 +7,12 @@ one it runs from its files (``streaming.host_loop``).  Features from the caption
 import hashlib
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax.config import policy_of
+from sora_jax.devices import hosts
 from sora_jax.networks.t5 import T5Encoder
 from sora_jax.networks.vae.codec import VAE, chunks
 from sora_jax.pipeline.coders_over_mesh import CodersOverMesh
@@ -46,12 +48,16 @@ class Coders:
         if cache is None:
             return self._encode_text(ids_BL, mask_BL)
         model = hashlib.sha256(self._networks.manifests["t5"].values_text().encode()).hexdigest()
-        found = [cache.find(model, self._dtype, ids_L) for ids_L in ids_BL]
+        shared, writes = hosts.is_over_processes(self._networks.mesh), hosts.is_writer(self._networks.mesh)
+        found = [cache.find(model, self._dtype, ids_L) if writes else None for ids_L in ids_BL]
+        if shared:
+            found = _of_the_writer(found)
         missing = [b for b, features in enumerate(found) if features is None]
         if missing:
             encoded = self._encode_text(ids_BL[missing], mask_BL[missing])
             for b, features in zip(missing, encoded, strict=True):
-                cache.keep(model, self._dtype, ids_BL[b], features)
+                if writes:
+                    cache.keep(model, self._dtype, ids_BL[b], features)
                 found[b] = features
         return np.stack([features for features in found if features is not None])
 
@@ -121,6 +127,19 @@ class Coders:
             num_slots=planned[0].num_slots if planned else 1,
             profile=networks.profile,
         )
+
+
+def _of_the_writer(found: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
+    """Returns in every process what the one that writes found in its cache."""
+    about = hosts.decided(lambda: [None if x is None else [x.dtype.name, *x.shape] for x in found])
+    features: list[np.ndarray | None] = []
+    for x, told in zip(found, about, strict=True):
+        if told is None:
+            features.append(None)
+            continue
+        data = hosts.same_bytes(b"" if x is None else np.ascontiguousarray(x).tobytes())
+        features.append(np.frombuffer(data, jnp.dtype(told[0])).reshape(told[1:]))
+    return features
 
 
 def frame_batch(height: int, width: int) -> int:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax import layout
+from sora_jax.devices.hosts import whole
 from sora_jax.devices.mesh import filled, on_each, place
 from sora_jax.networks.t5 import T5Encoder
 from sora_jax.networks.vae.codec import VAE, Chunk, chunks
@@ -89,7 +90,7 @@ class CodersOverMesh:
         spec = PartitionSpec(layout.DEVICES)
         placed = [place(filled(np.asarray(x), self._mesh.size), self._mesh, spec) for x in rows]
         computed = call(stage, self._timings, _on_each, (self._mesh, function, static), network, *placed)
-        return np.asarray(computed)[: len(rows[0])]
+        return whole(computed)[: len(rows[0])]
 
 
 def _on_each(mesh: Mesh, function: Callable[..., Any], static: tuple[Any, ...], network: Any, *rows: jax.Array) -> jax.Array:

@@ -21,7 +21,9 @@ from sora_jax.config import ModelConfig, policy_of
 from sora_jax.devices.attention_choice import choose_forms
 from sora_jax.devices.axes import check_weights
 from sora_jax.devices.compute_dtype import choose_dtype
-from sora_jax.devices.mesh import check_local, is_spread, make_mesh, place, place_parameters, sharding_on_mesh
+from sora_jax.devices.hosts import check_processes
+from sora_jax.devices.load_onto import load_onto
+from sora_jax.devices.mesh import is_spread, make_mesh, place, sharding_on_mesh
 from sora_jax.devices.names import check_attention
 from sora_jax.networks import registry
 from sora_jax.networks.forms import Forms
@@ -29,7 +31,7 @@ from sora_jax.networks.layers import precision_chosen
 from sora_jax.pipeline.caption_cache import CaptionCache
 from sora_jax.pipeline.settings import Settings
 from sora_jax.process import Timings
-from sora_jax.storage.checkpoint import flatten, load_parameters, unflatten
+from sora_jax.storage.checkpoint import load_parameters, unflatten
 from sora_jax.storage.directory import Manifest, ModelDirectoryError
 from sora_jax.storage.reader import Reader
 from sora_jax.streaming.fitting import check_fits
@@ -106,7 +108,7 @@ class Networks:
         keep = num_bytes <= KEEP_BYTES and budget is None if keep is None else keep
         devices = None if mesh is None else make_mesh(mesh)
         if devices is not None:
-            check_local(devices)
+            check_processes(devices)
         return cls(manifests, keep=keep, budget=budget, attention=attention, mesh=devices, weights=weights)
 
     @property
@@ -214,15 +216,10 @@ class Networks:
         manifest = self.manifests[network]
         abstract = registry.abstract(network, manifest.config, policy=policy_of(dtype), forms=self.forms(dtype))
         try:
-            flat = load_parameters(manifest)
-            module = unflatten(abstract, flat)
             if self.mesh is None:
-                return jax.block_until_ready(jax.device_put(module))
+                return jax.block_until_ready(jax.device_put(unflatten(abstract, load_parameters(manifest))))
             weights = self.weights if network == "stdit3" else "replicated"
-            placed = place_parameters(flat, self.mesh, weights)
-            return jax.block_until_ready(
-                jax.tree.unflatten(jax.tree.structure(abstract), [placed[name] for name in flatten(abstract)])
-            )
+            return jax.block_until_ready(unflatten(abstract, load_onto(manifest, self.mesh, weights)))
         except ValueError as error:
             if isinstance(error, ModelDirectoryError):
                 raise

@@ -5,7 +5,7 @@ alone.  `run` executes the stages, `model_file` reads what a model says of itsel
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from sora_jax.devices import hosts
 from sora_jax.devices.axes import check_mesh_request
 from sora_jax.devices.mesh import axis_sizes, name_of
 from sora_jax.inputs.tokenizer import Tokenizer
@@ -167,7 +168,7 @@ class Pipeline:
         texts = _texts("prompts", prompts)
         self.check(settings, len(texts) * num_samples if isinstance(num_samples, int) else 1)
         if latents_path is not None:
-            check_latents_target(latents_path, overwrite=overwrite)
+            self._by_the_writer(lambda: check_latents_target(latents_path, overwrite=overwrite))
         samples = self.read(texts, settings, references=references, mask_strategies=mask_strategies, num_samples=num_samples)
         refuse_idle(options, samples, settings)
         return self.generate(samples, settings, latents_path=latents_path, overwrite=overwrite, callback=callback)
@@ -237,7 +238,7 @@ class Pipeline:
         generation = Generation(self.networks, self.tokenizer, settings, timings, callback, self._previews)
         sampled = generation.sample(samples)
         if latents_path is not None:
-            save_latents(latents_path, sampled.latents, parameters, overwrite=overwrite)
+            self._by_the_writer(lambda: save_latents(latents_path, sampled.latents, parameters, overwrite=overwrite))
         pixels = generation.finish(sampled)
         evaluations_B = np.sum([result.evaluations_B for result in sampled.results], axis=0)
         return Clip(
@@ -335,6 +336,17 @@ class Pipeline:
             evaluations_B=None,
             timings=timings,
         )
+
+    def _by_the_writer(self, function: Callable[[], Any]) -> None:
+        """Calls a function in the process that writes files; an error of it is raised in all processes of the mesh."""
+        if not hosts.is_over_processes(self.networks.mesh):
+            function()
+            return
+
+        def call() -> None:
+            function()
+
+        hosts.decided(call)
 
     def _parameters(self, samples: Sequence[Sample], settings: Settings) -> list[dict[str, Any]]:
         """Returns for each sample what it is made from, JSON-ready."""

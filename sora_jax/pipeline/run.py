@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from sora_jax.devices import hosts
 from sora_jax.devices.mesh import filled
 from sora_jax.inputs import prompt, sizes
 from sora_jax.inputs import references as conditioning
@@ -295,9 +296,19 @@ class Generation:
     def _report(
         self, stage: str, step: int = 0, carry: Carry | None = None, pictures: Callable[[], np.ndarray] | None = None
     ) -> None:
-        if self.callback is not None:
-            at = {"step": step, "num_steps": self.settings.num_steps, "loop": self.loop, "num_loops": self.settings.loop}
-            self.callback(Progress(stage=stage, carry=carry, pictures=pictures, **at))
+        """Calls the callback; where the mesh is over several processes, an error of one of them ends all at the same point."""
+        at = {"step": step, "num_steps": self.settings.num_steps, "loop": self.loop, "num_loops": self.settings.loop}
+        progress, failure = Progress(stage=stage, carry=carry, pictures=pictures, **at), None
+        if not hosts.is_over_processes(self.networks.mesh):
+            if self.callback is not None:
+                self.callback(progress)
+            return
+        try:
+            if self.callback is not None:
+                self.callback(progress)
+        except BaseException as error:  # raised by `together`
+            failure = error
+        hosts.together(failure)
 
     def _pictures(self, carry: Carry, num_clips: int, num_timesteps: float) -> Callable[[], np.ndarray] | None:
         """Returns what makes the preview of a step when it is asked for."""

@@ -22,8 +22,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from sora_jax import layout
 from sora_jax.devices.axes import parse_axes
 from sora_jax.devices.mesh import make_mesh
 from sora_jax.planning import h100, operations
@@ -116,8 +117,13 @@ def _devices(target: Target) -> Sequence[Any]:
 def compiled(program: Program, place: Any) -> dict[str, Any]:
     """Returns what the compiler says of a program for a device or a mesh, or why it refuses it for want of memory."""
     on_mesh = isinstance(place, Mesh)
-    sharding = NamedSharding(place, PartitionSpec()) if on_mesh else SingleDeviceSharding(place)
-    arguments = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), program.arguments)
+    arguments = jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(place, spec) if on_mesh else SingleDeviceSharding(place)
+        ),
+        program.arguments,
+        layout.parameters(program.arguments),
+    )
     with jax.set_mesh(place) if on_mesh else contextlib.nullcontext():
         traced = jax.jit(program.function).trace(*arguments)
         lowered = traced.lower()

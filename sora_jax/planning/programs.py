@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from sora_jax import layout
 from sora_jax.config import policy_of
 from sora_jax.devices.attention_choice import choose_forms, form_name
-from sora_jax.devices.axes import AXES, check_mesh_request, parse_axes
+from sora_jax.devices.axes import AXES, WEIGHTS, check_mesh_request, parse_axes
+from sora_jax.devices.mesh import is_spread
 from sora_jax.inputs import sizes
 from sora_jax.networks import registry
 from sora_jax.networks.vae.codec import chunks, latent_size
@@ -90,6 +92,7 @@ class _Parts:
         self.forms = choose_forms(request.attention, platform=platform, dtype=self.settings.dtype)
         self.compute = jnp.dtype(policy_of(self.settings.dtype).compute)
         self.rows, self.mesh = 2 if self.settings.guided else 1, request.mesh
+        self.spread_over = request.hardware.num_devices if request.weights != WEIGHTS[0] else None
         if self.mesh is not None:
             check_mesh_request(parse_axes(self.mesh), guided=self.settings.guided, num_clips=1)
 
@@ -113,6 +116,14 @@ class _Parts:
         frames, rows, columns = latent_size(self.config.vae, clip.num_frames, clip.height, clip.width)
         return _array((1, frames, rows, columns, self.config.stdit3.in_channels), jnp.float32)
 
+    def transformer(self) -> Any:
+        """Returns the transformer of shapes, those of spread weights as `devices.mesh` places them."""
+        network, over = self.network("stdit3"), self.spread_over
+        if over is None:
+            return network
+        leaves, structure = jax.tree.flatten(network)
+        return jax.tree.unflatten(structure, [layout.Spread(leaf) if is_spread(leaf.shape, over) else leaf for leaf in leaves])
+
     def velocity(self) -> Velocity:
         """Returns the velocity of one clip, as `pipeline.run` makes it."""
         config, clip = self.config.stdit3, self.settings
@@ -120,7 +131,7 @@ class _Parts:
         given = sizes.size_conditions(1, height=clip.height, width=clip.width, num_frames=clip.num_frames, fps=clip.fps)
         fps, height_px, width_px = (_shape(given[name]) for name in ("fps_B", "height_px_B", "width_px_B"))
         return Velocity(
-            network=self.network("stdit3"),
+            network=self.transformer(),
             caption_RLE=_array((self.rows, length, config.caption_channels), self.compute),
             mask_BL=_array((1, length), jnp.bool_),
             fps=fps,

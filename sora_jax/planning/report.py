@@ -28,6 +28,7 @@ def fields(request: Request, model: Model, outcomes: Sequence[Outcome]) -> dict[
         "attention": request.attention,
         "compiled_for": request.hardware.title,
         "memory_bytes": request.hardware.chip.memory_bytes,
+        "weights": request.weights,
         "optimisation": request.optimisation,
         "note": NOTHING_MEASURED,
         "programs": [outcome.fields(clip.dtype) for outcome in outcomes],

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from sora_jax.config import ModelConfig, open_sora_1_2
-from sora_jax.devices.axes import parse_axes
+from sora_jax.devices.axes import WEIGHTS, check_weights, parse_axes
 from sora_jax.devices.compute_dtype import choose_dtype
 from sora_jax.devices.names import check_attention
 from sora_jax.pipeline import frame_size
@@ -50,6 +50,7 @@ class Request:
       optimisation: the compiler's effort on a TPU: ``fast`` takes about a quarter of the time of ``full`` and overestimates
         temporaries by up to a half; another platform knows no such difference.
       mesh: axes as `Pipeline` takes them, over all devices of the target; None: one device.
+      weights: of the transformer on a mesh, as `Pipeline` takes them.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Request:
     programs: Sequence[str] = DEFAULT_PROGRAMS
     optimisation: str = "fast"
     mesh: str | None = None
+    weights: str = WEIGHTS[0]
 
     def __post_init__(self) -> None:
         target = parse_target(self.target)
@@ -67,6 +69,7 @@ class Request:
                 f"mesh {self.mesh!r} has {asked} devices, but {target.text} has {target.num_devices}; expected axes whose "
                 f"product is {target.num_devices}."
             )
+        check_weights(self.weights, self.mesh)
         unknown = [name for name in self.programs if name not in PROGRAMS]
         if unknown or not self.programs:
             got = repr(unknown[0]) if unknown else "none"

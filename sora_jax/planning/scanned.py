@@ -10,6 +10,7 @@ from typing import Any, Self, no_type_check
 import jax
 from jaxtyping import Array, Float
 
+from sora_jax import layout
 from sora_jax.networks.merging import Merge
 from sora_jax.networks.stdit3 import Conditioning, Embed, Final, STDiT3
 
@@ -37,7 +38,12 @@ class ScannedSTDiT3:
         """Returns the shapes of a network of shapes, those of equal blocks stacked."""
 
         def stacked(blocks: Any) -> Any:
-            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(blocks), *leaf.shape), leaf.dtype), blocks[0])
+            def stack(leaf: Any) -> Any:
+                if isinstance(leaf, layout.Spread):
+                    return layout.Spread(stack(leaf.values), axis=1)
+                return jax.ShapeDtypeStruct((len(blocks), *leaf.shape), leaf.dtype)
+
+            return jax.tree.map(stack, blocks[0], is_leaf=lambda leaf: isinstance(leaf, layout.Spread))
 
         spatial, temporal = stacked(network.spatial_blocks), stacked(network.temporal_blocks)
         return cls(embed=network.embed, spatial=spatial, temporal=temporal, final=network.final)

@@ -100,8 +100,16 @@ def read_layer(reader: Reader, layer: str, *, dtype: str | None = None) -> dict[
     Raises:
       ModelDirectoryError: a file is missing, unreadable or not what the manifest says.
     """
+    return read_together(reader, reader.manifest.names(layer), dtype=dtype)
+
+
+def read_together(reader: Reader, names: Sequence[str], *, dtype: str | None = None) -> dict[str, np.ndarray]:
+    """Returns some parameters by flat name, as `read_layer` does; the scales of those that have one are among the names.
+
+    Raises:
+      ModelDirectoryError: a file is missing, unreadable or not what the manifest says.
+    """
     wanted, stored = STORED_DTYPES[dtype] if dtype else None, reader.manifest.parameters
-    names = reader.manifest.names(layer)
     kept = [name for name in names if _is_kept(name, stored, wanted)]
     flat = reader.arrays(kept)
     rest = reader.arrays([name for name in names if name not in flat])  # in other memory, which is free again soon

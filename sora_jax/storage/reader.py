@@ -26,7 +26,7 @@ from sora_jax.storage.fetched import FetchedArray, FetchedPiece
 from sora_jax.storage.in_order import FileInOrder, open_in_order
 from sora_jax.storage.pieces import Piece, Reading, StoredArray, pieces_of, problem_of
 from sora_jax.storage.place import Identity
-from sora_jax.storage.quantisation import SCALE_SUFFIX, dequantise
+from sora_jax.storage.quantisation import SCALE_SUFFIX, dequantise, scale_axis
 from sora_jax.storage.site import FETCHING_BYTES, NO_STOP, Site, Stopped, place_of
 
 IN_FLIGHT_BYTES = 8 << 20  # being read at a time: what tensorstore needs in addition to the caller's memory, at least a piece
@@ -152,6 +152,27 @@ class Reader:
         if name + SCALE_SUFFIX in self.manifest.parameters:
             rows = dequantise(name, rows, self.arrays([name + SCALE_SUFFIX])[name + SCALE_SUFFIX][unique])
         return rows[inverse.reshape(ids.shape)]
+
+    def slice(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Returns rows ``start`` to ``stop - 1`` of axis 0 in their stored dtype, int8 multiplied out to float32.
+
+        Only their blocks are read; in format 1, whose only block is the whole, all of it is read the first time.
+
+        Raises:
+          ModelDirectoryError: the file is missing, unreadable or not what the manifest says.
+        """
+        parameter = self.manifest.parameters[name]
+        rows = np.empty((stop - start, *parameter.shape[1:]), parameter.numpy_dtype)
+        values, row_bytes = rows.reshape(-1).view(np.uint8), parameter.nbytes // parameter.shape[0]
+        first, last = start * row_bytes, stop * row_bytes
+        wanted = [piece for piece in pieces_of(parameter) if piece.start < last and first < piece.stop]
+        for piece, data in self._stream(name, wanted):
+            begin, end = max(first, piece.start), min(last, piece.stop)
+            values[begin - first : end - first] = data[begin - piece.start : end - piece.start]
+        if name + SCALE_SUFFIX in self.manifest.parameters:
+            scale = self.arrays([name + SCALE_SUFFIX])[name + SCALE_SUFFIX]
+            rows = dequantise(name, rows, scale if scale_axis(name) else scale[start:stop])
+        return rows
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:
         """Yields the bytes of an array piece by piece; a piece is overwritten by the next.

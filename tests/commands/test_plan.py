@@ -65,6 +65,7 @@ def test_what_does_not_fit_is_three_with_the_compilers_own_words(tmp_path: Path,
             ("open-sora-1.2", "--target", "v5e", "--mesh", "sequence=8"),
             "mesh 'sequence=8' has 8 devices, but v5e:2x2 has 4; expected axes whose product is 4",
         ),
+        (("open-sora-1.2", "--target", "v5e", "--weights", "spread"), "weights=spread has no effect on one device"),
         (("open-sora-1.2", "--target", "v5e", "--mesh", "model=4"), "names the axis 'model'; expected data, guidance"),
         (
             ("open-sora-1.2", "--target", "v5e", "--python", "gone"),

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
+from sora_jax import layout
 from sora_jax.networks import registry
 from sora_jax.networks.stdit3 import STDiT3
 from sora_jax.pipeline.velocity import Velocity
@@ -54,6 +56,21 @@ def test_weights_have_the_dtypes_of_the_files(tiny_model: Path) -> None:
         assert nbytes(weights) == stored[network].nbytes
     scanned = parts["evaluation"].arguments[0].network
     assert nbytes(scanned) == stored["stdit3"].nbytes
+
+
+def test_spread_weights_are_divided_by_rows_stacked_or_not(tiny_model: Path) -> None:
+    request = Request(
+        model=str(tiny_model),
+        target="v5e:2x2",
+        programs=("evaluation", "sampler"),
+        mesh="guidance=2,sequence=2",
+        weights="spread",
+    )
+    parts = {part.name: layout.parameters(part.arguments[0].network) for part in programs(request, "tpu")}
+    rows, stacked = PartitionSpec(layout.DEVICES), PartitionSpec(None, layout.DEVICES)
+    assert parts["evaluation"].spatial.mlp.fc1.kernel.value.values == stacked
+    assert parts["evaluation"].spatial.mlp.fc1.bias.value == layout.NOWHERE
+    assert parts["sampler"].spatial_blocks[0].mlp.fc1.kernel.value.values == rows
 
 
 def test_without_guidance_one_row_is_evaluated(tiny_model: Path) -> None:

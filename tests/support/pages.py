@@ -20,7 +20,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.memory import compiled_ahead
+from benchmarks.memory import compiled_ahead, meshes_ahead
 from sora_jax.commands import options_table
 from sora_jax.commands.main import main as sora_jax_main
 from tests.test_walls import ORDER
@@ -171,6 +171,7 @@ GENERATED = {
     "options": (ROOT / "docs" / "options.md", options_table.table),
     "modules": (ROOT / "docs" / "architecture.md", modules_table),
     "compiled": (ROOT / "docs" / "devices.md", compiled_ahead.page_table),
+    "meshes": (ROOT / "docs" / "devices.md", meshes_ahead.page_table),
 }
 
 
