@@ -201,7 +201,7 @@ def bare(z: jax.Array, times: jax.Array, *, rows: int = 1) -> jax.Array:
 
     def step(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         i, z = carry
-        v = drift(jnp.tile(z, (rows, 1, 1, 1, 1)), padded[i][None])
+        v = drift(jnp.concatenate([z] * rows), padded[i][None])
         v = v if rows == 1 else jnp.mean(v, axis=0, keepdims=True)
         return i + 1, z + v * (padded[i] - padded[i + 1])
 
