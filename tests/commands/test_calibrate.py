@@ -179,6 +179,7 @@ def test_bad_sampling_options_get_one_line(run: Run, tiny_model: Path, arguments
     assert message in errors[0]
 
 
+@pytest.mark.ci
 def test_options_reach_the_sampler(run: Run, tiny_model: Path, pipe: Pipeline) -> None:
     arguments = ("--steps", 5, "--solver", "ab2", "--shift", 2, "--leap", 3, "--leap-extrapolate", "--merge-steps", 1)
     merging = ("--merge-attentions", "temporal,cross", "--merge-positions", "mean", "--merge-keys-values-only")

@@ -68,6 +68,7 @@ def test_a_prompt_becomes_a_file_that_knows_how_it_was_made(generate: Run, run: 
     assert "  seed: 3" in run("inspect", "clip.mp4")[2].splitlines()
 
 
+@pytest.mark.ci
 def test_a_prompt_beyond_the_embedded_model_gets_a_hint_and_a_clip(
     run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_batch_named_by_its_prompts_resumes(generate: Run, tmp_path: Path) -> 
     assert names(tmp_path / "out") == sorted(first)
 
 
+@pytest.mark.ci
 def test_a_size_by_name_says_what_comes_out(
     run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +190,7 @@ def test_frames_as_a_folder_of_pngs(generate: Run, tmp_path: Path) -> None:
     assert names(tmp_path / "frames_0000") == [f"{i:04d}.png" for i in range(17)]
 
 
+@pytest.mark.ci
 def test_an_image_to_video_clip_from_the_command_line(generate: Run, tmp_path: Path) -> None:
     Image.new("RGB", (50, 40), (200, 30, 30)).save("red.png")
     assert generate(PROMPT, "--reference-path", "red.png", "--mask-strategy", "0", "-o", "clip.npz")[0] == 0

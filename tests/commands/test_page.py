@@ -41,6 +41,7 @@ def request(**fields: str) -> form.Request:
     return form.read(prompt=PROMPT, size=None, fields=fields)
 
 
+@pytest.mark.ci
 def test_a_clip_of_the_page_is_the_clip_of_the_command_line(
     studio: Studio, visitor: Gallery, tiny_model: Path, tmp_path: Path
 ) -> None:

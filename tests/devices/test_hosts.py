@@ -31,6 +31,7 @@ def model_in_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return write_model(tmp_path_factory.mktemp("blocks"))
 
 
+@pytest.mark.ci
 def test_two_processes_decide_alike_and_read_only_their_rows(model_in_blocks: Path) -> None:
     """A process reads its rows of every spread matrix, and what stays whole."""
     first, second = together(2, "decisions", model_in_blocks, "guidance=2")

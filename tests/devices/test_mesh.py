@@ -69,6 +69,7 @@ def test_the_covering_set_covers() -> None:
     assert len(meshes.CASES) <= 10
 
 
+@pytest.mark.slow
 def test_a_pair_of_blocks_has_two_exchanges_and_no_gathering_of_tokens() -> None:
     """The bytes a device brings: two rows over two devices of guidance; 5 frames and 15 places over four become 8 and 16."""
     (outcome,) = run("evaluation", optimised=True)

@@ -77,6 +77,7 @@ def evaluate(stages: list[Stage], values: Arrays, form: str | None, rows: int) -
 
 
 @pytest.mark.usefixtures("little_optimised")
+@pytest.mark.ci
 def test_every_cut_computes_the_same_velocity(whole, smallest):
     """Both rows in one call and each in its own, captions projected in the front and once: float32 rounding apart."""
     rng = np.random.default_rng(0)

@@ -37,6 +37,7 @@ def decoded(network: Any, z: jax.Array) -> jax.Array:
     return network(z)
 
 
+@pytest.mark.ci
 def test_frames_in_bands_are_the_whole_frames() -> None:
     z = jnp.asarray(np.random.default_rng(5).standard_normal((2, 9, 5, 4), np.float32))
     whole, banded = (decoded(drawn(most), z) for most in (None, 2 * 40 * 8 * 4 * 30))

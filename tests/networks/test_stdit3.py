@@ -168,6 +168,7 @@ def test_sizes_of_the_first_sample_count_for_all(network: STDiT3) -> None:
     assert np.abs(np.asarray(forward(network, first) - forward(network, given)))[1].max() > 1e-2
 
 
+@pytest.mark.ci
 def test_every_parameter_has_an_effect(network: STDiT3) -> None:
     given = inputs() | {"frame_mask_BT": jnp.ones((2, 3), bool).at[:, 0].set(False)}
     weights = jax.random.normal(WORLD, (2, 3, 4, 6, TINY.out_channels))

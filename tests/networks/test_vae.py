@@ -154,6 +154,7 @@ class TestChunks:
         np.testing.assert_allclose(latents["looped"], latents["whole"], rtol=0, atol=ROUNDING)
         np.testing.assert_allclose(frames["looped"], frames["whole"], rtol=0, atol=ROUNDING)
 
+    @pytest.mark.ci
     def test_chunks_do_not_see_each_other(self, vae: VAE) -> None:
         changed = VIDEO.at[:, 7].add(1.0)
         moved = np.asarray(encoded(vae, changed, KEY)["whole"] - encoded(vae, VIDEO, KEY)["whole"])

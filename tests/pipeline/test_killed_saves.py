@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from sora_jax import files
 from sora_jax.pipeline import latents_file, video
@@ -72,6 +73,7 @@ def run_saves(folder: Path) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.ci
 def test_killed_between_any_two_publications_of_a_clip(tmp_path: Path) -> None:
     counts = in_a_process_without_threads(__name__, "run_saves", tmp_path)
     assert set(counts) == {f"{name} {overwrite}" for name in CLIPS for overwrite in (False, True)}

@@ -133,6 +133,7 @@ def test_a_load_that_failed_is_tried_again(model: Path) -> None:
         assert network is not None
 
 
+@pytest.mark.ci
 def test_a_budget_is_for_one_generation_at_a_time(tiny_model: Path) -> None:
     """Either the clip that one thread alone gets, or one clear refusal."""
     pipe = Pipeline.from_pretrained(tiny_model, memory_budget="8GB")

@@ -131,6 +131,7 @@ def test_an_image_to_video_clip_keeps_its_first_latent_frame(pipe: Pipeline, tin
     np.testing.assert_array_equal(by_json.latents, made.latents)
 
 
+@pytest.mark.ci
 def test_an_edit_ratio_between_keeping_and_generating(pipe: Pipeline, tiny_model: Path, clip: Clip, tmp_path: Path) -> None:
     path = video.save(clip.frames[0], tmp_path / "clip.mp4", fps=8)
     reference = encoded(tiny_model, references.read_reference(path, 32, 48)[None])[0]

@@ -88,6 +88,7 @@ def test_the_sampler_is_one_loop_over_all_steps(tiny_model: Path, options: dict[
     assert count(traced, "io_callback") == count(traced, "pure_callback") == 0
 
 
+@pytest.mark.ci
 def test_a_scan_over_blocks_is_the_transformer() -> None:
     """The same operations in the same order; XLA fuses them otherwise."""
     config = dataclasses.replace(CONFIG.stdit3, depth=2)

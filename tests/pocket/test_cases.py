@@ -75,6 +75,7 @@ def test_batches_hold_seeds_that_follow_each_other():
     assert cases._batches(chosen, 2) == [[0, 1], [2], [3, 4], [5], [6]]
 
 
+@pytest.mark.ci
 def test_settings_reach_the_sampler(tiny_model):
     asked = cases.captions(2, seed=0)
     made = list(cases.clips(tiny_model, asked, {"num_steps": 6, "guidance": 1.0, "leap": 3, "merge_steps": 2}))
@@ -138,6 +139,7 @@ def perfect_model(monkeypatch):
     monkeypatch.setattr(cases, "clips", clips)
 
 
+@pytest.mark.ci
 def test_a_perfect_model_is_judged_perfect(perfect_model):
     tables = kinds.judge_captions(None, 24, seed=0, cosines=True, num_pairs=8)
     shares = {name: rate["share"] for name, rate in tables["rates"].items()}

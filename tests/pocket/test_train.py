@@ -54,6 +54,7 @@ def _regression(num_steps: int) -> Stage:
     )
 
 
+@pytest.mark.ci
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
     whole = fit(_regression(60), tmp_path / "whole", seed=3)
     stage = _regression(60)

@@ -107,6 +107,7 @@ def test_the_ends_of_an_interval_are_values() -> None:
     assert len(traces) == first
 
 
+@pytest.mark.ci
 def test_steps_that_stand_still_cost_nothing_and_move_nothing() -> None:
     guidance = Guidance(3.0, zero_star=True, zero_steps=2)
     for solver in ("heun", "unipc"):

@@ -98,7 +98,7 @@ GRADIENTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.ci if name in ("heun leap", "plan") else ()) for name in GRADIENTS]
+    "name", [pytest.param(name, marks=pytest.mark.ci if name in ("dpmpp", "heun leap", "plan") else ()) for name in GRADIENTS]
 )
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     """With respect to guidance, latents and the velocity's own weights, along a random direction, in float64."""

@@ -179,6 +179,7 @@ def evaluations_of_released_rule(*, cosines_are_positive: bool) -> list[int]:
     return sorted({int(step) + 1 for step in leap_step(jnp.asarray(cosine))})
 
 
+@pytest.mark.ci
 def test_released_rule_never_makes_fewer_than_18_evaluations() -> None:
     """The paper's mean of 17.73 of 30 is no number of evaluations: from 18 on every one can happen, and none below."""
     assert evaluations_of_released_rule(cosines_are_positive=True) == list(range(18, 31))

@@ -171,6 +171,7 @@ def test_the_residual_of_the_block_stack_stands_for_it(transformer: Velocity) ->
     assert 1e-4 < jnp.abs(later - later_reused).max() < jnp.abs(later - v).max()
 
 
+@pytest.mark.ci
 def test_plans_drive_the_transformer(transformer: Velocity) -> None:
     """One full, one reused and one half step, against the three evaluations written out."""
     z = jnp.asarray(np.random.default_rng(4).standard_normal((2, 2, 4, 4, 4)), jnp.float32)

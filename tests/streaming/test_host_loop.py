@@ -99,6 +99,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, VAE]:
     return manifest, jax.device_put(unflatten(abstract, load_network(path, "vae")[1]))
 
 
+@pytest.mark.ci
 def test_decoding_is_that_of_the_decoder_in_memory_and_goes_chunk_by_chunk(vae: tuple[Manifest, VAE]) -> None:
     manifest, resident = vae
     z = np.random.default_rng(1).standard_normal((2, 10, 2, 3, 4)).astype(np.float32)

@@ -159,6 +159,7 @@ def test_what_was_read_ahead_is_let_go_with_the_run(stream):
         streamed.sample(network, **EVERYTHING)
 
 
+@pytest.mark.ci
 def test_the_portable_callback_delivers_the_same(directory, in_memory):
     stream = STDiT3Stream(directory, backend="host", portable=True, retained=1)
     result, _ = blocks_read(stream, lambda network: streamed.sample(network, **EVERYTHING))
@@ -196,7 +197,7 @@ def test_the_profile_is_a_trace_of_every_block(stream, tmp_path):
 @pytest.mark.parametrize(
     ("stored", "backend"),
     [
-        ("int8", "mmap"),
+        pytest.param("int8", "mmap", marks=pytest.mark.ci),
         pytest.param("bfloat16", "host", marks=pytest.mark.slow),
         pytest.param("int8", "host", marks=pytest.mark.slow),
         pytest.param("bfloat16", "mmap", marks=pytest.mark.slow),
@@ -221,7 +222,7 @@ def temporary_bytes(network: Any, *, merge_steps: int | None) -> int:
 @pytest.mark.parametrize(
     ("stored", "compute", "backend"),
     [
-        pytest.param("int8", "float32", "mmap"),
+        pytest.param("int8", "float32", "mmap", marks=pytest.mark.ci),
         *(
             pytest.param(stored, compute, backend, marks=pytest.mark.slow)
             for stored in ("float32", "bfloat16", "int8")
