@@ -11,7 +11,8 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,7 @@ from sora_jax.pipeline.recipe import Recipe
 from sora_jax.streaming.budget import parse_budget
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_REMOVALS = 20  # attempts to remove a folder while a computation still writes into it
+_REMOVALS, _REMOVAL_S = 20, 0.02  # attempts to remove a folder into which a step may still write, and the wait between
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,21 +132,32 @@ def run(asked: Arguments) -> None:
     use_compile_cache(asked.compile_cache)
     from sora_jax.commands.web.gallery import SERVED  # brings JAX along
 
+    closing: list[Callable[[], None]] = []
+
     def clean_up() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave the folder behind
         files.remove_partial(folder)
         gone = folder if asked.folder is None else folder / SERVED
+        for close in closing:
+            close()
         for _ in range(_REMOVALS):
             shutil.rmtree(gone, ignore_errors=True)
+            time.sleep(_REMOVAL_S)
             if not gone.exists():
                 break
 
-    shell.interruptibly(lambda: _serve(asked, model, folder.resolve(), credentials, recipes), clean_up)
+    shell.interruptibly(lambda: _serve(asked, model, folder.resolve(), credentials, recipes, closing), clean_up)
 
 
 def _serve(
-    asked: Arguments, model: ModelFile, folder: Path, credentials: tuple[str, str] | None, recipes: Mapping[str, Path]
+    asked: Arguments,
+    model: ModelFile,
+    folder: Path,
+    credentials: tuple[str, str] | None,
+    recipes: Mapping[str, Path],
+    closing: list[Callable[[], None]],
 ) -> None:
+    """Serves until the process ends; puts into ``closing`` what an interrupt calls to end what is computed."""
     from sora_jax.commands.web import server
     from sora_jax.commands.web.studio import Studio
     from sora_jax.pipeline.pipeline import Pipeline
@@ -153,6 +165,7 @@ def _serve(
     server.prepare(folder)
     pipeline = Pipeline.open(model, memory_budget=asked.memory_budget, attention=asked.attention or "auto")
     studio = Studio(pipeline, folder, previews=preview_folder(), recipes=recipes)
+    closing.append(studio.close)
     _, address = server.serve(studio, host=asked.host, port=asked.port, auth=credentials)
     shell.result(address)
     threading.Event().wait()

@@ -211,8 +211,12 @@ def _listing(gallery: Gallery) -> Any:
     return gr.update(choices=gallery.titles(), value=newest)
 
 
-def _stopped(studio: Studio, visit: gr.Request) -> str:
-    return "cancelling at the next step ..." if studio.cancel(_own(studio, visit)) else "nothing of yours is being made."
+def _stopped(studio: Studio, visit: gr.Request) -> Any:
+    """Returns the line of progress, which is left to the computation where there is one: its last word comes at any moment."""
+    if not studio.cancel(_own(studio, visit)):
+        return "nothing of yours is being made."
+    gr.Info("Cancelled at its next step.")
+    return gr.skip()
 
 
 def _again(gallery: Gallery, names: Sequence[str], number: int | None) -> Sequence[Any]:

@@ -79,6 +79,7 @@ class Studio:
         self._asked = itertools.count()
         self._owners: dict[int, Gallery] = {}  # of the computations that run or wait
         self._cancelled: set[int] = set()
+        self._closed = False
         self._last = max((int(path.stem[5:]) for path in folder.glob("clip_*.mp4") if path.stem[5:].isdecimal()), default=0)
 
     def cancel(self, gallery: Gallery) -> bool:
@@ -86,6 +87,10 @@ class Studio:
         own = [number for number, owner in list(self._owners.items()) if owner is gallery]
         self._cancelled.update(own)
         return bool(own)
+
+    def close(self) -> None:
+        """Ends every computation at its next step, without a word: the process ends."""
+        self._closed = True
 
     def make(self, request: Request, gallery: Gallery) -> Iterator[Step]:
         """Yields the steps of making a clip for a visitor; the last one has the clip, or the failure in one line."""
@@ -98,7 +103,7 @@ class Studio:
         self._owners[this] = gallery
 
         def watch(step: Step) -> None:
-            if this in self._cancelled:
+            if self._closed or this in self._cancelled:
                 raise Cancelled
             steps.put(step)
 
