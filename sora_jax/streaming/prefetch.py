@@ -121,10 +121,13 @@ class Prefetcher:
 
     def _want(self, wanted: Sequence[int]) -> None:
         self._wanted = wanted
-        for slot in self._slots:
-            if slot.state == READY and slot.index not in wanted[: len(self._slots)]:
-                self._empty(slot)
+        self._drop_unwanted()
         self._wake()
+
+    def _drop_unwanted(self) -> None:
+        for slot in self._slots:
+            if slot.state == READY and slot.index not in self._wanted[: len(self._slots)]:
+                self._empty(slot)
 
     def _empty(self, slot: Slot) -> None:
         slot.index, slot.state, slot.error = None, EMPTY, None
@@ -164,4 +167,5 @@ class Prefetcher:
                 error = raised
             with self._condition:
                 slot.state, slot.error = READY, error
+                self._drop_unwanted()  # others may have come to be wanted during the read, and need the slot
                 self._condition.notify_all()

@@ -73,6 +73,17 @@ def test_what_is_no_longer_wanted_makes_room(log, prefetcher):
     assert prefetcher.holding() == {7, 8}
 
 
+def test_what_is_no_longer_wanted_when_its_read_ends_makes_room(log, prefetcher):
+    taken = prefetcher.take(0, [1, 2])
+    assert becomes(lambda: log.loaded == [0, 1])
+    log.hold.clear()
+    prefetcher.free(taken)  # layer 1 is ready and layer 2 is being read when layer 0 is wanted again
+    assert becomes(lambda: prefetcher.holding() == {1, 2})
+    threading.Timer(0.05, log.hold.set).start()
+    assert prefetcher.take(0, [1, 2]).buffer == "layer 0"
+    assert becomes(lambda: prefetcher.holding() == {0, 1})
+
+
 def test_what_is_discarded_is_read_again(log, prefetcher):
     prefetcher.free(prefetcher.take(0, [1, 2]))
     assert becomes(lambda: log.loaded == [0, 1, 2])
