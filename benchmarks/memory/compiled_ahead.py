@@ -13,14 +13,13 @@ the compiled text, and the data sheets' least time for both.  An evaluation is a
 has them written out.
 """
 
-import argparse
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks._support.machine import compact, environment
+from benchmarks._support.cells import complete, results_path
 from sora_jax.planning.ahead import AheadError, compile_ahead
 from sora_jax.planning.request import Request
 from sora_jax.planning.targets import CHIPS
@@ -64,17 +63,7 @@ def cells() -> Iterator[Cell]:
 
 def main() -> None:
     """Compiles the cells that are missing, and writes each as it comes."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, default=RESULTS, help="file of the results, which is added to")
-    path = parser.parse_args().json
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    known = {Cell(**row["cell"]) for row in rows if row["error"] is None}
-    for cell in cells():
-        if cell in known:
-            continue
-        print(f"compiling {' '.join(map(str, cell))}", flush=True)
-        rows = [row for row in rows if Cell(**row["cell"]) != cell] + [compiled(cell)]
-        write(path, rows)
+    complete(results_path(__doc__, RESULTS), list(cells()), compiled, COMMAND)
 
 
 def compiled(cell: Cell) -> dict[str, Any]:
@@ -92,16 +81,6 @@ def compiled(cell: Cell) -> dict[str, Any]:
     except AheadError as error:
         return {"cell": cell._asdict(), "error": str(error), "outcome": None}
     return {"cell": cell._asdict(), "error": None, "outcome": outcome.fields(cell.dtype)}
-
-
-def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replaces the file of the results by one with all rows, in the order of the cells."""
-    order = list(cells())
-    ordered = sorted(rows, key=lambda row: order.index(Cell(**row["cell"])))
-    text = compact({"command": COMMAND, "rows": ordered, "environment": environment()})
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def page_table() -> str:

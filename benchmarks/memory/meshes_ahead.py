@@ -13,14 +13,13 @@ data sheets' figures: the longer of computing and memory, and the exchanges on t
 while tokens change places.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks._support.machine import compact, environment
+from benchmarks._support.cells import complete, results_path
 from benchmarks.memory import compiled_ahead
 from benchmarks.memory.compiled_ahead import MODEL, SIZES
 from sora_jax.config import open_sora_1_2
@@ -87,17 +86,7 @@ def cells() -> Iterator[Cell]:
 
 def main() -> None:
     """Compiles the cells that are missing, and writes each as it comes."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, default=RESULTS, help="file of the results, which is added to")
-    path = parser.parse_args().json
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    known = {Cell(**row["cell"]) for row in rows if row["error"] is None}
-    for cell in cells():
-        if cell in known:
-            continue
-        print(f"compiling {' '.join(map(str, cell))}", flush=True)
-        rows = [row for row in rows if Cell(**row["cell"]) != cell] + [compiled(cell)]
-        write(path, rows)
+    complete(results_path(__doc__, RESULTS), list(cells()), compiled, COMMAND)
 
 
 def compiled(cell: Cell) -> dict[str, Any]:
@@ -166,15 +155,6 @@ def seconds_rate(cell: Cell, kind: str) -> float:
 
 def _axes(cell: Cell) -> Mapping[str, int]:
     return parse_axes("data=1" if cell.mesh == ONE else cell.mesh)
-
-
-def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replaces the file of the results by one with all rows, in the order of the cells."""
-    order = list(cells())
-    ordered = sorted(rows, key=lambda row: order.index(Cell(**row["cell"])))
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(compact({"command": COMMAND, "rows": ordered, "environment": environment()}))
-    temporary.replace(path)
 
 
 def page_table() -> str:

@@ -79,22 +79,11 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Returns the command line's options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.paper_tables", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="MODEL_DIR", type=Path, nargs="?", help="default: the embedded model")
-    parser.add_argument("--work", type=Path, required=True, help="folder of latents and lines; the run goes on from it")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results, without suffix")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=1, help="noises for each prompt")
-    parser.add_argument("--prompt-file", type=Path, help="one prompt a line (default: captions of the embedded model)")
-    parser.add_argument("--batch", type=int, default=8, help="clips in a batch; keep the number when the run goes on")
-    parser.add_argument("--seed", type=int, default=0, help="seed of captions and noise")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    for name, kind in (("guidance", float), ("num-frames", str), ("height", int), ("width", int)):
-        parser.add_argument(f"--{name}", type=kind, help="default: the model's")
+    sampler_study.add_options(parser, out=RESULTS, prompts=8, batch=8)
     parser.add_argument("--memory-budget", help="also stream the model within this, in table 5")
     parser.add_argument("--repeats", type=int, default=3, help="of table 5; the median counts")
     parser.add_argument("--picture", type=Path, help="PNG file of figure 5; needs matplotlib")
     parser.add_argument("--frames", type=Path, help="folder of the clips, by VBench's names")
-    parser.add_argument("--compile-cache", type=Path, help="folder of compiled programs")
     return argparse.Namespace(**vars(parser.parse_args()), calibration_prompts=0)
 
 

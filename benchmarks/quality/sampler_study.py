@@ -116,13 +116,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Returns the command line's options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.sampler_study", description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="MODEL_DIR", type=Path, nargs="?", help="default: the embedded model")
-    parser.add_argument("--work", type=Path, required=True, help="folder of latents and lines; the study goes on from it")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results, without suffix")
+    add_options(parser, out=RESULTS, prompts=32, batch=16)
     parser.add_argument("--pictures", type=Path, default=PICTURES, help="folder of the pictures")
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--seeds", type=int, default=1, help="noises for each prompt")
-    parser.add_argument("--prompt-file", type=Path, help="one prompt a line (default: captions of the embedded model)")
     parser.add_argument(
         "--calibration-prompts",
         type=int,
@@ -132,13 +127,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", metavar="REGEX", help="only methods whose name it finds; references always")
     parser.add_argument("--frontier", action="store_true", help="only the best methods of the lines so far")
     parser.add_argument("--report", action="store_true", help="write the report alone")
-    parser.add_argument("--batch", type=int, default=16, help="clips in a batch; keep the number when the study goes on")
+    return parser.parse_args()
+
+
+def add_options(parser: argparse.ArgumentParser, *, out: Path, prompts: int, batch: int) -> None:
+    """Adds the options that decide what a study samples and where it writes; `opened` reads them."""
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path, nargs="?", help="default: the embedded model")
+    parser.add_argument("--work", type=Path, required=True, help="folder of latents and lines; the run goes on from it")
+    parser.add_argument("--out", type=Path, default=out, help="results, without suffix")
+    parser.add_argument("--prompts", type=int, default=prompts)
+    parser.add_argument("--seeds", type=int, default=1, help="noises for each prompt")
+    parser.add_argument("--prompt-file", type=Path, help="one prompt a line (default: captions of the embedded model)")
+    parser.add_argument("--batch", type=int, default=batch, help="clips in a batch; keep the number when the run goes on")
     parser.add_argument("--seed", type=int, default=0, help="seed of captions and noise")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     for name, kind in (("guidance", float), ("num-frames", str), ("height", int), ("width", int)):
         parser.add_argument(f"--{name}", type=kind, help="default: the model's")
     parser.add_argument("--compile-cache", type=Path, help="folder of compiled programs")
-    return parser.parse_args()
 
 
 def opened(options: argparse.Namespace) -> Study:

@@ -92,7 +92,7 @@ def numbers_of(text: str) -> list[int]:
 
 def _search(asked: Arguments, model: ModelFile, settings: Settings, texts: Sequence[str], paths: dict[int, Path]) -> None:
     from sora_jax.pipeline.pipeline import Pipeline
-    from sora_jax.pipeline.tuning import Tuning
+    from sora_jax.pipeline.tuning import LINES, Tuning
 
     pipeline = Pipeline.open(model, memory_budget=asked.memory_budget, attention=asked.attention or "auto")
     settings = pipeline.networks.decide(settings)
@@ -102,11 +102,13 @@ def _search(asked: Arguments, model: ModelFile, settings: Settings, texts: Seque
     say = (lambda _line: None) if asked.quiet else note
     left = None if asked.minutes is None else 60 * asked.minutes
     missing = [number for number, path in paths.items() if asked.overwrite or not path.exists()]
-    tuning = Tuning(pipeline, settings, texts, asked.output, note=say, seconds=left)
-    for recipe in tuning.recipes(missing):
-        number = recipe.evaluations
-        recipe.write(paths[number], overwrite=asked.overwrite)
-        best = recipe.measured
-        say(f"{number} evaluations: {best['name']}, {best['error_db']:.2f} dB on {best['prompts_measured']} other prompts")
+    asked.output.mkdir(parents=True, exist_ok=True)
+    with files.claimed(asked.output / LINES):
+        tuning = Tuning(pipeline, settings, texts, asked.output, note=say, seconds=left)
+        for recipe in tuning.recipes(missing):
+            number = recipe.evaluations
+            recipe.write(paths[number], overwrite=asked.overwrite)
+            best = recipe.measured
+            say(f"{number} evaluations: {best['name']}, {best['error_db']:.2f} dB on {best['prompts_measured']} other prompts")
     for path in paths.values():
         shell.result(path)

@@ -56,29 +56,24 @@ def front(
     frame_mask_BT: Array | None = None,
 ) -> Outputs:
     """Returns tokens and conditioning of the rows [conditional, unconditional]; the latter have the null caption."""
-    embed = modules[""]
-    x_RTSD, given = embed(
-        _twice(z_BTHWC),
-        _twice(t_B),
-        with_null_caption(caption_BLE, embed.y_embedder.y_embedding[...]),
-        _is_real(mask_BL),
+    alone = front_alone(
+        2,
+        modules,
+        z_BTHWC=z_BTHWC,
+        t_B=t_B,
         fps_B=fps_B,
         height_px_B=height_px_B,
         width_px_B=width_px_B,
-        frame_mask_BT=None if frame_mask_BT is None else _is_real(_twice(frame_mask_BT)),
+        frame_mask_BT=frame_mask_BT,
     )
-    outputs = {"x_RTSD": x_RTSD, "caption_RLD": given.caption_BLD, "mask_RL": _twice(mask_BL), "mod_RF6D": given.mod_BF6D}
-    outputs["t_RD"] = given.t_BD
-    if frame_mask_BT is not None:
-        outputs |= {"t0_RD": given.t0_BD, "frame_mask_RT": _twice(frame_mask_BT)}
-    return outputs
+    return {"x_RTSD": alone.pop("x_RTSD"), **caption(modules, caption_BLE=caption_BLE, mask_BL=mask_BL), **alone}
 
 
 def caption(modules: Modules, *, caption_BLE: Array, mask_BL: Array) -> Outputs:
     """Returns the projections of the caption and of the null caption, and the mask of both."""
     embed = modules[""]
     both_RLE = with_null_caption(caption_BLE, embed.y_embedder.y_embedding[...])
-    return {"caption_RLD": embed.caption(both_RLE), "mask_RL": _twice(mask_BL)}
+    return {"caption_RLD": embed.caption(both_RLE), "mask_RL": _repeated(mask_BL, 2)}
 
 
 def front_alone(
@@ -179,9 +174,5 @@ def _is_real(mask: Array) -> Array:
     return mask > 0.5
 
 
-def _twice(x: Array) -> Array:
-    return jnp.concatenate([x, x])
-
-
 def _repeated(x: Array, rows: int) -> Array:
-    return x if rows == 1 else _twice(x)
+    return jnp.concatenate([x] * rows)

@@ -37,6 +37,7 @@ from sora_jax.sampling.calibration import Calibration, calibrate
 from sora_jax.sampling.sampler import finish
 from sora_jax.sampling.schedule import resolution_shift
 
+LINES = "tune.jsonl"  # of a folder: what was measured
 FINE_STEPS, FINE_SHIFT = 128, 2.4  # of AB2, whose error falls with their square
 PLAN_STEPS = 30
 _RESOLVED_DB = 30.0  # half as many fine steps come at least as close, or the prompt measures nothing
@@ -70,7 +71,7 @@ class Tuning:
       seconds: time limit of the search; None: none.
 
     Raises:
-      ValueError: too few prompts, or the folder belongs to other settings.
+      ValueError: too few prompts, or the folder belongs to other settings or holds a damaged file.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Tuning:
         self.until = self.deadline = math.inf if seconds is None else time.monotonic() + seconds
         first_held = len(prompts) - len(prompts) // 3
         self.searched, self.held_out = [*range(first_held)], [*range(first_held, len(prompts))]
-        self._lines, self._fine_path = folder / "tune.jsonl", folder / "tune-fine.npz"
+        self._lines, self._fine_path = folder / LINES, folder / "tune-fine.npz"
         self._known = self._read_lines()
         self._generation = Generation(pipeline.networks, pipeline.tokenizer, settings, Timings(), None)
         self._shift = float(
@@ -283,21 +284,22 @@ class Tuning:
             "dtype": self.settings.dtype,
             "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
         }
-        if not self._lines.exists():
-            self._lines.parent.mkdir(parents=True, exist_ok=True)
-            self._lines.write_text(json.dumps(of) + "\n", encoding="utf-8")
-            return {}
-        text = self._lines.read_text(encoding="utf-8")
-        if not text.endswith("\n"):
-            text = text[: text.rfind("\n") + 1]
-            files.write_text(self._lines, text, overwrite=True)
-        first, *lines = map(json.loads, text.splitlines())
+        text = self._lines.read_text(encoding="utf-8") if self._lines.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if not whole:
+            whole = json.dumps(of) + "\n"
+        if whole != text:
+            files.write_text(self._lines, whole, overwrite=True)
+        known: dict[int, dict[tuple[str, int], Measured]] = {}
+        try:
+            first, *lines = map(json.loads, whole.splitlines())
+            for line in lines:
+                count, at = line.pop("count"), (line.pop("name"), line.pop("prompt"))
+                known.setdefault(count, {})[at] = Measured(**line)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{self._lines} is damaged; remove it, or choose another folder.") from None
         if first != of:
             raise ValueError(f"{self._lines} is of another model, other settings or other prompts; choose another folder.")
-        known: dict[int, dict[tuple[str, int], Measured]] = {}
-        for line in lines:
-            count, at = line.pop("count"), (line.pop("name"), line.pop("prompt"))
-            known.setdefault(count, {})[at] = Measured(**line)
         return known
 
 

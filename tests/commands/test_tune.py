@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sora_jax import files
 from sora_jax.commands import main
 from sora_jax.pipeline import tuning
 from sora_jax.pipeline.model_file import ModelFile
@@ -200,6 +202,26 @@ def test_what_was_measured_before_an_interrupt_is_kept_and_not_measured_again(
     assert pretended.samplings == number
     assert lines_of(folder) == whole
     assert Recipe.read(folder / "recipe-4.json") == Recipe.read(tmp_path / "whole" / "recipe-4.json")
+
+
+def test_a_file_of_measurements_that_is_torn_damaged_or_in_use_is_told_apart(
+    pretended: Pretended, words: tuple[object, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for text in ('{"model"', "{}\n[]\n", "nonsense\n", '{"model": "another"}\n'):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "tune.jsonl").write_text(text)
+        code, said, _ = run(capfd, *words, "-o", tmp_path / "out", "--quiet")
+        if not text.endswith("\n"):
+            assert (code, said) == (0, "")
+        else:
+            reason = "is of another model" if "another" in text else "is damaged; remove it"
+            assert (code, reason in said, len(said.splitlines())) == (2, True, 1), said
+            assert (tmp_path / "out" / "tune.jsonl").read_text() == text
+        shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with files.claimed(tmp_path / "out" / "tune.jsonl"):
+        code, said, _ = run(capfd, *words, "-o", tmp_path / "out", "--quiet")
+    assert (code, "another process is writing" in said, len(said.splitlines())) == (2, True, 1), said
 
 
 def test_every_number_of_evaluations_gets_its_share_of_the_time(
