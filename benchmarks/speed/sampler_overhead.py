@@ -90,7 +90,7 @@ def counted(repeats: int) -> dict[str, Any]:
         sampler = Sampler.create(Drift() if "reuse" in options else drift, schedule, **options)
         start = sampler.start(z)
         runs[name] = functools.partial(sampler.run, start, STEPS)
-        work[name] = _work(run_program.lower(sampler, start, np.int32(STEPS)))
+        work[name] = _work(_lowered(sampler, start))
     seconds = processor_seconds(runs, repeats)
     found = {}
     for name, options in {**KINDS, **WATCHED}.items():
@@ -117,6 +117,12 @@ def processor_seconds(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[
             if repeat:
                 seconds[name].append(time.process_time() - began)
     return seconds
+
+
+def _lowered(sampler: Sampler, start: Any) -> Any:
+    """Returns the program of a run, of plain arrays: JAX describes arguments by objects that no checked dataclass takes."""
+    leaves, tree = jax.tree.flatten((sampler, start, np.int32(STEPS)))
+    return jax.jit(lambda leaves: run_program(*tree.unflatten(leaves))).lower(leaves)
 
 
 def _work(lowered: Any) -> dict[str, int]:

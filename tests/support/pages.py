@@ -95,17 +95,33 @@ def module_commands(text: str) -> list[list[str]]:
 
 
 def options_of_module(name: str) -> set[str]:
-    """Returns the options of ``python -m NAME``: from its help, or from the source of a benchmark, whose imports are heavy."""
+    """Returns the options of ``python -m NAME``: from its help, or from the source of a benchmark and what it shares."""
     name = _HANDS_OVER.get(name, name)
     if name.startswith("sora_jax."):
         return set(_OPTION.findall(help_text(importlib.import_module(name).main)))
     path = ROOT / Path(*name.split("."))
-    path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
-    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
-    declared = {"-h", "--help"}
-    for call in calls:
-        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
-            words = [word.value for word in call.args if isinstance(word, ast.Constant)]
+    tree = _parsed(path / "__main__.py" if path.is_dir() else path.with_suffix(".py"))
+    declared = {"-h", "--help"} | _declared_in(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks"):
+            module = ROOT / Path(*(node.module or "").split("."))
+            sources = [each.with_suffix(".py") for each in (module, *(module / each.name for each in node.names))]
+            for shared in map(_parsed, filter(Path.is_file, sources)):
+                functions = [each for each in shared.body if isinstance(each, ast.FunctionDef)]
+                declared |= set().union(*(_declared_in(each) for each in functions if each.name not in ("main", "parse")))
+    return declared
+
+
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _declared_in(tree: ast.AST) -> set[str]:
+    """Returns the options that calls of ``add_argument`` below a node name."""
+    declared: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+            words = [word.value for word in node.args if isinstance(word, ast.Constant)]
             declared |= {word for word in words if str(word).startswith("-")}
     return declared
 
