@@ -18,7 +18,7 @@ from convert_weights.errors import SourceError
 from convert_weights.readers import Checkpoint
 from convert_weights.torch_zip import Extent
 
-_PIECE_BYTES = 4 << 20
+_PIECE_BYTES = 512 << 10
 
 
 class Checksums:

@@ -24,7 +24,7 @@ from convert_weights.source_file import OpenFile
 from sora_jax.storage.arrays import STORED_DTYPES
 from sora_jax.storage.quantisation import SCALE_SUFFIX, is_quantised, quantise_rows, scale_axis
 
-_SLICE_BYTES = 4 << 20
+_SLICE_BYTES = 1 << 20  # stays in the cache of a core from reading to writing
 _WORKERS = 2
 _CACHE_LINE_BYTES = 64
 _NOTHING = np.empty(0, np.uint8)
