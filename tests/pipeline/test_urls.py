@@ -96,7 +96,7 @@ def test_what_needs_a_folder_says_so(served: Site, capsys: pytest.CaptureFixture
 @pytest.mark.slow
 def test_the_embedded_model_from_a_server_within_a_budget(tmp_path: Path) -> None:
     """The clip that `generate` makes of it is the folder's, within the rounding that streaming may have."""
-    arguments = ["generate", PROMPT, "--num-steps", "4", "--memory-budget", "8GB", "-o", str(tmp_path / "clip.npz"), "--quiet"]
+    arguments = ["generate", PROMPT, "--steps", "4", "--memory-budget", "8GB", "-o", str(tmp_path / "clip.npz"), "--quiet"]
     with serving(POCKET) as served:
         assert main.main([*arguments, "--model", served.url, "--compile-cache", "off", "--caption-cache", "off"]) == main.OK
     frames = np.load(tmp_path / "clip.npz")["frames"]
