@@ -2,8 +2,8 @@
 
 Command:  python -m benchmarks.memory.attention_forms [--rows 1] [--forms dense chunked auto]
           (--tiny tries it out at toy width)
-Needs:    Linux; 7 GB of memory for the dense form with one row of guidance, 13 GB with two; a minute of two cores a form.
-Expect:   with one row: dense about 6.3 GB, chunked about 2.7 GB and no more than 1.25 times the CPU seconds.
+Needs:    Linux; 4 GB of memory for the dense form with one row of guidance, 7 GB with two; a minute of two cores a form.
+Expect:   with one row: dense about 3.1 GB, chunked about 1.9 GB and no more than 1.25 times the CPU seconds; the same bits.
 Rival:    the dense form.
 
 The peak is VmHWM of the process after the second run, interpreter and compiler included; the peak before it is listed apart.

@@ -139,8 +139,7 @@ def command(arguments: Sequence[str]) -> int | None:
     if not processes.is_guard(asked) or asked.dry_run or asked.from_latents:
         run(asked)
         return None
-    asked.check()
-    asked.check_devices()
+    _check_together(asked)
     folders = {asked.folder} | ({asked.save_latents.parent} if asked.save_latents else set())
     return processes.supervise("generate", arguments, folders)
 
@@ -152,8 +151,7 @@ def run(asked: Arguments) -> None:
       ValueError: an option is wrong or without effect; nothing was loaded.
       OSError: an input cannot be read, or a file not be written.
     """
-    asked.check()
-    asked.check_devices()
+    _check_together(asked)
     if asked.dry_run and not asked.from_latents:
         rehearse(resolve(asked))
         return
@@ -188,8 +186,7 @@ def resolve(asked: Arguments) -> Request:
     prompts = list(zip(texts, references, strategies, strict=True))
     plan = functools.partial(_planned, asked, prompts, share, image=settings.num_frames == 1)
     jobs = processes.jobs_of_the_writer(plan) if asked.distributed and not asked.dry_run else plan()
-    _check_streaming(asked)
-    _check_preview(asked)
+    _check_targets(asked)
     if asked.mesh is not None:
         check_mesh_request(parse_axes(asked.mesh), guided=settings.guided, num_clips=asked.batch_size)
     if not asked.quiet:
@@ -232,37 +229,39 @@ def _planned(asked: Arguments, prompts: Sequence[tuple[str, str, str]], share: S
     return jobs
 
 
-def _check_streaming(asked: Arguments) -> None:
-    """Refuses a budget that is none, and a profile of nothing.
+def _check_together(asked: Arguments) -> None:
+    """Refuses options that contradict each other or have no effect alone, before processes join.
 
     Raises:
-      ValueError: says what is expected.
+      ValueError: says which, and what is expected.
     """
+    asked.check()
+    asked.check_devices()
     if asked.memory_budget is not None:
         parse_budget(asked.memory_budget)
         if asked.mesh is not None:
             raise ValueError(
                 "--memory-budget streams weights into one device; it does not go with --mesh: leave one of them out."
             )
-    if asked.profile_streaming:
-        if asked.memory_budget is None:
-            raise ValueError("--profile-streaming records how layers are streamed; it needs --memory-budget.")
-        files.check_target(asked.profile_streaming, overwrite=asked.overwrite)
-
-
-def _check_preview(asked: Arguments) -> None:
-    """Refuses a preview that cannot be written, and a number of steps without one.
-
-    Raises:
-      ValueError: says what is expected.
-      OSError: the file exists, or cannot be written.
-    """
+    elif asked.profile_streaming:
+        raise ValueError("--profile-streaming records how layers are streamed; it needs --memory-budget.")
+    if asked.preview is None and asked.preview_every is not None:
+        raise ValueError("--preview-every says when previews are written; it needs --preview FILE.")
     if asked.preview is not None and asked.distributed:
         raise ValueError("--preview is written by a process alone; it does not go with --distributed: leave one of them out.")
+
+
+def _check_targets(asked: Arguments) -> None:
+    """Refuses files on the way that cannot be written.
+
+    Raises:
+      ValueError: a name has a suffix that cannot be.
+      OSError: a file exists, or cannot be written.
+    """
+    if asked.profile_streaming:
+        files.check_target(asked.profile_streaming, overwrite=asked.overwrite)
     if asked.preview is not None:
         preview_file.check(asked.preview, overwrite=asked.overwrite)
-    elif asked.preview_every is not None:
-        raise ValueError("--preview-every says when previews are written; it needs --preview FILE.")
 
 
 def rehearse(request: Request) -> None:

@@ -37,6 +37,10 @@ PROMPT = "a red circle"
             ("--mesh", "sequence=2", "--distributed", "--memory-budget", "3GB", "--dry-run"),
             "--memory-budget streams weights into one device",
         ),
+        (
+            ("--mesh", "sequence=2", "--distributed", "--preview", "next.png"),
+            "--preview is written by a process alone; it does not go with --distributed",
+        ),
     ],
 )
 def test_processes_that_cannot_be_are_one_line(
