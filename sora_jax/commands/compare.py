@@ -6,7 +6,7 @@ Invariant: measures are those of `metrics`, on the pixels that the files hold; n
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -43,6 +43,7 @@ def command(arguments: Sequence[str]) -> None:
     from sora_jax.pipeline.clip_frames import read_frames
 
     clips = {path: read_frames(path) for path in (asked.clip, asked.reference)}
+    _refuse_different(clips)
     fields = compare(clips[asked.clip], clips[asked.reference])
     shell.result(json.dumps(fields, indent=2) if asked.json else "\n".join(_lines(fields, asked)))
 
@@ -67,6 +68,14 @@ def compare(video_thwc: np.ndarray, reference_thwc: np.ndarray) -> dict[str, Any
         "ssim": similarity,
         **{name: [_alone(name, clip) for clip in (video_thwc, reference_thwc)] for name in _ALONE},
     }
+
+
+def _refuse_different(clips: Mapping[str, np.ndarray]) -> None:
+    """Refuses clips of different sizes or lengths, by the names of their files."""
+    if len({clip.shape for clip in clips.values()}) > 1:
+        shapes = {path: clip.shape for path, clip in clips.items()}
+        sizes = " and ".join(f"{path} has {t} frames of {h} x {w}" for path, (t, h, w, _) in shapes.items())
+        raise ValueError(f"{sizes}; expected two clips of one size and length, made with the same frames, size and loop.")
 
 
 def _alone(name: str, clip: np.ndarray) -> float | None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from sora_jax.commands.jobs import Job
 from sora_jax.config import ModelConfig
+from sora_jax.inputs.sizes import frames_of_latents
 from sora_jax.networks.vae.codec import latent_size
 from sora_jax.pipeline.frame_size import frames_size
 from sora_jax.pipeline.model_file import ModelFile
@@ -76,7 +77,10 @@ def _what(model: ModelFile, settings: Settings, jobs: Sequence[Job], batch: int)
     frames, rows, columns = latent_size(config.vae, settings.num_frames, settings.height, settings.width)
     _, _, tokens = token_shape(config, workload_of(settings, 1))
     clips = f"{counted(len(jobs), 'clip')} of {counted(settings.num_frames, 'frame')}"
-    loop = f", {settings.loop} in a row" if settings.loop > 1 else ""
+    loop = ""
+    if settings.loop > 1:
+        new = settings.num_frames - frames_of_latents(settings.condition_frame_length)  # of every clip but the first
+        loop = f", {settings.loop} in a row, {settings.num_frames + (settings.loop - 1) * new} frames in all"
     together = f", {batch} together" if batch > 1 else ""
     count, may_leap = settings.evaluations()
     merged = f", the first {settings.merge_steps} merged" if settings.merge_steps else ""
@@ -102,5 +106,10 @@ def _cost(plan: MemoryPlan, settings: Settings, num_batches: int) -> list[str]:
     speeds = f"{BYTES_PER_S / 1e9:g} GB/s of storage and {speed / 1e9:,.0f} GFLOP/s"
     return [
         f"memory: about {plan.peak / 1e6:,.0f} MB{budget}",
-        f"time: about {sum(seconds.values()):,.0f} s ({parts}) at {speeds}, compiling apart",
+        f"time: about {_seconds(sum(seconds.values()))} ({parts}) at {speeds}, compiling apart",
     ]
+
+
+def _seconds(seconds: float) -> str:
+    """Returns a time in words; less than ten seconds with a decimal."""
+    return f"{seconds:,.1f} s" if seconds < 10 else f"{seconds:,.0f} s"

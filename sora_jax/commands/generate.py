@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from sora_jax import files, shell
 from sora_jax.commands import options, preview_file, processes
+from sora_jax.commands.beyond import beyond
 from sora_jax.commands.jobs import Job, Naming, batches, decoded_paths, plan_jobs, refuse_shared
 from sora_jax.commands.progress import progress_bar
 from sora_jax.commands.prompts import read_prompts
@@ -23,7 +24,6 @@ from sora_jax.commands.user_cache import caption_folder, preview_folder, use_com
 from sora_jax.devices import guard
 from sora_jax.devices.axes import check_mesh_request, parse_axes
 from sora_jax.devices.shares import ALL, Share, parse_share
-from sora_jax.inputs import prompt
 from sora_jax.pipeline import command_line
 from sora_jax.pipeline.frame_size import frames_size
 from sora_jax.pipeline.latents_file import check_latents_target, read_parameters
@@ -42,7 +42,6 @@ _WITH_LATENTS = {
     "from_latents", "model", "start_index", "memory_budget", "output", "save_dir", "sample_name", "prompt_as_path", "format",
     "overwrite", "quiet", "caption_cache", "compile_cache", "attention", "mesh",
 }  # fmt: skip
-_MAX_WORDS = 10  # of a prompt that the model does not know
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -427,16 +426,8 @@ def save(asked: Arguments, clip: "Clip", paths: Sequence[Path]) -> None:
 
 def note_what_is_beyond(pipeline: "Pipeline", settings: Settings, prompts: Sequence[str]) -> None:
     """Says which words the model does not know, and what of the request lies outside what it was trained for."""
-    trained = pipeline.model.trained
-    segments = [segment for text in dict.fromkeys(prompts) for segment in prompt.split_prompt(text)[0]]
-    words = list(dict.fromkeys(word for segment in segments for word in pipeline.tokenizer.unknown_words(segment)))
-    if words:
-        more = " ..." if len(words) > _MAX_WORDS else ""
-        known = f" It knows {trained.captions}." if trained is not None and trained.captions else ""
-        note(f"the model does not know {', '.join(words[:_MAX_WORDS])}{more}.{known}")
-    beyond = trained.outside(settings) if trained is not None else ""
-    if beyond:
-        note(beyond)
+    for line in beyond(pipeline, settings, prompts):
+        note(line)
     note_dtype(settings)
 
 

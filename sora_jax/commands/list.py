@@ -17,7 +17,7 @@ from sora_jax.pipeline.frame_size import frames_size
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Option, declared
 from sora_jax.pipeline.presets import PRESETS, WAYS
-from sora_jax.pipeline.recipe import Recipe
+from sora_jax.pipeline.recipe import MAKE_ONE, Recipe
 from sora_jax.pipeline.settings import Settings
 
 # What a subject is listed as: fields for JSON, lines for people.
@@ -93,7 +93,7 @@ def recipes(asked: "Arguments") -> Listed:
         for name, recipe in found.items()
     ]
     fields = {name: dataclasses.asdict(recipe) for name, recipe in found.items()}
-    return fields, lines or [f"no recipe in {asked.folder}; make one with: sora-jax tune MODEL_DIR -o {asked.folder}"]
+    return fields, lines or [f"no recipe in {asked.folder}; {MAKE_ONE} {asked.folder}"]
 
 
 SUBJECTS: Mapping[str, Callable[["Arguments"], Listed]] = {

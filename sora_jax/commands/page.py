@@ -22,7 +22,7 @@ from sora_jax.commands.user_cache import preview_folder, use_compile_cache
 from sora_jax.pipeline import command_line
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Option, declared
-from sora_jax.pipeline.recipe import Recipe
+from sora_jax.pipeline.recipe import MAKE_ONE, Recipe
 from sora_jax.streaming.budget import parse_budget
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -95,9 +95,7 @@ class Arguments(options.MemoryBudget, options.Attention, options.CompileCache):
             return {}
         found = {path.name: path for path in sorted(self.recipes.glob("recipe*.json"))}
         if not found:
-            raise FileNotFoundError(
-                f"no recipe in {self.recipes}; make one with: sora-jax tune MODEL_DIR --evaluations 16 -o {self.recipes}"
-            )
+            raise FileNotFoundError(f"no recipe in {self.recipes}; {MAKE_ONE} {self.recipes}")
         for path in found.values():
             Recipe.read(path)
         return found

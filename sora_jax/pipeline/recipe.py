@@ -20,6 +20,7 @@ _KINDS: Mapping[str, type] = {
     "compared": list,
 }  # fmt: skip
 _SAME_SIZE = 1.25  # of two sizes in pixels, the larger by the smaller: one size class
+MAKE_ONE = "make one with: sora-jax tune MODEL_DIR --evaluations 16 --prompts FILE -o"  # a folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Recipe:
           FileNotFoundError: no such file.
           ValueError: the file is something else.
         """
-        files.refuse_missing(path, "recipe", remedy="make one with: sora-jax tune MODEL_DIR --evaluations 16 -o FOLDER")
+        files.refuse_missing(path, "recipe", remedy=f"{MAKE_ONE} FOLDER")
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:

@@ -60,7 +60,7 @@ def test_a_single_small_picture_has_neither_motion_nor_ssim(folder: Path, capsys
 @pytest.mark.parametrize(
     ("clip", "message"),
     [
-        ("short.npz", "clip has shape (3, 32, 32, 3), its reference (4, 32, 32, 3)"),
+        ("short.npz", "short.npz has 3 frames of 32 x 32 and a.npz has 4 frames of 32 x 32; expected two clips of one size"),
         ("text.mp4", "text.mp4 is not a readable mp4 file"),
         ("other.npz", "other.npz holds no frames"),
         ("wide.npz", "expected uint8[frames, height, width, 3]"),

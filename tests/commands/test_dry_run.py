@@ -1,5 +1,6 @@
 """``generate --dry-run`` says what a run would do, refuses what a run refuses, and leaves nothing behind."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ def test_it_names_sizes_work_and_files_and_writes_none(tiny_model: Path, capsys:
     assert "of a budget of 2,000 MB" in output
     assert "sample_0000.mp4: seed 3, 'a red circle'\nsample_0001.mp4: seed 4, 'a square'" in output
     assert not list(Path().iterdir())
+    assert (
+        main.main(["generate", PROMPT, "--model", str(tiny_model), "--dry-run", "--num-frames", "34", "--loop", "3"]) == main.OK
+    )
+    output = capsys.readouterr().out
+    assert "1 clip of 34 frames, 3 in a row, 68 frames in all: " in output  # each but the first takes 17 frames over
+    assert re.search(r"time: about \d\.\d s \(", output)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def test_a_clip_of_the_page_is_the_clip_of_the_command_line(
 def test_visitors_are_kept_apart(studio: Studio) -> None:
     """Each has clips of their own, under names that the others cannot guess, and ends no computation but their own."""
     mine, others = studio.galleries.of("m" * 32), studio.galleries.of("o" * 32)
-    *_, last = studio.make(request(num_steps="1"), mine)
+    *_, last = studio.make(form.read(prompt="a red hund", size=None, fields={"num_steps": "1"}), mine)
+    assert "the model does not know hund." in last.text  # as generate notes it
     assert (len(mine.titles()), len(others.titles())) == (1, 0)
     assert (mine.find(last.made.number), others.find(last.made.number)) == (last.made, None)
     assert mine.place(last.made.path).parent != others.served

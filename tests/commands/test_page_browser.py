@@ -259,7 +259,7 @@ def test_an_image_becomes_a_clip_that_is_continued(server: Server, browser: Brow
     browser.unfold("Image or clip to video")
     browser.until(lambda: browser.find("#reference input[type=file]")).send_keys(str(tmp_path / "red.png"))
     browser.until(lambda: "red" in browser.find("#reference").text)
-    browser.press(browser.driver.find_element("css selector", f"#mode input[value='{'begin with the reference'}']"))
+    browser.until(lambda: browser.find("#mode input[value='begin with the reference']").is_selected())  # chosen by the upload
     browser.click("#generate")
     browser.until(lambda: browser.status.startswith(("done", "error")))
     assert browser.status.startswith("done"), browser.status

@@ -35,7 +35,7 @@ class Comparison:
     @property
     def summary(self) -> str:
         """One line."""
-        return f"clips {self.first.number} and {self.second.number} compared"
+        return " - ".join([f"clips {self.first.number} and {self.second.number} compared", *self.first.notes])
 
 
 HEAD = ["", "evaluations", "seconds of denoising", "PSNR to the other", "PSNR to a finer solution"]

@@ -79,7 +79,7 @@ def _generate_tab(page: gr.Blocks, studio: Studio) -> None:
                     label="Reference", file_types=[*IMAGE_SUFFIXES, *VIDEO_SUFFIXES], type="filepath", elem_id="reference"
                 )
                 mode = gr.Radio(list(form.MODES), value=form.TEXT, label="How it is used", elem_id="mode")
-                strategy = gr.Textbox(label="Mask strategy (of its own; else as chosen above)", elem_id="strategy")
+                strategy = gr.Textbox(label="Mask strategy of your own (empty: as chosen above)", elem_id="strategy")
             with gr.Accordion("More options", open=False):
                 options |= {name: _field(OPTIONS[name], studio) for name in (*form.USUAL, *form.RARE)}
         with gr.Column():
@@ -124,14 +124,16 @@ def _generate_tab(page: gr.Blocks, studio: Studio) -> None:
     def extended(visit: gr.Request, number: int | None) -> Sequence[Any]:
         return _extension(_own(studio, visit), number)
 
-    def listing(visit: gr.Request) -> Any:
+    def listing(visit: gr.Request) -> Sequence[Any]:
         return _listing(_own(studio, visit))
 
     stop.click(stopped, None, status, api_name="cancel", queue=False)
+    reference.upload(_used, mode, mode, api_name=False, queue=False)
+    reference.clear(lambda: form.TEXT, None, mode, api_name=False, queue=False)
     listed.input(chosen, listed, [shown, about, downloads], api_name=False, queue=False)
     again.click(as_before, listed, [*inputs, status], api_name=False, queue=False)
     extend.click(extended, listed, [reference, mode, status], api_name=False, queue=False)
-    page.load(listing, None, listed, api_name=False, queue=False)
+    page.load(listing, None, [listed, shown, about, downloads], api_name=False, queue=False)
 
 
 def _usual_fields(studio: Studio) -> tuple[gr.Dropdown, gr.Dropdown, gr.Textbox, gr.Dropdown, gr.Dropdown]:
@@ -206,9 +208,10 @@ def _chosen(gallery: Gallery, number: int | None) -> Sequence[Any]:
     return [gr.skip()] * 3 if made is None else _outputs(gallery, made)
 
 
-def _listing(gallery: Gallery) -> Any:
+def _listing(gallery: Gallery) -> Sequence[Any]:
+    """Returns the list of a visitor's clips with the newest chosen, and what shows it: a page that was loaded again goes on."""
     newest = gallery.made[-1].number if gallery.made else None
-    return gr.update(choices=gallery.titles(), value=newest)
+    return [gr.update(choices=gallery.titles(), value=newest), *_chosen(gallery, newest)]
 
 
 def _stopped(studio: Studio, visit: gr.Request) -> Any:
@@ -217,6 +220,11 @@ def _stopped(studio: Studio, visit: gr.Request) -> Any:
         return "nothing of yours is being made."
     gr.Info("Cancelled at its next step.")
     return gr.skip()
+
+
+def _used(mode: str) -> str:
+    """Returns how a reference is used that was just uploaded: as a beginning, unless the visitor has chosen before."""
+    return form.BEGIN if mode == form.TEXT else mode
 
 
 def _again(gallery: Gallery, names: Sequence[str], number: int | None) -> Sequence[Any]:

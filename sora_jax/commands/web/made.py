@@ -14,12 +14,13 @@ from sora_jax.pipeline.clip import Clip
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Made:
-    """A clip on disk, and the request that it answers."""
+    """A clip on disk, the request that it answers, and what of it lies beyond the model."""
 
     number: int
     path: Path
     request: Request
     clip: Clip
+    notes: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -33,7 +34,7 @@ class Made:
         _, frames, height, width = clip.frames.shape[:4]
         evaluations = 0 if clip.evaluations_B is None else float(clip.evaluations_B[0])
         taken = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in clip.timings.items())
-        return f"{frames} frames of {height} x {width}, {evaluations:g} evaluations; {taken}"
+        return " - ".join([f"{frames} frames of {height} x {width}, {evaluations:g} evaluations; {taken}", *self.notes])
 
 
 def light(clip: Clip) -> Clip:

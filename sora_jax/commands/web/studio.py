@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sora_jax import shell
+from sora_jax.commands.beyond import beyond
 from sora_jax.commands.web.form import Request
 from sora_jax.commands.web.gallery import SERVED, Galleries, Gallery
 from sora_jax.commands.web.made import Made, light
@@ -135,7 +136,8 @@ class Studio:
         number = self._last + 1
         (path,) = clip.save(self.folder / f"clip_{number:04d}.mp4")
         self._last = number
-        made = Made(number=number, path=path, request=request, clip=light(clip))
+        notes = beyond(self.pipeline, self.pipeline.resolve(request.options), [clip.parameters[0]["prompt"]])
+        made = Made(number=number, path=path, request=request, clip=light(clip), notes=tuple(notes))
         gallery.add(made)
         return made
 
