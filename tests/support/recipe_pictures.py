@@ -26,6 +26,7 @@ PICTURES: Mapping[str, Sequence[str]] = {
     "image.png": ["image.png"],
     "begin.png": ["moves.mp4"],
     "continue.png": ["twice.mp4"],
+    "extend.png": ["goes-on.mp4"],
     "captions.png": ["turns.mp4"],
     "mask.png": ["last.mp4"],
     "preview.png": ["way.png", "shown.mp4"],

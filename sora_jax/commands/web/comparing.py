@@ -95,7 +95,7 @@ def steps_of(name: str, clip: Clip) -> list[dict[str, Any]]:
                 "clip": name,
                 "step": step + 1,
                 "cosine": None if np.isnan(cosine) else cosine,
-                "time": float(trace.time_N[step]),
+                "time": round(float(trace.time_N[step]), 1),
                 "evaluations": float(trace.evaluations_N[step]),
                 "kind": ", ".join(kinds),
             }

@@ -255,7 +255,7 @@ def _compare_tab(studio: Studio) -> None:
     with gr.Row():
         seed = gr.Textbox(value="0", label="Seed", elem_id="compare-seed")
         length = gr.Textbox(value="", label="Frames (the model's own)", elem_id="compare-frames")
-        finer = gr.Checkbox(value=False, label="also against a finer solution (119 evaluations)", elem_id="compare-finer")
+    finer = gr.Checkbox(value=False, label="also against a finer solution (119 evaluations)", elem_id="compare-finer")
     ways: list[gr.components.Component] = []
     with gr.Row():
         for name, preset in (("A", "exact"), ("B", "recommended")):
