@@ -150,7 +150,7 @@ class Browser:
         found = self.driver.find_elements("css selector", selector)
         return found[0] if found else None
 
-    def until(self, condition: Callable[[], Any], seconds: float = 90) -> Any:
+    def until(self, condition: Callable[[], Any], seconds: float = 300) -> Any:
         """Returns what the condition returns, once that is true."""
         from selenium.common.exceptions import StaleElementReferenceException
 
