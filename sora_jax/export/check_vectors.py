@@ -86,6 +86,12 @@ def _host_content(model: ExportedModel, name: str) -> Any:
             raise ExportFileError(f"{path} is no JSON ({error}); export again.") from None
 
 
+def _scores(_: ExportedModel, content: Any) -> Iterator[Row]:
+    asked = content.get("scores", [])  # older exports have none
+    found = [prompt.append_scores(one["prompt"], **one["scores"]) for one in asked]
+    yield _equal("scores", found, [one["scored"] for one in asked])
+
+
 def _captions(model: ExportedModel, content: Any) -> Iterator[Row]:
     scores = model.manifest["tokens"]["scores"]
     found = [prompt.prompt_at_loop(prompt.prepare_prompt(one["prompt"], **scores), 0) for one in content["captions"]]
@@ -135,11 +141,22 @@ def _leap(_: ExportedModel, content: Any) -> Iterator[Row]:
         norms = np.linalg.norm(velocities, axis=1)
         cosines = np.sum(velocities[1:] * velocities[:-1], axis=1) / (norms[1:] * norms[:-1])
         pairs = [(mine, told) for mine, told in zip([None, *cosines], one["cosines"], strict=True) if told is not None]
-        name = f"leap with {one['merge_steps']} merged steps"
+        name = f"{one['leap']['mode']} leap with {one['merge_steps']} merged steps"
         yield _near(f"{name}, cosines", [a for a, _ in pairs], [b for _, b in pairs], atol=_COSINE_ATOL)
         yield _equal(f"{name}, step", leaps_at, one["leaps_at"])
         merged = [step < one["merge_steps"] for step in range(one["num_steps"])]
         yield _equal(f"{name}, merge switch", merged, one["merged"])
+
+
+def _loop(model: ExportedModel, content: Any) -> Iterator[Row]:
+    if (one := content.get("loop")) is None:  # an older export
+        return
+    told = content["leap"][0]
+    velocities = iter(np.asarray(told["velocities"], np.float32).reshape(told["num_steps"], 1, 1, 1, 1, 2))
+    sampling: SamplingEntry = {**model.manifest["sampling"], "leap": told["leap"], "merge_steps": told["merge_steps"]}
+    start, times = np.asarray(one["start"], np.float32).reshape(1, 1, 1, 1, 2), np.asarray(one["times"], np.float32)
+    end, _ = sample(lambda *_: next(velocities), start, times, sampling, np.ones((1, 1), np.float32))
+    yield _near("loop that leaps, latents at its end", end.ravel(), one["end"], atol=_RTOL)
 
 
 def _pixels(_: ExportedModel, content: Any) -> Iterator[Row]:
@@ -148,12 +165,14 @@ def _pixels(_: ExportedModel, content: Any) -> Iterator[Row]:
 
 
 _STEPS: tuple[Callable[[ExportedModel, Any], Iterator[Row]], ...] = (
+    _scores,
     _captions,
     _tokens,
     _noise,
     _times,
     _guidance,
     _leap,
+    _loop,
     _pixels,
 )
 

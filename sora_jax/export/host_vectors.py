@@ -24,14 +24,34 @@ from sora_jax.pipeline.run import Progress
 from sora_jax.pipeline.settings import Settings
 from sora_jax.sampling import noise
 from sora_jax.sampling.leap import Leap, latent_cosine
+from sora_jax.sampling.sampler import sample
 from sora_jax.sampling.schedule import Schedule
 
-# Capitals, entities, tags, addresses, digits and signs: what cleaning is about.  The last ones are prepared for a clip.
+# Every step of cleaning and every substitution has a prompt that needs it.
 PROMPTS = (
     "A RED circle moves right on a blue background",
     "  two   squares &amp; <b>one</b> triangle, see https://example.com/a?b=1 (1080p)  ",
     "caf\u00e9 \u2014 \u201cquoted\u201d 12345678 #hashtag @somebody file.jpg",
     "",
+    "100%25 caf%C3%A9+by+<person> 1%2B1, www.example.org/x and me@here.net",
+    "<p>one</p><!-- not this --> <script>x()</script>two &lt;three&gt; &#65;&#x42; 3 < 4",
+    "a\u2019s \u00abb\u00bb\u2014c \u56fe 192.168.0.1 #12 #1234 #12345 1234567 d\\\\ne x&amp;quot y at 12:30 www.a.org",
+    "&amp;quot;R&amp;amp;D&amp;quot; by \u66f8@ana. my_photo.png, he said \"\"so'' ... well",
+    "[a] (b) one . two \u2022 three\u2019\u2019",
+    "a-slug_of_many-words_in-one",
+    "a-b_c-d, \ufb01ne \ufb05yle \uff26\uff35\uff2c\uff2c\u3000\u01c6 e\u0301 \u201bso\u201f 1 \uff06lt; 2",
+    "photo abc1234 ab12cd 12ab34 a1b2c3d worldwide free shipping, free download free, click for more of it",
+    "a png image and jpg images on page 12, 1920x1080 or 2\u04453 or 1.5\u00d72.25 : a ratio.Then stops,turns/around",
+    '"all of it is quoted"',
+    "-a dash and an end:",
+    ".word",
+    "a red circle and " * 80,  # longer than any text encoder reads
+)
+SCORES: tuple[tuple[str, float | None, float | None, str | None], ...] = (
+    ("a cat", None, None, None),
+    ("a cat", 6.5, 5, "pan right"),
+    ("a cat, aesthetic score: 5.0.", 6.5, None, "zoom in"),
+    ("a cat, Motion score: high", None, 4.25, None),
 )
 CLIP_PROMPT = "  A red circle moves right on a BLUE background "
 CLIP_STEPS, CLIP_MERGED = 4, 2
@@ -52,12 +72,14 @@ def write(
     (folder / vectors.FOLDER).mkdir(exist_ok=True)
     scores = dict(tokens["scores"])
     content = {
+        "scores": [_score_entry(*each) for each in SCORES],
         "captions": [{"prompt": text, "caption": _caption(text, scores)} for text in PROMPTS],
         "tokens": [_token_entry(pipeline.tokenizer, _caption(text, scores), tokens["length"]) for text in PROMPTS],
         "noise": [_noise_entry(seed, (1, *size["latents"])) for seed in (0, 1, 2**32 - 1)],
         "times": [_time_entry(steps, shift) for steps in (1, 7, 30) for shift in (1.0, 2.5, size["shift"])],
         "guidance": [_guidance_entry(scale) for scale in (0.0, 1.0, 7.0)],
-        "leap": [_leap_entry(0), _leap_entry(9)],
+        "loop": _loop_entry(),
+        "leap": [_leap_entry(Leap.dynamic(), 0), _leap_entry(Leap.dynamic(), 9), _leap_entry(Leap.static(5), 9)],
         "pixels": _pixel_entry(),
         "clip": _clip_entry(folder, pipeline, settings, size) if clip else None,
     }
@@ -65,6 +87,15 @@ def write(
         _write_given(folder, pipeline, settings, size)
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     (folder / vectors.HOST_FILE).write_text(text, encoding="utf-8")
+
+
+def _score_entry(text: str, aes: float | None, flow: float | None, camera_motion: str | None) -> dict[str, Any]:
+    scores = {"aes": aes, "flow": flow, "camera_motion": camera_motion}
+    return {
+        "prompt": text,
+        "scores": scores,
+        "scored": prompt.append_scores(text, aes=aes, flow=flow, camera_motion=camera_motion),
+    }
 
 
 def _caption(text: str, scores: Mapping[str, Any]) -> str:
@@ -92,12 +123,10 @@ def _guidance_entry(scale: float) -> dict[str, Any]:
     return {"guidance": scale, "conditional": _floats(rows[0]), "unconditional": _floats(rows[1]), "guided": _floats(guided)}
 
 
-def _leap_entry(merge_steps: int) -> dict[str, Any]:
-    """Returns velocities whose direction turns slower and slower and then faster, with the sampler's decisions about them."""
-    num_steps, leap = 14, Leap.dynamic()
-    turns = np.concatenate([np.linspace(0.5, 0.1, 10), np.linspace(0.2, 0.4, 4)])
-    angles = np.cumsum(turns)
-    velocities = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+def _leap_entry(leap: Leap, merge_steps: int) -> dict[str, Any]:
+    """Returns those velocities with the sampler's decisions about them."""
+    velocities = _turning()
+    num_steps = len(velocities)
     rule = leap.rule(num_steps)
     state, cosines, decisions = rule.start(1), [], []
     for step, v in enumerate(velocities):
@@ -114,7 +143,13 @@ def _leap_entry(merge_steps: int) -> dict[str, Any]:
         cosines.append(float(cosine_B[0]) if comparable else None)
         decisions.append(bool(leaps_B[0]))
     return {
-        "leap": {"mode": "dynamic", "index": None, "tolerance": 1e-4, "min_share": 0.5, "patience": 3},
+        "leap": {
+            "mode": leap.mode,
+            "index": leap.index if leap.mode == "static" else None,
+            "tolerance": leap.tolerance,
+            "min_share": leap.min_share,
+            "patience": leap.patience,
+        },
         "num_steps": num_steps,
         "merge_steps": merge_steps,
         "velocities": [_floats(v) for v in velocities],
@@ -122,6 +157,21 @@ def _leap_entry(merge_steps: int) -> dict[str, Any]:
         "merged": [step < merge_steps for step in range(num_steps)],
         "leaps_at": decisions.index(True) if True in decisions else None,
     }
+
+
+def _turning() -> np.ndarray:
+    """Returns fourteen velocities [14, 2] whose direction turns slower and slower and then faster."""
+    angles = np.cumsum(np.concatenate([np.linspace(0.5, 0.1, 10), np.linspace(0.2, 0.4, 4)]))
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def _loop_entry() -> dict[str, Any]:
+    """Returns where the sampler ends that meets those velocities: in step 12 it leaps."""
+    velocities, start = jnp.asarray(_turning()), jnp.asarray([[0.5, -0.25]], jnp.float32)
+    schedule = Schedule.uniform(len(velocities), shift=2.5)
+    visited = jnp.asarray(schedule.visited)
+    made = sample(lambda z, t_B: velocities[jnp.argmin(abs(visited - t_B))][None], start, schedule, leap=Leap.dynamic())
+    return {"times": _floats(schedule.visited), "start": _floats(np.asarray(start)[0]), "end": _floats(np.asarray(made.z)[0])}
 
 
 def _pixel_entry() -> dict[str, Any]:

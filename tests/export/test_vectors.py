@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from sora_jax.commands import main
-from sora_jax.export import ExportedModel, check_vectors, vectors, worker
+from sora_jax.export import ExportedModel, check_vectors, host_vectors, vectors, worker
 from sora_jax.export.contents import ExportFileError
 from sora_jax.export.stages import PARTS
+from sora_jax.inputs import cleaning
 from tests.support.exports import complete_manifest, export_tiny, write_folder
 
 pytest.importorskip("jsonschema", reason="manifests are validated with jsonschema (extra stablehlo, onnx or coreml)")
@@ -39,7 +40,15 @@ def test_every_function_and_step_has_a_vector_that_passes(exported, capsys):
     assert all(line.startswith("pass  ") for line in lines)
     for name in ("t5_embed main", "t5_block_00 main", "t5_final main", "cleaned captions", "token ids", "noise of seed 0"):
         assert any(line[6:].startswith(name) for line in lines), name
-    for name in ("times", "guidance", "leap with 9 merged steps, step", "pixels"):
+    for name in (
+        "times",
+        "guidance",
+        "dynamic leap with 9 merged steps, step",
+        "static leap",
+        "scores",
+        "loop that leaps",
+        "pixels",
+    ):
         assert any(line[6:].startswith(name) for line in lines), name
     assert f"all {len(lines)} test vectors passed" in printed.err
 
@@ -47,8 +56,21 @@ def test_every_function_and_step_has_a_vector_that_passes(exported, capsys):
 def test_the_end_of_merging_delays_the_leap_of_the_same_velocities(exported):
     """The directions turn slowest in step 9, and the third comparison after that leaps; merging ends there and starts anew."""
     leaps = json.loads((exported / vectors.HOST_FILE).read_text())["leap"]
-    assert [one["leaps_at"] for one in leaps] == [12, 13]
-    assert [sum(cosine is not None for cosine in one["cosines"]) for one in leaps] == [13, 12]
+    assert [one["leaps_at"] for one in leaps] == [12, 13, 5]
+    assert [sum(cosine is not None for cosine in one["cosines"]) for one in leaps] == [13, 12, 12]
+
+
+LISTS = ("_BEFORE_FILE_NAMES", "_AFTER_FILE_NAMES", "_LAST")
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_every_substitution_has_a_caption_that_needs_it(name, monkeypatch):
+    """A host that forgets one, and does all others, fails a vector."""
+    expected = [cleaning.preprocess_text(text) for text in host_vectors.PROMPTS]
+    every = getattr(cleaning, name)
+    for left_out in range(len(every)):
+        monkeypatch.setattr(cleaning, name, every[:left_out] + every[left_out + 1 :])
+        assert [cleaning.preprocess_text(text) for text in host_vectors.PROMPTS] != expected, every[left_out]
 
 
 def test_a_host_that_does_otherwise_fails_its_row(exported, monkeypatch, capsys):

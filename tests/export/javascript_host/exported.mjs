@@ -6,7 +6,7 @@ import { join } from "node:path";
 
 import * as ort from "onnxruntime-web";
 
-import { Leap, guided, noise, pixels, times } from "./numbers.mjs";
+import { Leap, guided, moved, noise, pixels, times } from "./numbers.mjs";
 import { Tokenizer, caption } from "./text.mjs";
 
 ort.env.wasm.numThreads = 1;
@@ -136,9 +136,8 @@ export class Exported {
       given.set("z_BTHWC", { data: z, shape }).set("t_B", { data: Float32Array.of(visited[i]), shape: [1] });
       const rows = await this.step(size.key, given, i < sampling.merge_steps ? "merged" : "full");
       const v = guided(rows, sampling.guidance).map((x, n) => (mask[Math.floor(n / frame)] > 0 ? x : 0)), leaps = leap.leaps(v);
-      const dt = leaps ? unit[i] : Math.fround(unit[i] - unit[i + 1]);
       seen.push(v);
-      z = z.map((x, n) => x + Math.fround(v[n] * dt));
+      z = moved(z, v, unit, i, leaps);
       if (leaps) break;
     }
     return z;

@@ -94,6 +94,12 @@ export class Leap {
   }
 }
 
+// The latents after a step, which a leap ends at 0; d are the times as shares of the noise's, and the 0 behind the last.
+export function moved(z, v, d, step, leaps) {
+  const dt = leaps ? d[step] : f(d[step] - d[step + 1]);
+  return z.map((x, n) => x + f(v[n] * dt));
+}
+
 export function pixels(values) {
   const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
   return Uint8Array.from(values, (x) => Math.floor(clamp(f(f(f(f(clamp(x, -1, 1) + 1) / 2) * 255) + 0.5), 0, 255)));

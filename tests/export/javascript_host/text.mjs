@@ -131,17 +131,20 @@ export function cleaned(text) {
   return strip(substituted(text, THIRD));
 }
 
-export function caption(prompt, scores) {
+export function scored(prompt, scores) {
+  const digit = (score) => (Math.abs(score) % 1 === 0.25 ? score.toFixed(2).slice(0, -1) : score.toFixed(1)); // ties go to even
   const marks = [
-    ["aesthetic score:", scores.aes?.toFixed(1)],
-    ["motion score:", scores.flow?.toFixed(1)],
+    ["aesthetic score:", scores.aes == null ? undefined : digit(scores.aes)],
+    ["motion score:", scores.flow == null ? undefined : digit(scores.flow)],
     ["camera motion:", scores.camera_motion ?? undefined],
   ];
   for (const [label, value] of marks) {
     if (value !== undefined && !prompt.includes(label)) prompt += ` ${label} ${value}.`;
   }
-  return cleaned(cleaned(prompt));
+  return prompt;
 }
+
+export const caption = (prompt, scores) => cleaned(cleaned(scored(prompt, scores)));
 
 // Token ids by a tokenizer.json whose model is a list of whole words.
 export class Tokenizer {

@@ -1,7 +1,7 @@
 // Runs every test vector of an export and yields a row for each: its name, and whether it passed.
 
-import { Leap, cosine, guided, noise, pixels, times } from "./numbers.mjs";
-import { caption } from "./text.mjs";
+import { Leap, cosine, guided, moved, noise, pixels, times } from "./numbers.mjs";
+import { caption, scored } from "./text.mjs";
 
 const MOST_OFF = { times: 1e-3, noise: 1e-5, guidance: 1e-5, cosines: 1e-5 };
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
@@ -42,6 +42,9 @@ async function* functions(model) {
 
 function* host(model, content) {
   const { scores, length } = model.manifest.tokens, most = model.manifest.sampling.num_timesteps;
+  for (const { prompt, scores: asked, scored: told } of content.scores) {
+    yield { name: `scores ${JSON.stringify(told)}`, passed: scored(prompt, asked) === told };
+  }
   for (const { prompt, caption: told } of content.captions) {
     const made = caption(prompt, scores);
     yield { name: `caption ${JSON.stringify(made)}`, passed: made === told };
@@ -66,11 +69,15 @@ function* host(model, content) {
     const leap = new Leap(one.leap, one.num_steps, one.merge_steps), made = one.velocities.map((v) => leap.leaps(v));
     const cosines = one.cosines.map((c, i) => (c === null ? null : cosine(one.velocities[i], one.velocities[i - 1])));
     const compared = cosines.filter((c) => c !== null), told = one.cosines.filter((c) => c !== null);
-    yield { name: `cosines with ${one.merge_steps} merged`, passed: off(compared, told) <= MOST_OFF.cosines };
+    yield { name: `cosines with ${one.merge_steps} merged, ${one.leap.mode} leap`, passed: off(compared, told) <= MOST_OFF.cosines };
     const at = made.includes(true) ? made.indexOf(true) : null;
-    yield { name: `leap with ${one.merge_steps} merged: step ${at}`, passed: at === one.leaps_at };
+    yield { name: `${one.leap.mode} leap with ${one.merge_steps} merged: step ${at}`, passed: at === one.leaps_at };
     yield { name: "merge switch", passed: same(one.merged, one.velocities.map((_, i) => i < one.merge_steps)) };
   }
+  const { velocities, leaps_at: last } = content.leap[0], { times: visited, start, end } = content.loop;
+  const d = [...visited, 0].map((time) => Math.fround(time / most));
+  const made = velocities.slice(0, last + 1).reduce((z, v, i) => moved(z, v, d, i, i === last), Float32Array.from(start));
+  yield { name: "loop that leaps", passed: off([...made], end) <= 2e-6 };
   yield { name: "pixels", passed: same([...pixels(content.pixels.values)], content.pixels.pixels) };
 }
 
