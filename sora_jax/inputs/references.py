@@ -60,10 +60,10 @@ def parse_mask_strategy(strategy: str | None) -> list[MaskEntry]:
             )
         try:
             entries.append(MaskEntry(*map(int, fields[:5]), *map(float, fields[5:])))
-        except ValueError as error:
+        except ValueError:
             raise ValueError(
-                f"mask strategy {text!r} is malformed ({error}); expected numbers for {','.join(names)}."
-            ) from error
+                f"mask strategy {text!r} is malformed; expected numbers for {','.join(names)}, such as 0 or 0,0,0,0,5."
+            ) from None
     return entries
 
 

@@ -19,6 +19,7 @@ from sora_jax.inputs import references as conditioning
 from sora_jax.networks.vae.codec import latent_size
 from sora_jax.pipeline.make_sampler import make_sampling
 from sora_jax.pipeline.settings import Settings
+from sora_jax.shell import counted
 
 _MARK = re.compile(r"\s*\|\s*-?\d+\s*\|")  # how a prompt of segments begins, whether rightly written or not
 
@@ -176,7 +177,8 @@ def _check_entry(
         raise ValueError(f"{said} has an entry of 0 latent frames, which changes nothing; expected 1 or more.")
     available = [*references, *[num_latents] * entry.loop]  # later clips may also name the clips before
     if not -len(available) <= entry.reference < len(available):
-        raise ValueError(f"{said} names reference {entry.reference}; the prompt has {len(references)}.")
+        there = f"the prompt has {counted(len(references), 'reference')}, numbered from 0"
+        raise ValueError(f"{said} names reference {entry.reference}; {there}.")
     longest = max(available[entry.reference], num_latents)
     if entry.length > longest:
         raise ValueError(

@@ -362,4 +362,4 @@ def _described(workload: Workload) -> str:
 
 
 def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"
+    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e6 else f"{num_bytes:,} bytes"
