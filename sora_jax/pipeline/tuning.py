@@ -289,6 +289,7 @@ class Tuning:
         if not whole:
             whole = json.dumps(of) + "\n"
         if whole != text:
+            self._lines.parent.mkdir(parents=True, exist_ok=True)
             files.write_text(self._lines, whole, overwrite=True)
         known: dict[int, dict[tuple[str, int], Measured]] = {}
         try:
