@@ -5,7 +5,6 @@ nothing with it.  Nothing is written or repaired.
 """
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,8 @@ from convert_weights.opening import DEFAULTS, Options, Source, open_source
 from convert_weights.readers import open_checkpoint
 from convert_weights.rules import common_prefix
 from convert_weights.values import Write, convert_values
-from sora_jax.storage.arrays import chunk_name, describes
+from sora_jax.storage.arrays import BLOCK_BYTES, chunk_name, describes
+from sora_jax.storage.checksums import Digests
 from sora_jax.storage.directory import (
     NETWORK_FILE,
     Manifest,
@@ -202,17 +202,17 @@ class _Compare:
 
     def __init__(self, manifest: Manifest):
         self._manifest = manifest
-        self._digests: dict[str, str] = {}
+        self._digests: dict[str, tuple[str, ...]] = {}
 
     def wants(self, name: str) -> bool:
         return True
 
     @contextlib.contextmanager
     def open_array(self, name: str, shape: tuple[int, ...], dtype: str, *, source: Any = None) -> Iterator[Write]:
-        digest = hashlib.sha256()
-        update: Callable[[Any], None] = digest.update
-        yield lambda piece: update(piece.reshape(-1).view(np.uint8).data)
-        self._digests[name] = digest.hexdigest()
+        recorded = self._manifest.parameters.get(name)
+        digests = Digests(recorded.block_bytes if recorded else BLOCK_BYTES)
+        yield lambda piece: digests.update(piece.reshape(-1).view(np.uint8).data)
+        self._digests[name] = tuple(digests.blocks) if recorded and digests.count == recorded.nbytes else ()
 
     def faults(self) -> list[str]:
         """Returns a line for each parameter that the source does not reproduce bit for bit."""
@@ -220,6 +220,6 @@ class _Compare:
         faults = [f"{name}: the source does not contain it" for name in parameters if name not in self._digests]
         return faults + [
             f"{name}: differs from the source's value"
-            for name, digest in self._digests.items()
-            if name not in parameters or parameters[name].sha256 != digest
+            for name, blocks in self._digests.items()
+            if name not in parameters or parameters[name].checksums != blocks
         ]

@@ -32,7 +32,7 @@ class Parameter:
     Attributes:
       shape: the array's shape; every extent is at least 1.
       dtype: a key of `STORED_DTYPES`.
-      sha256: checksum of the array's bytes in C order.
+      sha256: checksum of the array's bytes in C order; empty where only its blocks have theirs.
       source: name, shape and dtype of the PyTorch array it was made from, if any.
       rows: rows of axis 0 in a block that has a checksum of its own (1 where there is no axis); None: all.
       blocks: sha256 of every block, in order; empty where the only block is the array.
@@ -71,7 +71,9 @@ class Parameter:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON object of this parameter."""
-        fields: dict[str, Any] = {"shape": list(self.shape), "dtype": self.dtype, "sha256": self.sha256}
+        fields: dict[str, Any] = {"shape": list(self.shape), "dtype": self.dtype}
+        if self.sha256:
+            fields["sha256"] = self.sha256
         if self.rows is not None:
             fields |= {"rows": self.rows, "blocks": list(self.checksums)}
         return fields | ({"source": dict(self.source)} if self.source else {})

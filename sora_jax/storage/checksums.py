@@ -112,6 +112,34 @@ class Comparison:
         return None if identity is None else (identity, self._parameters[name].checksums)
 
 
+class Digests:
+    """The sha256 of every block of an array, from its bytes as they come.
+
+    Args:
+      block_bytes: size of each block.
+
+    Attributes:
+      blocks: those of the blocks that are complete.
+      count: bytes that came so far.
+    """
+
+    def __init__(self, block_bytes: int):
+        self.blocks: list[str] = []
+        self.count = 0
+        self._size, self._block = block_bytes, hashlib.sha256()
+
+    def update(self, raw: memoryview) -> None:
+        """Takes the next bytes."""
+        while raw:
+            piece = raw[: self._size - self.count % self._size]
+            self._block.update(piece)
+            self.count += len(piece)
+            raw = raw[len(piece) :]
+            if self.count % self._size == 0:
+                self.blocks.append(self._block.hexdigest())
+                self._block = hashlib.sha256()
+
+
 def blocks_of(array: np.ndarray, parameter: Parameter) -> list[np.ndarray]:
     """Returns the bytes of every block of an array that is contiguous in memory."""
     return np.split(array.reshape(-1).view(np.uint8), len(parameter.checksums))

@@ -117,8 +117,14 @@ class Manifest:
         return json.dumps(fields, indent=1).removesuffix("\n}") + f',\n "parameters": {{\n{entries}\n }}\n}}\n'
 
     def values_text(self) -> str:
-        """Returns the text as format 1 has it: equal for equal values, in whatever format they are stored."""
-        plain = {name: dataclasses.replace(entry, rows=None, blocks=()) for name, entry in self.parameters.items()}
+        """Returns what identifies the values: the text as format 1 has it, so that an upgrade changes no identity.
+
+        Of arrays without a checksum of their own, it names those of their blocks.
+        """
+        plain = {
+            name: dataclasses.replace(entry, rows=None, blocks=()) if entry.sha256 else entry
+            for name, entry in self.parameters.items()
+        }
         return dataclasses.replace(self, parameters=plain, format_version=1).text()
 
 

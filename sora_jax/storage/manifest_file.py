@@ -110,9 +110,13 @@ def parameter_of(name: Any, entry: Any, layers: Collection[str], version: int) -
     shape, dtype = _shape(entry.get("shape"), what), entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in STORED_DTYPES:
         raise Fault(f"{what} dtype {_shown(dtype)}; expected one of {', '.join(STORED_DTYPES)}")
-    _check_sha256(entry.get("sha256"), what)
     rows, blocks = _blocks(entry, shape, what) if version > 1 else (None, ())
-    parameter = Parameter(shape, dtype, entry["sha256"], _source(entry.get("source"), what), rows, blocks)
+    if "sha256" in entry or len(blocks) < 2:
+        _check_sha256(entry.get("sha256"), what)
+    whole = entry.get("sha256", "")
+    if len(blocks) == 1 and blocks[0] != whole:
+        raise Fault(f"{what} two checksums of the same bytes, which differ")
+    parameter = Parameter(shape, dtype, whole, _source(entry.get("source"), what), rows, blocks)
     if parameter.nbytes > _MAX_ARRAY_BYTES:
         raise Fault(f"{what} shape {list(shape)}, which is {parameter.nbytes} bytes; more than there can be")
     return parameter
@@ -144,8 +148,6 @@ def _blocks(entry: Mapping[str, Any], shape: tuple[int, ...], what: str) -> tupl
         raise Fault(f"{what} {len(blocks) if isinstance(blocks, list) else 'no'} checksums of blocks; expected {count}")
     for checksum in blocks:
         _check_sha256(checksum, what)
-    if count == 1 and blocks != [entry["sha256"]]:
-        raise Fault(f"{what} two checksums of the same bytes, which differ")
     return rows, tuple(blocks)
 
 

@@ -9,14 +9,13 @@ process (SIGBUS), the second is noticed only at the next read; replace models by
 """
 
 import errno
-import hashlib
 import mmap
 import os
 from collections.abc import Iterable
 
 import numpy as np
 
-from sora_jax.storage.checksums import blocks_of
+from sora_jax.storage.checksums import Digests, blocks_of
 from sora_jax.storage.directory import Manifest, damaged
 from sora_jax.storage.in_order import is_in_order
 from sora_jax.storage.location import local_path
@@ -110,13 +109,13 @@ class MappedLayer:
         for name, identity in found.items():
             if identity[:2] != self._inodes[name]:
                 self._reader.verify(name)
-                if hashlib.sha256(self._mapped[name].reshape(-1).view(np.uint8).data).hexdigest() != self._sha256(name):
+                parameter = self._reader.manifest.parameters[name]
+                digests = Digests(parameter.block_bytes)
+                digests.update(self._mapped[name].reshape(-1).view(np.uint8).data)
+                if tuple(digests.blocks) != parameter.checksums:
                     raise damaged(self._reader.manifest, name, DIFFERS)
                 self._inodes[name] = identity[:2]
         return found
-
-    def _sha256(self, name: str) -> str:
-        return self._reader.manifest.parameters[name].sha256
 
     def _read_pages(self, name: str, num_bytes: int) -> None:
         try:

@@ -55,7 +55,9 @@ def upgrade(old: Manifest, *, progress: Callable[[int, int], None] = lambda done
             _check_space(old, directory, sum(parameter.nbytes for parameter in writer.recorded.values()))
             for name, parameter in old.parameters.items():
                 if name not in writer.recorded:
-                    with writer.open_array(name, parameter.shape, parameter.dtype, source=parameter.source) as write:
+                    with writer.open_array(
+                        name, parameter.shape, parameter.dtype, source=parameter.source, sha256=parameter.sha256
+                    ) as write:
                         for piece in reader.pieces(name):
                             write(piece)
                 done += parameter.nbytes

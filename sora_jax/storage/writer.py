@@ -8,7 +8,6 @@ are decided elsewhere.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -32,7 +31,7 @@ from sora_jax.storage.arrays import (
     rows_of_a_block,
     shard_index,
 )
-from sora_jax.storage.checksums import hashing_threads
+from sora_jax.storage.checksums import Digests
 from sora_jax.storage.directory import (
     FORMAT_VERSION,
     MODEL_FILE,
@@ -136,24 +135,26 @@ class NetworkWriter:
 
     @contextlib.contextmanager
     def open_array(
-        self, name: str, shape: tuple[int, ...], dtype: str, *, source: Mapping[str, Any] | None = None
+        self, name: str, shape: tuple[int, ...], dtype: str, *, source: Mapping[str, Any] | None = None, sha256: str = ""
     ) -> Iterator[Callable[[np.ndarray], None]]:
         """Yields a function that takes an array's values, C-contiguous piece after piece; threads may each have one open.
 
         The array is recorded when the block ends without an exception, and is on the disk with the batch it falls in or
-        after ``finish``.
+        after ``finish``.  ``sha256`` is the whole array's, where the caller compares it: each block has its own here, and
+        hashing all bytes once more would take a tenth of a conversion.
 
         Raises:
           ValueError: the caller wrote too few or too many bytes.
         """
-        parameter = Parameter(shape, dtype, "", source, rows_of_a_block(shape, dtype))
+        rows = rows_of_a_block(shape, dtype)
+        parameter = Parameter(shape, dtype, sha256, source, rows)
         location = self.partial / array_location(name, self.config.layers)
         chunk = location / chunk_name(shape)
         self._make(chunk.parent)
-        metadata = json.dumps(array_metadata(shape, dtype, parameter.rows), separators=(",", ":"))
+        metadata = json.dumps(array_metadata(shape, dtype, rows), separators=(",", ":"))
         with created(location / "zarr.json") as descriptor:
             write_all(descriptor, memoryview(metadata.encode()))
-        digests = _Digests(parameter)
+        digests = Digests(parameter.nbytes // num_blocks(shape, rows))
         with created(chunk) as descriptor:
 
             def write(piece: np.ndarray) -> None:
@@ -165,7 +166,8 @@ class NetworkWriter:
             if digests.count != parameter.nbytes:
                 raise ValueError(f"{name}: {digests.count} bytes were written, expected {parameter.nbytes}.")
             write_all(descriptor, memoryview(shard_index(parameter.nbytes, len(digests.blocks))))
-        self._record(name, dataclasses.replace(parameter, sha256=digests.whole.hexdigest(), blocks=tuple(digests.blocks)))
+        blocks = tuple(digests.blocks)
+        self._record(name, dataclasses.replace(parameter, sha256=blocks[0] if len(blocks) == 1 else sha256, blocks=blocks))
 
     def _record(self, name: str, parameter: Parameter) -> None:
         with self._lock:
@@ -324,44 +326,9 @@ def _holds(path: Path, parameter: Parameter) -> bool:
     """Returns whether a file has the size and the bytes of a parameter."""
     if path.is_symlink() or not path.is_file() or path.stat().st_size != parameter.file_bytes(FORMAT_VERSION):
         return False
-    digest = hashlib.sha256()
+    digests = Digests(parameter.block_bytes)
     with open(path, "rb") as file:
         for start in range(0, parameter.nbytes, _PIECE_BYTES):
-            digest.update(file.read(min(_PIECE_BYTES, parameter.nbytes - start)))
+            digests.update(memoryview(file.read(min(_PIECE_BYTES, parameter.nbytes - start))))
         index = file.read()
-    return digest.hexdigest() == parameter.sha256 and index == shard_index(parameter.nbytes, len(parameter.checksums))
-
-
-class _Digests:
-    """The checksums of an array and of its blocks, from its bytes as they come.
-
-    The first block's is the array's up to there; those of the others are computed on a thread while the array's goes on.
-    """
-
-    def __init__(self, parameter: Parameter):
-        self._size = parameter.nbytes // num_blocks(parameter.shape, parameter.rows or 1)
-        self.whole, self.count = hashlib.sha256(), 0
-        self.blocks: list[str] = []
-        self._block = hashlib.sha256()
-
-    def update(self, raw: memoryview) -> None:
-        """Takes the next bytes."""
-        first, rest = raw[: max(self._size - self.count, 0)], raw[max(self._size - self.count, 0) :]
-        self.whole.update(first)
-        self.count += len(first)
-        if first and self.count == self._size:
-            self.blocks.append(self.whole.hexdigest())
-        if rest:
-            others = hashing_threads().submit(self._update_blocks, rest)
-            self.whole.update(rest)
-            others.result()
-
-    def _update_blocks(self, raw: memoryview) -> None:
-        while raw:
-            piece = raw[: self._size - self.count % self._size]
-            self._block.update(piece)
-            self.count += len(piece)
-            raw = raw[len(piece) :]
-            if self.count % self._size == 0:
-                self.blocks.append(self._block.hexdigest())
-                self._block = hashlib.sha256()
+    return tuple(digests.blocks) == parameter.checksums and index == shard_index(parameter.nbytes, len(parameter.checksums))

@@ -87,7 +87,7 @@ def test_the_newer_spelling_of_scales_and_int8_from_them(tmp_path: Path) -> None
     manifest = convert_checkpoint("t5", source, tmp_path / "model", dtype="int8")
     plain = formats.write_t5(tmp_path / "plain" / "t5xxl.safetensors", formats.unscaled(arrays))
     other = convert_checkpoint("t5", plain, tmp_path / "other", dtype="int8")
-    assert {n: p.sha256 for n, p in manifest.parameters.items()} == {n: p.sha256 for n, p in other.parameters.items()}
+    assert {n: p.checksums for n, p in manifest.parameters.items()} == {n: p.checksums for n, p in other.parameters.items()}
 
 
 @pytest.mark.slow
@@ -184,7 +184,7 @@ def test_gguf_is_decoded_once(tmp_path: Path, kind: str, recorded: str) -> None:
     back = load_file(to_torch(manifest, tmp_path / "back"))
     assert back.keys() == held.keys()
     again = convert_checkpoint("t5", tmp_path / "back", tmp_path / "again", options=Options(allow_mixed_dtypes=True))
-    assert {n: p.sha256 for n, p in again.parameters.items()} == {n: p.sha256 for n, p in manifest.parameters.items()}
+    assert {n: p.checksums for n, p in again.parameters.items()} == {n: p.checksums for n, p in manifest.parameters.items()}
 
 
 def test_q8_0_is_its_definition() -> None:

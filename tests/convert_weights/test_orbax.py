@@ -25,8 +25,8 @@ def _network(folder: Path, dtype: str = "float32") -> Manifest:
     return save_network(folder, "t5", config, convert("t5", sources.state_dict("t5"), config), dtype=dtype)
 
 
-def _checksums(manifest: Manifest) -> dict[str, str]:
-    return {name: parameter.sha256 for name, parameter in manifest.parameters.items()}
+def _checksums(manifest: Manifest) -> dict[str, tuple[str, ...]]:
+    return {name: parameter.checksums for name, parameter in manifest.parameters.items()}
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16", "int8"])

@@ -187,8 +187,8 @@ def test_to_torch_and_back_keeps_tokenizer_and_defaults(tmp_path: Path, download
     for network in sources.NETWORKS:
         before, after = open_network(model, network), open_network(again, network)
         assert before.config == after.config
-        assert {name: entry.sha256 for name, entry in before.parameters.items()} == {
-            name: entry.sha256 for name, entry in after.parameters.items()
+        assert {name: entry.checksums for name, entry in before.parameters.items()} == {
+            name: entry.checksums for name, entry in after.parameters.items()
         }
     assert verify(again, source=back) == {network: [] for network in sources.NETWORKS}
 

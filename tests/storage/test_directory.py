@@ -144,6 +144,8 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "object dtype": (parameter(dtype={}), "dtype"),
     "sha256": (parameter(sha256="x"), "expected 64 hexadecimal digits"),
     "sha256 number": (parameter(sha256=5), "expected 64 hexadecimal digits"),
+    "sha256 missing": (lambda manifest: manifest["parameters"][NAME].pop("sha256"), "sha256 None; expected 64"),
+    "sha256 empty": (parameter(sha256=""), "sha256 ''; expected 64 hexadecimal digits"),
     "rows": (parameter(rows=3), "blocks of 3 rows; expected a divisor of 16"),
     "rows zero": (parameter(rows=0), "blocks of 0 rows"),
     "rows none": (parameter(rows=None), "blocks of None rows"),

@@ -11,6 +11,7 @@ import pytest
 
 from sora_jax.commands import main
 from sora_jax.pipeline.model_file import POCKET
+from sora_jax.storage import arrays
 from sora_jax.storage.checkpoint import load_network, save_network
 from sora_jax.storage.directory import Manifest, ModelDirectoryError, open_network
 from sora_jax.storage.reader import Reader
@@ -96,6 +97,22 @@ def test_an_interrupted_upgrade_goes_on(old: Manifest, monkeypatch: pytest.Monke
     assert len(names) == len(old.parameters) + 1  # none twice but the one that was cut short
     assert {name: parameter.sha256 for name, parameter in manifest.parameters.items()} == {
         name: parameter.sha256 for name, parameter in old.parameters.items()
+    }
+
+
+def test_an_array_of_several_blocks_has_its_own_checksum_only_if_it_was_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrays, "BLOCK_BYTES", 512)
+    fresh = save_network(tmp_path, "t5", CONFIG.t5, random_flat("t5"))
+    assert any(len(parameter.blocks) > 1 for parameter in fresh.parameters.values())
+    assert all((parameter.sha256 == "") == (len(parameter.blocks) > 1) for parameter in fresh.parameters.values())
+    old = as_format_1(fresh)
+    assert all(parameter.sha256 for parameter in upgrade(old).parameters.values())
+    again = open_network(tmp_path, "t5")
+    assert again.values_text() == old.values_text() != fresh.values_text()
+    assert {name: parameter.checksums for name, parameter in again.parameters.items()} == {
+        name: parameter.checksums for name, parameter in fresh.parameters.items()
     }
 
 

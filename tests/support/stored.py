@@ -1,5 +1,6 @@
 """Model directories as other writers leave them: format 1, and what tensorstore writes itself."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -16,9 +17,11 @@ def as_format_1(manifest: Manifest) -> Manifest:
     fields = json.loads((manifest.path / NETWORK_FILE).read_text())
     for name, parameter in manifest.parameters.items():
         path = manifest.chunk_path(name)
-        path.write_bytes(path.read_bytes()[: parameter.nbytes])
+        values = path.read_bytes()[: parameter.nbytes]
+        path.write_bytes(values)
         metadata = array_metadata(parameter.shape, parameter.dtype, None)
         (manifest.array_path(name) / "zarr.json").write_text(json.dumps(metadata, separators=(",", ":")))
+        fields["parameters"][name]["sha256"] = hashlib.sha256(values).hexdigest()
         del fields["parameters"][name]["rows"], fields["parameters"][name]["blocks"]
     (manifest.path / NETWORK_FILE).write_text(json.dumps(fields | {"format_version": 1}))
     return open_network(manifest.path.parent, manifest.network)
