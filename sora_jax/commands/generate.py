@@ -189,6 +189,8 @@ def resolve(asked: Arguments) -> Request:
     if asked.mesh is not None:
         check_mesh_request(parse_axes(asked.mesh), guided=settings.guided, num_clips=asked.batch_size)
     if not asked.quiet:
+        if len(asked.prompts) > 1 and not any(len(text.split()) > 1 for text in asked.prompts):
+            note(f"{len(asked.prompts)} prompts of one word each; put a prompt of several words in quotes.")
         left_out = share.number_of(len(texts) * asked.num_sample, asked.batch_size) - len(jobs)
         if left_out:
             note(f"{counted(left_out, 'clip')} exist already or are asked for twice; making {len(jobs)}.")

@@ -16,7 +16,7 @@ from sora_jax.pipeline import command_line
 from sora_jax.pipeline.frame_size import frames_size
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Option, declared
-from sora_jax.pipeline.presets import PRESETS, WAYS
+from sora_jax.pipeline.presets import WAYS
 from sora_jax.pipeline.recipe import MAKE_ONE, Recipe
 from sora_jax.pipeline.settings import Settings
 
@@ -28,7 +28,7 @@ def presets(asked: "Arguments") -> Listed:
     """Returns how each preset samples a clip of the model's own size."""
     model = ModelFile.read(asked.model)
     plain = model.resolve({"preset": "exact"})
-    named = {name: model.resolve({"preset": name}) for name in PRESETS}
+    named = {name: model.resolve({"preset": name}) for name in model.presets()}
     fields = {name: _sampling(settings) for name, settings in named.items()}
     about = f"for {plain.num_frames} frames of {plain.height} x {plain.width} pixels, at guidance {plain.guidance:g}"
     lines = [f"{name}: {', '.join(f'{key} {_shown(value)}' for key, value in each.items())}" for name, each in fields.items()]
@@ -36,7 +36,7 @@ def presets(asked: "Arguments") -> Listed:
 
 
 def _sampling(settings: Settings) -> Mapping[str, Any]:
-    return {name: getattr(settings, name) for name in WAYS}
+    return {"evaluations": settings.evaluations()[0], **{name: getattr(settings, name) for name in WAYS}}
 
 
 def _shown(value: Any) -> str:

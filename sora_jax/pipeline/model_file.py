@@ -14,16 +14,19 @@ from typing import Any, Self
 from sora_jax.config import NETWORKS
 from sora_jax.pipeline import frame_size
 from sora_jax.pipeline.option import said
+from sora_jax.pipeline.presets import PRESETS, RECOMMENDED, RECOMMENDED_EVALUATIONS, tuned_evaluations
 from sora_jax.pipeline.recipe import Recipe
 from sora_jax.pipeline.recipe_file import PlanFile
-from sora_jax.pipeline.settings import OPTIONS, Settings
+from sora_jax.pipeline.settings import OPTIONS, RECIPE_OPTIONS, Settings
 from sora_jax.storage import directory as model_directory
+from sora_jax.storage import manifest_file
 from sora_jax.storage.directory import Manifest, ModelDirectoryError
 from sora_jax.storage.location import Location, Named, absolute, location_of
 from sora_jax.storage.site import place_of
 
 POCKET_NAME = "pocket"  # how every command and `Pipeline.from_pretrained` name the embedded model
 POCKET = Path(__file__).parents[1] / "pocket" / "weights"
+RECIPES = "recipes"  # the folder of a model directory with what its tuning found
 _NO_DEFAULTS = {"preset", "plan", "merge", "recipe", "force_recipe"}
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
 
@@ -175,23 +178,67 @@ class ModelFile:
           ValueError: an option is wrong; see `Settings.resolve`.
           FileNotFoundError: there is no such file of a plan or a recipe.
         """
-        recipe, path, force = None, options.get("recipe"), options.get("force_recipe")
-        options = {name: value for name, value in options.items() if name not in ("recipe", "force_recipe")}
-        if path is not None:
-            recipe = Recipe.read(path)
-            if options.get("preset") is not None:
-                raise ValueError("recipe and preset both say how to sample; choose one.")
-            options = {**recipe.said(), **{name: value for name, value in options.items() if value is not None}}
-        elif force:
-            raise ValueError("force_recipe says which recipes are used, but there is none; give recipe as well.")
+        forced = bool(options.get("force_recipe"))
+        options, recipe, called = self._with_recipe({name: value for name, value in options.items() if value is not None})
         plan = options.get("plan")
         if isinstance(plan, str | os.PathLike):
             options = {**options, "plan": PlanFile.read(plan).for_model(self.model_id, plan)}
         settings = Settings.resolve(self.defaults, options)
         _check_size(self.manifests, settings.height, settings.width)
-        if recipe is not None and path is not None and not force:
-            recipe.check(self.model_id, settings, path)
+        if recipe is not None and not forced:
+            recipe.check(self.model_id, settings, called)
+        if options.get("preset") == RECOMMENDED and not options.keys() & set(RECIPE_OPTIONS):
+            best = self.recipe(RECOMMENDED_EVALUATIONS)
+            if best is not None and not best.differences(self.model_id, settings):
+                return Settings.resolve(self.defaults, {**best.said(), **_without(options, "preset")})
         return settings
+
+    def recipe(self, evaluations: int) -> Recipe | None:
+        """Returns the recipe that the model brings for so many evaluations, in its folder ``recipes``; None without one.
+
+        Raises:
+          ValueError: the file is something else.
+          OSError: it cannot be read.
+        """
+        name = f"{RECIPES}/recipe-{evaluations}.json"
+        try:
+            text = place_of(self.directory).data(name, manifest_file.MAX_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return Recipe.parse(text, self.directory / name)
+
+    def presets(self) -> list[str]:
+        """Returns the names of the presets that this model can be sampled by."""
+        return [name for name in PRESETS if (count := tuned_evaluations(name)) is None or self.recipe(count) is not None]
+
+    def _with_recipe(self, options: Mapping[str, Any]) -> tuple[Mapping[str, Any], Recipe | None, str]:
+        """Returns the options with those of the recipe that they name behind them, the recipe, and what it is called.
+
+        Raises:
+          ValueError: recipe and preset are both given, or the recipe that is forced or asked for is not there.
+          FileNotFoundError: there is no such file.
+        """
+        path, preset = options.get("recipe"), options.get("preset")
+        count = tuned_evaluations(preset)
+        rest = _without(options, "recipe", "force_recipe", *(["preset"] if count else []))
+        if path is not None and preset is not None:
+            raise ValueError("recipe and preset both say how to sample; choose one.")
+        if path is not None:
+            recipe = Recipe.read(path)
+            return {**recipe.said(), **rest}, recipe, os.fspath(path)
+        if count is not None:
+            found = self.recipe(count)
+            if found is None:
+                command = f"sora-jax tune {self.directory} --evaluations {count} --prompts FILE -o {self.directory / RECIPES}"
+                raise ValueError(f"{self.directory} brings no recipe for the preset {preset}; make it with: {command}")
+            return {**found.said(), **rest}, found, f"preset {preset}"
+        if options.get("force_recipe"):
+            raise ValueError("force_recipe says which recipes are used, but there is none; give recipe as well.")
+        return rest, None, ""
+
+
+def _without(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
 
 
 def tokenizer_path(directory: Location, name: str | None) -> Location:

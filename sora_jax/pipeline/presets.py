@@ -8,7 +8,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PRESETS = ("exact", "recommended")
+RECOMMENDED, RECOMMENDED_EVALUATIONS = "recommended", 16
+TUNED = (8, 10, 12, 16)  # evaluations of the recipes that a model may bring
+PRESETS = ("exact", RECOMMENDED, *(f"tuned-{count}" for count in TUNED))
 WAYS = ("num_steps", "solver", "shift", "leap", "merge_steps")  # the options that ways of sampling differ in
 FINER: Mapping[str, Any] = {"solver": "heun", "num_steps": 60, "shift": 1.0}  # 119 evaluations, to compare ways with
 # Source: benchmarks/results/sampler_study.md, "AB2 shift 4 16": the embedded model's own times are shifted by 0.4, and those
@@ -34,12 +36,19 @@ def preset_values(name: str | None, exact: Mapping[str, Any], *, height: int, wi
         return {}
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; expected one of {', '.join(PRESETS)}.")
+    if tuned_evaluations(name) is not None:
+        raise ValueError(f"preset {name!r} is a recipe that a model brings; expected the model's, or exact or recommended.")
     if name == "exact":
         return exact
     from sora_jax.sampling.schedule import resolution_shift  # the only part of a preset that needs JAX
 
     own = float(resolution_shift(height_px=height, width_px=width, num_frames=num_frames))
-    return {**exact, "num_steps": 16, "solver": "ab2", "shift": max(1.0, _LEAST_SHIFT / own)}
+    return {**exact, "num_steps": RECOMMENDED_EVALUATIONS, "solver": "ab2", "shift": max(1.0, _LEAST_SHIFT / own)}
+
+
+def tuned_evaluations(name: str | None) -> int | None:
+    """Returns the evaluations of the recipe that a preset stands for; None where it stands for none."""
+    return next((count for count in TUNED if name == f"tuned-{count}"), None)
 
 
 def check_prompts(prompts: Sequence[str], where: object) -> None:

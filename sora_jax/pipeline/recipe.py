@@ -65,8 +65,17 @@ class Recipe:
           ValueError: the file is something else.
         """
         files.refuse_missing(path, "recipe", remedy=f"{MAKE_ONE} FOLDER")
+        return cls.parse(Path(path).read_bytes(), path)
+
+    @classmethod
+    def parse(cls, text: str | bytes, path: object) -> Self:
+        """Returns what the text of a file says.
+
+        Raises:
+          ValueError: the file is something else.
+        """
         try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+            fields = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a recipe: no JSON ({error}); expected a file of sora-jax tune.") from error
         if not isinstance(fields, dict) or fields.pop("format", None) != _FORMAT:
@@ -100,6 +109,11 @@ class Recipe:
         Raises:
           ValueError: says which, and how to use it all the same.
         """
+        if strange := self.differences(model_id, settings):
+            raise ValueError(f"{path} was tuned for {' and '.join(strange)}; tune again, or use it with --force-recipe.")
+
+    def differences(self, model_id: str, settings: Settings) -> list[str]:
+        """Returns what it was tuned on that is not what is asked for; nothing where it fits."""
         ours, theirs = settings.height * settings.width, self.height * self.width
         strange = []
         if self.model.split()[-1:] != model_id.split()[-1:]:
@@ -108,5 +122,4 @@ class Recipe:
             strange.append(f"{self.height} x {self.width} pixels, not {settings.height} x {settings.width}")
         if self.num_frames != settings.num_frames:
             strange.append(f"{self.num_frames} frames, not {settings.num_frames}")
-        if strange:
-            raise ValueError(f"{path} was tuned for {' and '.join(strange)}; tune again, or use it with --force-recipe.")
+        return strange

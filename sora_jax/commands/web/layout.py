@@ -22,7 +22,6 @@ from sora_jax.inputs.references import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from sora_jax.inputs.tokenizer import listed_words
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Declared
-from sora_jax.pipeline.presets import PRESETS
 from sora_jax.pipeline.recipe import Recipe
 from sora_jax.pipeline.settings import OPTIONS
 from sora_jax.storage.location import Location
@@ -156,7 +155,7 @@ def _usual_fields(studio: Studio) -> tuple[gr.Dropdown, gr.Dropdown, gr.Textbox,
 
 def _presets(model: ModelFile) -> list[tuple[str, str]]:
     """Returns the presets, each with what it costs."""
-    costs = {name: model.resolve({"preset": name}).evaluations()[0] for name in PRESETS}
+    costs = {name: model.resolve({"preset": name}).evaluations()[0] for name in model.presets()}
     return [("the model's own", ""), *((f"{name}: {count:g} evaluations", name) for name, count in costs.items())]
 
 
