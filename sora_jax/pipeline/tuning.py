@@ -1,8 +1,9 @@
 """Tuning: which way of sampling comes closest to the exact flow of a model with so many evaluations.
 
 Successive halving: every candidate samples two prompts, the better half four, the better half of these eight, and so on.  The
-winner and the plain ways are measured on prompts that the search never saw, and the recipe is the best of these.  Error is the
-distance of the final latents to those of a fine solution of the same model from the same noise, relative to these:
+best reuse plans among the last are then refined (`plan_search`).  The winner and the plain ways are measured on prompts that
+the search never saw, and the recipe is the best of these.  Error is the distance of the final latents to those of a fine
+solution of the same model from the same noise, relative to these:
 ``-20 log10(|z - fine| / |fine|)`` in dB.
 
 Invariant: a recipe is never worse on the prompts kept aside than what it was compared with.  Every measurement is a line of a
@@ -15,7 +16,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import numpy as np
 from sora_jax import files
 from sora_jax.pipeline.make_sampler import make_guidance, make_sampler, make_schedule
 from sora_jax.pipeline.pipeline import Pipeline
+from sora_jax.pipeline.plan_search import refined, spelt
 from sora_jax.pipeline.presets import Candidate, candidates, check_prompts, plain
 from sora_jax.pipeline.recipe import Recipe
 from sora_jax.pipeline.run import Generation
@@ -40,6 +42,7 @@ from sora_jax.sampling.schedule import resolution_shift
 LINES = "tune.jsonl"  # of a folder: what was measured
 FINE_STEPS, FINE_SHIFT = 128, 2.4  # of AB2, whose error falls with their square
 PLAN_STEPS = 30
+_REFINED_PLANS = 2
 _RESOLVED_DB = 30.0  # half as many fine steps come at least as close, or the prompt measures nothing
 _SLACK = 1e-3  # evaluations are sums of binary fractions
 _FAR_BEYOND = 1.25  # times the evaluations allowed: no second prompt makes up for it
@@ -121,10 +124,11 @@ class Tuning:
             yield
 
     def _recipe(self, count: int) -> Recipe:
-        found = self._search(candidates(count, own_shift=self._shift, settings=self.settings), count)
+        ranked = self._search(candidates(count, own_shift=self._shift, settings=self.settings), count)
+        found = self._best_refined(ranked, count)
         rows = {
             each: [self._measure(each, i, count) for i in self.held_out]
-            for each in (found, *plain(count, own_shift=self._shift))
+            for each in (found, *(each for each in plain(count, own_shift=self._shift) if each.options != found.options))
         }
         errors = {each: np.asarray([one.error_db for one in row]) for each, row in rows.items()}
         best = max(rows, key=lambda each: self._mean(each, self.held_out, count))  # the first of equals
@@ -156,8 +160,8 @@ class Tuning:
             compared=[_compared(each.name, errors[best], other) for each, other in errors.items() if each is not best],
         )
 
-    def _search(self, pool: Sequence[Candidate], count: int) -> Candidate:
-        """Returns the candidate with the smallest error after successive halving; on timeout, of those measured most."""
+    def _search(self, pool: Sequence[Candidate], count: int) -> list[Candidate]:
+        """Returns the candidates left after successive halving, or at the end of the time those measured most, best first."""
         taken = 2
         try:
             while True:
@@ -166,7 +170,7 @@ class Tuning:
                 ranked = sorted(pool, key=lambda each: (-means[each], each.name))
                 self.note(f"{count} evaluations, {len(asked)} prompts: {ranked[0].name}, {means[ranked[0]]:.2f} dB")
                 if taken >= len(self.searched):
-                    return ranked[0]
+                    return ranked
                 pool, taken = ranked[: max(2, math.ceil(len(ranked) / 2))], 2 * taken
         except OutOfTime:
             known = {each: [(each.name, i) in self._known.get(count, {}) for i in self.searched] for each in pool}
@@ -175,7 +179,30 @@ class Tuning:
                 raise ValueError("the time limit passed before anything was measured; give more --minutes.") from None
             pool = [each for each in pool if sum(known[each]) == most]
             prompts = [i for i in self.searched if known[pool[0]][i]]
-            return min(pool, key=lambda each: (-self._mean(each, prompts, count), each.name))
+            return sorted(pool, key=lambda each: (-self._mean(each, prompts, count), each.name))
+
+    def _best_refined(self, ranked: Sequence[Candidate], count: int) -> Candidate:
+        """Returns the first way, or a reuse plan of the others that local search brought nearer, as far as time allows."""
+        best, guided = ranked[0], self.settings.guided
+        try:
+            for base in [each for each in ranked if each.planned is not None][:_REFINED_PLANS]:
+                options = self._spelt(base)
+
+                def way(codes: Sequence[int], base: Candidate = base, options: Mapping[str, Any] = options) -> Candidate:
+                    plan = {**options["plan"], "codes": list(codes), "halves": guided}
+                    return Candidate(name=f"{base.name}: {spelt(codes)}", options={**options, "plan": plan})
+
+                codes = refined(
+                    tuple(options["plan"]["codes"]),
+                    lambda codes, prompts, way=way: self._mean(way(codes), self.searched[:prompts], count),
+                    num_prompts=len(self.searched),
+                    halves=guided,
+                )
+                best = max(best, way(codes), key=lambda each: self._mean(each, self.searched, count))
+                self.note(f"{count} evaluations, refined: {best.name}, {self._mean(best, self.searched, count):.2f} dB")
+        except OutOfTime:
+            self.note(f"{count} evaluations: the time is over before every plan was refined")
+        return best
 
     def _mean(self, candidate: Candidate, prompts: Sequence[int], count: int) -> float:
         """Returns the mean error in dB; -inf where it costs more than allowed."""

@@ -12,7 +12,7 @@ import pytest
 
 from sora_jax import files
 from sora_jax.commands import main
-from sora_jax.pipeline import tuning
+from sora_jax.pipeline import plan_search, tuning
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.pipeline import Pipeline
 from sora_jax.pipeline.presets import candidates
@@ -145,6 +145,7 @@ class Pretended:
             def plan(evaluations: int) -> Plan:
                 return Plan.evaluate_at(range(evaluations), tuning.PLAN_STEPS)
 
+        monkeypatch.setattr(plan_search, "PROPOSALS", 4)
         monkeypatch.setattr(Tuning, "_prepared", prepared)
         monkeypatch.setattr(Tuning, "_sampled", sampled)
         monkeypatch.setattr(Tuning, "_calibration", lambda *_: Plans)
@@ -172,9 +173,9 @@ def test_a_winner_that_loses_on_other_prompts_is_not_written(
 ) -> None:
     code, said, out = run(capfd, *words, "-o", tmp_path / "out")
     assert code == 0
-    assert "on the prompts kept aside, recommended way beats ab2, shift 2.4, and is the recipe" in said
+    assert "on the prompts kept aside, AB2, shift 1.6 beats ab2, shift 2.4, and is the recipe" in said
     recipe = Recipe.read(out.strip())
-    assert (recipe.measured["search_found"], recipe.measured["name"]) == ("ab2, shift 2.4", "recommended way")
+    assert (recipe.measured["search_found"], recipe.measured["name"]) == ("ab2, shift 2.4", "AB2, shift 1.6")
     assert (recipe.options["solver"], recipe.options["num_steps"]) == ("ab2", 4)
     assert recipe.measured["error_db_range"] == pytest.approx([recipe.options["shift"] + 1 + 0.1 * i for i in (4, 5)])
     behind = {each["name"]: each["behind_db"] for each in recipe.compared}
