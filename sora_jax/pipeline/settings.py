@@ -149,8 +149,8 @@ class SamplingOptions(TypedDict, total=False):
     preset: Annotated[
         str | None,
         Option(
-            "exact samples as Open-Sora does, recommended as the studies advise, tuned-N by the model's own recipe of N evaluations; "
-            "other options replace its values.",
+            "exact samples as Open-Sora does, recommended as the studies advise, tuned-N by the model's own recipe of N "
+            "evaluations; other options replace its values.",
             metavar="|".join(PRESETS),
             choices=PRESETS,
         ),
