@@ -69,15 +69,15 @@ def calibration_prompts(path: Path | None, first: int, num: int, seed: int) -> l
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class References:
-    """The reference clips of a prompt and noise, and how much moves in the first of them."""
+    """The reference clips of a prompt and noise, and how much moves in 30 Euler steps."""
 
-    by_steps: Mapping[str, Frames]
+    by_name: Mapping[str, Frames]
     flow: float
 
     @classmethod
-    def of(cls, short: Frames, long: Frames) -> Self:
-        """Returns the clips of 30 and of 200 steps."""
-        return cls(by_steps={"30": short, "200": long}, flow=metrics.flow_magnitude(short) if len(short) > 1 else 0.0)
+    def of(cls, short: Frames, fine: Frames) -> Self:
+        """Returns the clips of the fine solution and of 30 steps."""
+        return cls(by_name={"fine": fine, "30": short}, flow=metrics.flow_magnitude(short) if len(short) > 1 else 0.0)
 
 
 def scores(frames: Frames, references: References, asked: Mapping[str, str] | None) -> dict[str, Any]:
@@ -87,9 +87,9 @@ def scores(frames: Frames, references: References, asked: Mapping[str, str] | No
     divided by the captioned pace (1: as captioned, 0: it stands still); what the caption does not name is left out.
     """
     out: dict[str, Any] = {}
-    for steps, reference in references.by_steps.items():
-        out[f"psnr_{steps}"] = round(min(metrics.psnr(frames, reference), CAPPED_DB), 4)
-        out[f"ssim_{steps}"] = round(metrics.ssim(frames, reference), 6)
+    for name, reference in references.by_name.items():
+        out[f"psnr_{name}"] = round(min(metrics.psnr(frames, reference), CAPPED_DB), 4)
+        out[f"ssim_{name}"] = round(metrics.ssim(frames, reference), 6)
     if len(frames) > 1:
         out["steadiness"] = round(metrics.temporal_flickering(frames), 6)
         flow = metrics.flow_magnitude(frames)

@@ -11,18 +11,21 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sora_jax.pipeline.model_file import ModelFile
+from sora_jax.pipeline.presets import TUNED
 from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.reuse import Plan
 
-EVALUATIONS = (8, 10, 12, 16, 18, 21, 23, 25, 30)
+EVALUATIONS = (8, 10, 12, 16, 21, 23, 25, 30)
 STEPS = 30
-LONG_STEPS = 200
-REFERENCE, LONG_REFERENCE = f"Euler {STEPS}", f"Euler {LONG_STEPS}"
+FINE_STEPS = 128
+REFERENCE, FINE_REFERENCE = f"Euler {STEPS}", f"fine solution, AB2 {FINE_STEPS}"
 MERGED_STEPS = (30, 25, 20, 15, 10)  # of the paper's table 4
 LEAP_EVALUATIONS = (16, 21, 23, 25, 30)  # of the paper's table 3
 # Of the times, on top of the model's own: 6 takes the embedded model's (0.4 times) to Open-Sora's at 51 frames of 240p (2.4).
 OPEN_SORA_SHIFT = 6.0
 SHIFTS = (2.0, 4.0, OPEN_SORA_SHIFT)
+THRESHOLDS = (0.05, 0.1, 0.2, 0.4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +50,18 @@ class Method:
 
 
 def methods() -> list[Method]:
-    """Returns all methods; one that another forks from comes first."""
-    return [*references(), *leaps(), *solvers(), *plans(), *merges()]
+    """Returns all methods but a model's own; one that another forks from comes first."""
+    return [*references(), *leaps(), *solvers(), *plans(), *adaptive(), *guidance_rules(), *merges()]
+
+
+def recipes(model: ModelFile) -> list[Method]:
+    """Returns the recipes that a model brings, as its presets have them."""
+    found = {count: model.recipe(count) for count in TUNED}
+    return [
+        Method(name=f"recipe {count}", family="recipe", evaluations=count, changes=recipe.said())
+        for count, recipe in found.items()
+        if recipe is not None
+    ]
 
 
 def plain(num_steps: int) -> dict[str, Any]:
@@ -58,9 +71,10 @@ def plain(num_steps: int) -> dict[str, Any]:
 
 def references() -> list[Method]:
     """Returns the samplings that all others are compared with."""
+    fine = {"solver": "ab2", "shift": OPEN_SORA_SHIFT, **plain(FINE_STEPS)}
     return [
         Method(name=REFERENCE, family="Euler", evaluations=STEPS, changes=plain(STEPS)),
-        Method(name=LONG_REFERENCE, family="reference", evaluations=LONG_STEPS, changes=plain(LONG_STEPS)),
+        Method(name=FINE_REFERENCE, family="reference", evaluations=FINE_STEPS, changes=fine),
     ]
 
 
@@ -84,9 +98,10 @@ def leaps() -> list[Method]:
 
 def solvers() -> list[Method]:
     """Returns multistep solvers and re-shifted times, each with as many steps as evaluations, and leaps of both."""
-    rows: list[tuple[str, dict[str, Any]]] = [("Euler", {}), ("AB2", {"solver": "ab2"}), ("DPM++", {"solver": "dpmpp"})]
-    rows += [(f"Euler shift {shift:g}", {"shift": shift}) for shift in SHIFTS]
-    rows += [(f"AB2 shift {shift:g}", {"solver": "ab2", "shift": shift}) for shift in SHIFTS]
+    named = {"AB2": "ab2", "AB3": "ab3", "DPM++": "dpmpp", "UniPC": "unipc"}
+    rows: list[tuple[str, dict[str, Any]]] = [("Euler", {}), *((name, {"solver": solver}) for name, solver in named.items())]
+    rows += [(f"{name} shift {shift:g}", {**given, "shift": shift}) for name, given in rows[:2] for shift in SHIFTS]
+    rows += [(f"{name} shift {OPEN_SORA_SHIFT:g}", {**given, "shift": OPEN_SORA_SHIFT}) for name, given in rows[2:5]]
     out = []
     for family, changes in rows:
         for count in EVALUATIONS:
@@ -111,6 +126,7 @@ def plans() -> list[Method]:
     moved = {"shift": OPEN_SORA_SHIFT}
     rows: list[tuple[str, dict[str, Any]]] = [("reuse", {}), ("reuse AB2", {"solver": "ab2"})]
     rows += [(f"{family} shift {OPEN_SORA_SHIFT:g}", {**given, **moved}) for family, given in rows]
+    rows += [(f"{family}, extrapolated", {**given, "reuse_order": 1}) for family, given in rows[1::2]]
     for family, given in rows:
         for count in EVALUATIONS[:-1]:
             changes = {"num_steps": STEPS, **given}
@@ -122,6 +138,37 @@ def plans() -> list[Method]:
         changes = {"num_steps": len(plan.codes), "plan": plan}
         out.append(Method(name=f"{family} {count}", family=family, evaluations=plan.evaluations, changes=changes))
     return out
+
+
+def adaptive() -> list[Method]:
+    """Returns reuse decided in every step: by the input's change (TeaCache) and by the first block's, as far as they go."""
+    out = []
+    for times, given in (("", {}), (f" shift {OPEN_SORA_SHIFT:g}", {"solver": "ab2", "shift": OPEN_SORA_SHIFT})):
+        for rule, name in (("input", "TeaCache"), ("first-block", "first block")):
+            for order, family in ((0, f"{name}{times}"), (1, f"{name}{times}, extrapolated")):
+                for threshold in THRESHOLDS:
+                    reuse = {"reuse": rule, "reuse_threshold": threshold, "reuse_order": order}
+                    changes = {"num_steps": STEPS, **given, **reuse}
+                    out.append(Method(name=f"{family} {threshold:g}", family=family, evaluations=None, changes=changes))
+    return out
+
+
+def guidance_rules() -> list[Method]:
+    """Returns AB2 at Open-Sora's times with other guidance: only below a time, only above one, CFG-Zero*, rescaled."""
+    base = {"solver": "ab2", "shift": OPEN_SORA_SHIFT}
+    rules: dict[str, dict[str, Any]] = {
+        "guided below 0.9": {"guidance_high": 0.9},
+        "guided above 0.1": {"guidance_low": 0.1},
+        "CFG-Zero*": {"guidance_rule": "zero-star"},
+        "rescaled 0.7": {"guidance_rescale": 0.7},
+    }
+    return [
+        Method(
+            name=f"AB2 {family} {count}", family=f"AB2 {family}", evaluations=None, changes={"num_steps": count, **base, **rule}
+        )
+        for family, rule in rules.items()
+        for count in EVALUATIONS
+    ]
 
 
 def guidance_plan(evaluations: int) -> Plan:
@@ -149,7 +196,7 @@ def merges() -> list[Method]:
 def chosen(all_methods: Iterable[Method], names: Iterable[str]) -> list[Method]:
     """Returns the methods of those names, the references, and what they fork from, in their order."""
     by_name = {method.name: method for method in all_methods}
-    wanted = {*names, REFERENCE, LONG_REFERENCE}
+    wanted = {*names, REFERENCE, FINE_REFERENCE}
     wanted |= {fork[0] for name in wanted if name in by_name and (fork := by_name[name].fork)}
     return [method for method in by_name.values() if method.name in wanted]
 

@@ -37,9 +37,9 @@ def draw(report: Mapping[str, Any], folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     frontier, axes = pyplot.subplots(1, 2, figsize=(11.5, 4.4), layout="constrained")
-    for axis, steps in zip(axes, ("30", "200"), strict=True):
-        draw_families(axis, report["methods"], f"psnr_{steps}")
-        axis.set(xlabel="evaluations", ylabel=f"PSNR against {steps} Euler steps, median, dB", xlim=(7, 31))
+    for axis, (name, reference) in zip(axes, {"fine": "the fine solution", "30": "30 Euler steps"}.items(), strict=True):
+        draw_families(axis, report["methods"], f"psnr_{name}")
+        axis.set(xlabel="evaluations", ylabel=f"PSNR against {reference}, median, dB", xlim=(7, 31))
     drawn = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     frontier.legend(drawn.values(), drawn.keys(), loc="outside right center", fontsize=9)
     figure, axis = pyplot.subplots(figsize=(6, 3.6), layout="constrained")

@@ -14,17 +14,17 @@ import numpy as np
 from benchmarks._support import study_pictures
 from benchmarks._support.machine import environment, write_report
 from benchmarks._support.study_clips import CAPPED_DB
-from benchmarks._support.study_methods import LEAP_EVALUATIONS, LONG_REFERENCE, MERGED_STEPS, REFERENCE, STEPS, frontier
+from benchmarks._support.study_methods import FINE_REFERENCE, LEAP_EVALUATIONS, MERGED_STEPS, REFERENCE, STEPS, frontier
 from sora_jax.pocket.judging.scores import Rate
 
-OVER_EULER = {"over_euler_30": "psnr_30", "over_euler_200": "psnr_200"}
-MEDIANS = ("psnr_30", "ssim_30", "psnr_200", "ssim_200", *OVER_EULER, "steadiness", "flow", "flow_kept", "pace", "object_px")
+OVER_EULER = {"over_euler_fine": "psnr_fine", "over_euler_30": "psnr_30"}
+MEDIANS = ("psnr_fine", "ssim_fine", "psnr_30", "ssim_30", *OVER_EULER, "steadiness", "flow", "flow_kept", "pace", "object_px")
 SHARES = ("colour", "shape", "motion", "speed", "all")
 _BAND = (0.05, 0.95)
 _NOTE = (
     "Evaluations are those of the guided velocity: conditional and unconditional rows together count one. PSNR and SSIM are "
-    f"against {STEPS} and 200 Euler steps from the same noise; medians, quartiles in brackets. Over Euler: PSNR less that of "
-    "the same clip by plain Euler at as many evaluations, dB. Shares are of clips that show "
+    f"against the {FINE_REFERENCE} steps, and {STEPS} Euler steps from the same noise; medians, quartiles in brackets. Over "
+    "Euler: PSNR less that of the same clip by plain Euler at as many evaluations, dB. Shares are of clips that show "
     "what their caption names, with 95 % intervals. Pace: speed of the object over the speed its caption names. Flow kept: "
     f"flow magnitude over that of {STEPS} Euler steps. Steadiness: VBench's formula of temporal flickering. LPL released "
     "decides for a whole batch from its first clip."
@@ -42,13 +42,13 @@ def write(lines: Sequence[Row], out: Path, about: Mapping[str, Any], pictures: P
     if not lines:
         raise ValueError("the study has no lines yet; run it without --report.")
     rows = summarise(shared(lines))
-    compared = [row for row in rows if row["name"] != LONG_REFERENCE]
+    compared = [row for row in rows if row["name"] != FINE_REFERENCE]
     report = {
         **about,
         "environment": environment(),
         "clips": len(lines),
         "methods": rows,
-        "frontier": {name: frontier(compared, name) for name in ("ssim_30", "ssim_200", "psnr_30", "psnr_200")},
+        "frontier": {name: frontier(compared, name) for name in ("psnr_fine", "ssim_fine", "psnr_30", "ssim_30")},
         "best_on_more_clips": summarise(most_clips(lines)),
         "cosines": cosines(lines),
     }

@@ -38,6 +38,7 @@ ROWS: tuple[tuple[TargetName, Precision, Weights], ...] = (
     ("onnx", "float32", "int8"),
     ("coreai", "float32", "float"),
     ("coreai", "float32", "int8"),
+    ("coreai", "float16", "float"),
     ("coreml", "float32", "float"),
     ("coreml", "float16", "float"),
     ("coreml", "float16", "int8"),

@@ -4,11 +4,11 @@ Command:  python -m benchmarks.quality.sampler_study --work study [MODEL_DIR] [-
           python -m benchmarks.quality.sampler_study --work study --frontier --prompts 64 --seeds 2            its best methods
 Needs:    any model directory, its prompts one a line (--prompt-file); the embedded model brings captions and a judge.
 Writes:   WORK/clips.jsonl, one line a clip; OUT.json, OUT.md and two pictures at the end (--report writes them alone).
-Expect:   half an hour for the grid of the embedded model on two cores.
+Expect:   three quarters of an hour for the grid of the embedded model on two cores.
 
-A clip is compared with those of 30 and of 200 Euler steps from the same noise (PSNR, SSIM), judged against its caption where
-the model is the embedded one (colour, shape, direction, speed), and measured for flicker and motion.  Programs are compiled
-once for each kind of method: number of steps, times, leaps and plans are values.
+A clip is compared with those of a fine solution and of 30 Euler steps from the same noise (PSNR, SSIM), judged against its
+caption where the model is the embedded one (colour, shape, direction, speed), and measured for flicker and motion.  A model's
+own recipes take part.  Programs are compiled once for each kind of method: number of steps, times, leaps and plans are values.
 
 The study goes on where it stopped: existing latents and lines are reused.  Plans are calibrated on captions that
 the study does not ask for.
@@ -32,7 +32,7 @@ import numpy as np
 
 from benchmarks._support import study_report
 from benchmarks._support.study_clips import Prompt, References, calibration_prompts, read_lines, read_prompts, scores
-from benchmarks._support.study_methods import LONG_REFERENCE, REFERENCE, Method, chosen, frontier, methods
+from benchmarks._support.study_methods import FINE_REFERENCE, REFERENCE, Method, chosen, frontier, methods, recipes
 from sora_jax.pipeline import video
 from sora_jax.pipeline.make_sampler import make_sampler
 from sora_jax.pipeline.pipeline import Pipeline
@@ -101,7 +101,7 @@ def main() -> None:
     options = parse()
     try:
         study = opened(options)
-        every = methods()
+        every = [*methods(), *recipes(study.pipeline.model)]
         if options.frontier:
             every = chosen(every, frontier_names(study))
         elif options.methods:
@@ -188,8 +188,8 @@ def about(study: Study) -> dict[str, Any]:
 def frontier_names(study: Study) -> list[str]:
     """Returns the best methods so far by likeness to either reference, those that the paper names, and the recommended."""
     grid = study_report.summarise(study_report.shared(read_lines(study.lines)))
-    rows = [row for row in grid if row["name"] != LONG_REFERENCE]
-    best = {name for kind in ("ssim_30", "ssim_200", "psnr_30", "psnr_200") for name in frontier(rows, kind)}
+    rows = [row for row in grid if row["name"] != FINE_REFERENCE]
+    best = {name for kind in ("ssim_30", "ssim_fine", "psnr_30", "psnr_fine") for name in frontier(rows, kind)}
     return sorted(best | {"Euler 16", "LPL 16", "LPL dynamic", "AB2 16", "AB2 shift 4 16", "TDTM 15"})
 
 
@@ -207,7 +207,7 @@ def run_batch(study: Study, every: Sequence[Method], noise: int, indices: Sequen
     if any(not latents_path(folder, method.name).exists() for method in wanted):
         filled = [*indices, *[indices[-1]] * (study.batch - len(indices))]  # so that nothing compiles anew
         denoise(study, generation, [study.prompts[i].text for i in filled], wanted, folder)
-    pairs = zip(decoded(generation, folder, REFERENCE), decoded(generation, folder, LONG_REFERENCE), strict=True)
+    pairs = zip(decoded(generation, folder, REFERENCE), decoded(generation, folder, FINE_REFERENCE), strict=True)
     references = [References.of(short, long) for short, long in pairs]
     for method in missing:
         frames = decoded(generation, folder, method.name)

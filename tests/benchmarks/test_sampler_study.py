@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks._support import study_clips, study_methods, study_report
-from benchmarks._support.study_methods import EVALUATIONS, LONG_REFERENCE, REFERENCE, STEPS, Method
+from benchmarks._support.study_methods import EVALUATIONS, FINE_REFERENCE, REFERENCE, STEPS, Method
 from benchmarks.quality import sampler_study
 from sora_jax.pipeline.make_sampler import leap_rule
 from sora_jax.pipeline.pipeline import Pipeline
@@ -68,10 +68,10 @@ def test_plans_are_calibrated_at_the_times_they_are_used_at(work: Path, tiny_mod
 def test_every_clip_has_a_line_with_its_measures(work: Path) -> None:
     lines = study_clips.read_lines(work / "clips.jsonl")
     assert {(line["method"], line["prompt"]) for line in lines} == {
-        (name, i) for name in (*WANTED, REFERENCE, LONG_REFERENCE) for i in range(2)
+        (name, i) for name in (*WANTED, REFERENCE, FINE_REFERENCE) for i in range(2)
     }
     by_name = {line["method"]: line for line in lines if line["prompt"] == 0}
-    assert by_name[REFERENCE]["psnr_30"] == by_name[LONG_REFERENCE]["psnr_200"] == study_clips.CAPPED_DB
+    assert by_name[REFERENCE]["psnr_30"] == by_name[FINE_REFERENCE]["psnr_fine"] == study_clips.CAPPED_DB
     assert by_name[REFERENCE]["ssim_30"] == by_name[REFERENCE]["flow_kept"] == 1
     assert by_name["LPL 16"]["evaluations"] == 16
     assert by_name["LPL 16"]["leap"] == 15
@@ -199,9 +199,9 @@ def test_gains_over_euler_are_of_the_same_clip_at_as_many_evaluations() -> None:
     euler = [line("Euler", 0, 10), line("Euler", 1, 20), line("Euler", 2, 60), line("Euler", 3, 0, evaluations=8)]
     euler.append(line("Euler", 4, study_clips.CAPPED_DB, evaluations=30))  # the reference
     other = [line("b", 4, 50, evaluations=30), line("b", 0, 13), line("b", 1, 21), line("b", 2, 70), line("b", 3, 50)]
-    rows = {row["name"]: row for row in study_report.summarise([{**one, "psnr_200": 0.0} for one in euler + other])}
+    rows = {row["name"]: row for row in study_report.summarise([{**one, "psnr_fine": 0.0} for one in euler + other])}
     assert rows["b"]["over_euler_30"]["median"] == 3
-    assert rows["b"]["over_euler_200"]["high"] == 0
+    assert rows["b"]["over_euler_fine"]["high"] == 0
     assert "over_euler_30" not in study_report.summarise([line("b", 0, 13, evaluations=17)])[0]
 
 
@@ -212,5 +212,5 @@ def test_the_second_stage_asks_for_the_best_methods(work: Path, tiny_model: Path
         patch.setattr(sampler_study, "run_batch", lambda study, every, noise, indices: asked.append([m.name for m in every]))
         run(tiny_model, work, "--frontier", "--seeds", "2")
     assert len(asked) == 2  # two noises, one batch each
-    assert {REFERENCE, LONG_REFERENCE, "LPL 16", "LPL dynamic", "TDTM 30"} <= set(asked[0])  # TDTM 15 forks from 30
+    assert {REFERENCE, FINE_REFERENCE, "LPL 16", "LPL dynamic", "TDTM 30"} <= set(asked[0])  # TDTM 15 forks from 30
     assert "LPL 8" not in asked[0]
