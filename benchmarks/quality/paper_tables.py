@@ -9,10 +9,10 @@ Writes:   OUT.json and OUT.md; with --picture figure 5 as a PNG.  WORK holds lat
 Expect:   LPL of 16 evaluations 1.88 times fewer than 30, the more tokens merged the less motion.
 
 Table 3 is LPL by the step that leaps, table 4 token merging by the number of merged steps, each next to 30 plain steps:
-evaluations, likeness to 30 steps and to the fine solution, flicker, motion, and what the caption asks for where the model
-is the embedded one.  Table 5 is the time of denoising, and the bytes that a streamed model reads, with the methods alone and
-together.  Figure 5 is the cosine of consecutive velocities by step.  The paper's own scores are VBench's, whose networks are not part of
-this package: --frames writes what it reads.
+evaluations, likeness to 30 steps and to the fine solution, flicker, motion, and what the caption asks for where the model is
+the embedded one.  Table 5 is the time of denoising, and the bytes that a streamed model reads, with the methods alone and
+together.  Figure 5 is the cosine of consecutive velocities by step.  The paper's own scores are VBench's, whose networks are
+not part of this package: --frames writes what it reads.
 """
 
 import argparse
