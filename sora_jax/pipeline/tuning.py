@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -183,26 +183,28 @@ class Tuning:
 
     def _best_refined(self, ranked: Sequence[Candidate], count: int) -> Candidate:
         """Returns the first way, or a reuse plan of the others that local search brought nearer, as far as time allows."""
-        best, guided = ranked[0], self.settings.guided
+        best = ranked[0]
         try:
             for base in [each for each in ranked if each.planned is not None][:_REFINED_PLANS]:
-                options = self._spelt(base)
-
-                def way(codes: Sequence[int], base: Candidate = base, options: Mapping[str, Any] = options) -> Candidate:
-                    plan = {**options["plan"], "codes": list(codes), "halves": guided}
-                    return Candidate(name=f"{base.name}: {spelt(codes)}", options={**options, "plan": plan})
-
-                codes = refined(
-                    tuple(options["plan"]["codes"]),
-                    lambda codes, prompts, way=way: self._mean(way(codes), self.searched[:prompts], count),
-                    num_prompts=len(self.searched),
-                    halves=guided,
-                )
-                best = max(best, way(codes), key=lambda each: self._mean(each, self.searched, count))
+                best = max(best, self._refined(base, count), key=lambda each: self._mean(each, self.searched, count))
                 self.note(f"{count} evaluations, refined: {best.name}, {self._mean(best, self.searched, count):.2f} dB")
         except OutOfTime:
             self.note(f"{count} evaluations: the time is over before every plan was refined")
         return best
+
+    def _refined(self, base: Candidate, count: int) -> Candidate:
+        """Returns the way with a plan that local search finds from its own one on."""
+        options, guided = self._spelt(base), self.settings.guided
+
+        def way(codes: Sequence[int]) -> Candidate:
+            plan = {**options["plan"], "codes": list(codes), "halves": guided}
+            return Candidate(name=f"{base.name}: {spelt(codes)}", options={**options, "plan": plan})
+
+        def error_db(codes: tuple[int, ...], prompts: int) -> float:
+            return self._mean(way(codes), self.searched[:prompts], count)
+
+        codes = tuple(options["plan"]["codes"])
+        return way(refined(codes, error_db, num_prompts=len(self.searched), halves=guided))
 
     def _mean(self, candidate: Candidate, prompts: Sequence[int], count: int) -> float:
         """Returns the mean error in dB; -inf where it costs more than allowed."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from benchmarks._support import study_clips, study_methods, study_report
 from benchmarks._support.study_methods import EVALUATIONS, FINE_REFERENCE, REFERENCE, STEPS, Method
 from benchmarks.quality import sampler_study
 from sora_jax.pipeline.make_sampler import leap_rule
+from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.pipeline import Pipeline
+from sora_jax.pipeline.recipe import Recipe
 from sora_jax.pocket.judging import cases
+from sora_jax.sampling.reuse import Plan
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
 
@@ -127,14 +131,14 @@ def test_methods_ask_for_the_evaluations_they_name() -> None:
         elif rule is None and "plan" in method.changes:
             assert method.changes["plan"].evaluations == method.evaluations
             assert len(method.changes["plan"].codes) == steps
-        elif rule is None:
+        elif rule is None and method.evaluations is not None:
             assert method.calibrated == method.evaluations or steps == method.evaluations
     families = {method.family for method in every}
     for family in (
         "Euler",
-        "LPL",
-        "LPL extrapolated",
         "AB2",
+        "AB3",
+        "UniPC shift 6",
         "DPM++",
         "Euler shift 2",
         "LPL shift 6",
@@ -145,6 +149,31 @@ def test_methods_ask_for_the_evaluations_they_name() -> None:
         assert family in families
         counts = {method.evaluations for method in every if method.family == family} | {30}
         assert counts == set(EVALUATIONS), family
+
+
+def test_a_models_recipes_take_part(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    assert study_methods.recipes(ModelFile.read(model)) == []
+    (model / "recipes").mkdir()
+    codes = [0] * 10 + [1]
+    options = {"solver": "ab2", "plan": {"codes": codes, "keep": "residual", "halves": True}, "reuse_order": 1}
+    recipe = Recipe(
+        model="model 0", height=64, width=64, num_frames=17, evaluations=10, options=options, measured={}, compared=[]
+    )
+    recipe.write(model / "recipes" / "recipe-10.json")
+    (method,) = study_methods.recipes(ModelFile.read(model))
+    assert (method.name, method.evaluations, method.changes["num_steps"]) == ("recipe 10", 10, 11)
+    assert method.changes["plan"] == Plan(codes=tuple(codes), halves=True)
+
+
+def test_faithfulness_is_compared_on_the_same_clips() -> None:
+    exact = [{"prompt": i, "noise": 0, "all": i != 0} for i in range(100)]
+    worse = [{"prompt": i, "noise": 0, "all": i >= 10} for i in range(100)]
+    found = study_report.paired(worse, exact)
+    assert found["mean"] == pytest.approx(-0.09)
+    assert found["low"] == pytest.approx(-0.09 - 1.96 * 0.0288, abs=1e-3)
+    assert study_report.paired(exact, exact) == {"mean": 0, "low": 0, "high": 0}
+    assert study_report.paired(exact[:1], exact) == {}
 
 
 def test_the_frontier_holds_what_nothing_beats() -> None:

@@ -103,6 +103,60 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_loaded(
     assert (code, "force_recipe says which recipes are used" in error) == (2, True)
 
 
+@pytest.fixture
+def with_recipes(recipe: Recipe, tiny_model: Path, tmp_path: Path) -> ModelFile:
+    """A model that brings recipes for 8 and 16 evaluations, at its own size."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    own = ModelFile.read(model)
+    plain = own.resolve({})
+    size = {name: getattr(plain, name) for name in ("height", "width", "num_frames")}
+    (model / "recipes").mkdir()
+    for count in (8, 16):
+        codes = [0] * count + [1, 1]
+        options = {**recipe.options, "plan": {"codes": codes, "keep": "residual"}}
+        made = dataclasses.replace(recipe, model=own.model_id, evaluations=count, options=options, **size)
+        made.write(model / "recipes" / f"recipe-{count}.json")
+    return ModelFile.read(model)
+
+
+def test_a_model_brings_recipes_as_presets(
+    with_recipes: ModelFile, tiny_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert with_recipes.presets() == ["exact", "recommended", "tuned-8", "tuned-16"]
+    eight = with_recipes.resolve({"preset": "tuned-8"})
+    assert (eight.solver, eight.num_steps, eight.evaluations()) == ("ab2", 10, (8.0, False))
+    assert with_recipes.resolve({"preset": "tuned-8", "shift": 3.0}).shift == 3.0
+    code, said, _ = run(capfd, "generate", "a red circle", "--model", tiny_model, "--preset", "tuned-8", "--dry-run")
+    assert (code, len(said.splitlines())) == (2, 1)
+    assert f"{tiny_model} brings no recipe for the preset tuned-8; make it with: sora-jax tune {tiny_model}" in said
+    code, _, listed = run(capfd, "list", "presets", "--model", with_recipes.directory)
+    assert [line.split(",")[0] for line in listed.splitlines()[:-1]] == [
+        "exact: evaluations 30", "recommended: evaluations 16", "tuned-8: evaluations 8", "tuned-16: evaluations 16",
+    ]  # fmt: skip
+
+
+def test_a_preset_of_a_recipe_is_refused_where_it_was_not_tuned(with_recipes: ModelFile) -> None:
+    longer = {"num_frames": with_recipes.resolve({}).num_frames + 17}
+    with pytest.raises(ValueError, match=r"preset tuned-8 was tuned for .* frames, not .*--force-recipe"):
+        with_recipes.resolve({"preset": "tuned-8", **longer})
+    assert with_recipes.resolve({"preset": "tuned-8", "force_recipe": True, **longer}).num_steps == 10
+    with pytest.raises(ValueError, match="a recipe that a model brings"):
+        Settings.resolve({}, {"preset": "tuned-8"})
+    (Path(with_recipes.directory) / "recipes" / "recipe-8.json").write_text("{")
+    with pytest.raises(ValueError, match=r"recipe-8\.json is not a recipe"):
+        with_recipes.resolve({"preset": "tuned-8"})
+
+
+def test_the_recommended_preset_is_the_models_recipe_where_it_fits(with_recipes: ModelFile) -> None:
+    tuned = with_recipes.resolve({"preset": "tuned-16"})
+    assert with_recipes.resolve({"preset": "recommended"}) == tuned
+    assert with_recipes.resolve({"preset": "recommended", "guidance": 2.0, "seed": 3}).plan == tuned.plan
+    elsewhere = [{"num_frames": tuned.num_frames + 17}, {"num_steps": 10}, {"leap": "dynamic"}, {"merge_steps": 2}]
+    for options in elsewhere:
+        found = with_recipes.resolve({"preset": "recommended", **options})
+        assert (found.solver, found.plan, found.num_steps) == ("ab2", None, options.get("num_steps", 16))
+
+
 def test_candidates_are_settings_and_have_names_of_their_own() -> None:
     for count in (8, 11):
         found = candidates(count, own_shift=0.4, settings=Settings.resolve({}, {}))
