@@ -26,11 +26,11 @@ _NORMAL_95 = 1.96
 _NOTE = (
     "Evaluations are those of the guided velocity: conditional and unconditional rows together count one. PSNR and SSIM are "
     f"against the {FINE_REFERENCE} steps, and {STEPS} Euler steps from the same noise; medians, quartiles in brackets. Over "
-    "Euler: PSNR less that of the same clip by plain Euler at as many evaluations, dB. Shares are of clips that show what their "
-    "caption names, with 95 % intervals; all less 30: the share of all, less that of 30 Euler steps on the same clips. Pace: "
-    "speed of the object over the speed its caption names. Flow kept: flow magnitude over that of "
-    f"{STEPS} Euler steps. Steadiness: VBench's formula of temporal flickering. LPL released decides for a whole batch from its "
-    "first clip."
+    "Euler: PSNR less that of the same clip by plain Euler at as many evaluations, dB. Shares are of clips that show what "
+    "their caption names, with 95 % intervals; all less 30: the share of all, less that of 30 Euler steps on the same clips. "
+    "Pace: speed of the object over the speed its caption names. Flow kept: flow magnitude over that of "
+    f"{STEPS} Euler steps. Steadiness: VBench's formula of temporal flickering. LPL released decides for a whole batch from "
+    "its first clip."
 )
 
 Row = Mapping[str, Any]

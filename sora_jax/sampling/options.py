@@ -113,7 +113,9 @@ class Sampling:
             _check_leap_guidance(leap, guidance)
         if plan is not None:
             _check_kind("plan", plan, Plan, "for example Plan.evaluate_at([0, 2, 4], 6)")
-            _check_plan(plan, guidance, solver, leap, weight_BT, schedule)
+            _check_plan(plan, guidance, solver, leap)
+            if weight_BT is not None and len(plan.codes) == num_steps:
+                plan = plan.full_at(joining.joining_steps(weight_BT, schedule.visited, schedule.num_timesteps))
         if adaptive is not None:
             _check_kind("reuse", adaptive, Reuse, "for example Reuse.by_input(0.1)")
             _check_reuse(solver, leap, plan)
@@ -242,22 +244,13 @@ def _check_leap_guidance(leap: Leap, guidance: Guidance | None) -> None:
         )
 
 
-def _check_plan(
-    plan: Plan,
-    guidance: Guidance | None,
-    solver: str,
-    leap: Leap | None,
-    weight_BT: np.ndarray | None,
-    schedule: Schedule,
-) -> None:
+def _check_plan(plan: Plan, guidance: Guidance | None, solver: str, leap: Leap | None) -> None:
     if solver == "heun":
         raise ValueError("a plan cannot drive solver 'heun', whose second evaluation it does not cover; use 'ab2' or 'dpmpp'.")
     if reuse.HALF in plan.codes and guidance is None:
         raise ValueError("plan has half steps, which reuse the guidance difference, but guidance is None; set guidance.")
     if leap is not None and leap.mode == "released":
         raise ValueError("leap 'released' compares every pair of velocities, reused or not; use Leap.dynamic() with a plan.")
-    if weight_BT is not None and len(plan.codes) == len(schedule.visited):
-        reuse.check_joining(plan.codes, joining.joining_steps(weight_BT, schedule.visited, schedule.num_timesteps))
 
 
 def _check_reuse(solver: str, leap: Leap | None, plan: Plan | None) -> None:

@@ -3,15 +3,15 @@
 A plan is one integer for each step and is fixed before the sampling starts, so it is a runtime input of the compiled
 sampler and never a data-dependent branch.
 
-Invariant: the first step, and the first step after merging ends, evaluate in full whatever the plan says; what they
-replace is never used again.
+Invariant: the first step, the first step after merging ends, and every step in which a frame joins evaluate in full whatever
+the plan says; what they replace is never used again.
 
 Source: the family of MagCache (arXiv 2506.09045) and LeMiCa (arXiv 2511.00090): one residual kept, plan found by shortest
 path over a table of measured errors; FasterCache (arXiv 2410.19355) for the kept guidance difference.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Literal, Self, no_type_check
 
 import jax
@@ -82,6 +82,11 @@ class Plan:
         codes = tuple(HALF if code == FULL and step >= first else code for step, code in enumerate(self.codes))
         return dataclasses.replace(self, codes=codes)
 
+    def full_at(self, joins_N: np.ndarray) -> Self:
+        """Returns the plan with full steps where frames join, whose tokens no step before has seen."""
+        codes = tuple(FULL if joins else code for code, joins in zip(self.codes, joins_N, strict=True))
+        return dataclasses.replace(self, codes=codes)
+
     @property
     def evaluations(self) -> float:
         """Velocity evaluations of the plan, a half step counting one half."""
@@ -111,16 +116,3 @@ class PlanRule:
     keep: Keep = dataclasses.field(metadata={"static": True})
     halves: bool = dataclasses.field(metadata={"static": True})
     extrapolate: bool = dataclasses.field(default=False, metadata={"static": True})
-
-
-def check_joining(codes: Sequence[int], joins_N: np.ndarray) -> None:
-    """Refuses a plan that reuses in a step in which a frame joins the sampling.
-
-    Raises:
-      ValueError: it does; the message names the step.
-    """
-    for step, code in enumerate(codes):
-        if code != FULL and joins_N[step]:
-            raise ValueError(
-                f"plan does not evaluate step {step} in full, where a frame joins (frame_weights); set its code to {FULL}."
-            )

@@ -138,6 +138,17 @@ def test_calibration_evaluates_where_reuse_is_barred() -> None:
     sample(VELOCITY, Z, SCHEDULE, plan=plan, merge_steps=2, frame_weights=weights)
 
 
+def test_a_step_in_which_a_frame_joins_is_evaluated_whatever_the_plan_says() -> None:
+    weights = np.asarray([[1, 1, 0.5, 1]] * 2, np.float32)
+    joins = int(np.argmax(SCHEDULE.visited <= 500))
+    sparse, full = Plan.evaluate_at([0, 2], 8), Plan.evaluate_at([0, 2, joins], 8)
+    assert full.evaluations == sparse.evaluations + 1
+    found = sample(VELOCITY, Z, SCHEDULE, plan=sparse, frame_weights=weights)
+    expected = sample(VELOCITY, Z, SCHEDULE, plan=full, frame_weights=weights)
+    np.testing.assert_array_equal(found.z, expected.z)
+    np.testing.assert_array_equal(found.evaluations_B, 3)
+
+
 def test_ties_and_zero_errors_still_use_every_evaluation() -> None:
     error_NN = np.where(np.triu(np.ones((5, 5)), 1) > 0, 0.0, np.inf)
     assert Calibration(error_NN=error_NN, keep="residual").plan(3).evaluations == 3

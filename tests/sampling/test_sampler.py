@@ -235,10 +235,6 @@ HALVES = Plan(codes=(0, 2, 0), keep="velocity")
         ({"plan": Plan.evaluate_at([0], 3), "solver": "heun"}, "a plan cannot drive solver 'heun'"),
         ({"plan": HALVES}, "plan has half steps, which reuse the guidance difference, but guidance is None"),
         ({"plan": Plan.evaluate_at([0], 3), "leap": Leap.released()}, "use Leap.dynamic() with a plan"),
-        (
-            {"plan": Plan.evaluate_at([0], 3), "frame_weights": np.full((3, 4), 0.5)},
-            "plan does not evaluate step 2 in full, where a frame joins",
-        ),
         ({"merge_steps": -1}, "merge_steps is -1; expected 0 or more"),
         ({"seed": -1}, "seed is -1; expected a whole number from 0"),
         ({"frame_weights": np.full((3, 4), 1.5)}, "frame_weights must be [B, T] with values from 0 to 1"),
