@@ -5,7 +5,8 @@ Needs:    the extra ``export``; for the embedded model 60 MB of disk and two to 
 Expect:   float32 rows above 100 dB and videos above 50 dB; int8 a quarter of the bytes of the matrices; memory below 6 GB.
 Rival:    the same model directory: its bytes as stored, and the pipeline that runs it.
 
-Videos of Core ML rows have one step: their programs are interpreted, and slowly; nothing ran on Apple hardware.
+Videos of Core ML rows, and of Core AI's in float16, have one step: their programs are interpreted, or computed in software, and
+slowly; nothing ran on Apple hardware.
 Each row is written as soon as it is measured, and rows already in the file are kept: a stopped run continues.
 """
 
@@ -73,7 +74,8 @@ def measure(
         "worst": worst,
         "worst_relative_l2": max(entry["relative_l2"] for entry in checks),
     }
-    row |= compare_video(model, out, 1 if target == "coreml" else num_steps)
+    slow = target == "coreml" or (target, precision) == ("coreai", "float16")
+    row |= compare_video(model, out, 1 if slow else num_steps)
     shutil.rmtree(out)
     return row
 

@@ -27,8 +27,8 @@ search = ["tune", "pocket", "--evaluations", "6", "--prompts", "prompts.txt", "-
 assert main(search) == 0
 recipe = Recipe.read("recipes/recipe-6.json")
 print(f"{recipe.measured['name']}: {recipe.measured['error_db']:.1f} dB with {recipe.evaluations} evaluations")
-for rival in recipe.beaten:
-    print("beaten:", rival)
+for rival in recipe.compared:
+    print(f"{rival['behind_db']:.1f} dB ahead of {rival['name']}")
 
 pipe = sora_jax.Pipeline.from_pretrained()
 clip = pipe(PROMPTS[0], recipe="recipes/recipe-6.json", seed=1)
