@@ -16,7 +16,7 @@ import numpy as np
 from sora_jax.export import check, vectors
 from sora_jax.export.contents import ExportFileError
 from sora_jax.export.entries import FunctionEntry, SamplingEntry, StageEntry
-from sora_jax.export.host_program import ExportedModel, LeapState, guided, sample, schedule_times
+from sora_jax.export.host_program import ExportedModel, LeapState, cosine_of, guided, sample, schedule_times
 from sora_jax.export.opening import open_function
 from sora_jax.inputs import prompt
 from sora_jax.inputs.tokenizer import Tokenizer
@@ -138,8 +138,7 @@ def _leap(_: ExportedModel, content: Any) -> Iterator[Row]:
             if state.leaps(step, v, before) and leaps_at is None:
                 leaps_at = step
             before = v
-        norms = np.linalg.norm(velocities, axis=1)
-        cosines = np.sum(velocities[1:] * velocities[:-1], axis=1) / (norms[1:] * norms[:-1])
+        cosines = [cosine_of(v, before) for v, before in zip(velocities[1:], velocities, strict=False)]
         pairs = [(mine, told) for mine, told in zip([None, *cosines], one["cosines"], strict=True) if told is not None]
         name = f"{one['leap']['mode']} leap with {one['merge_steps']} merged steps"
         yield _near(f"{name}, cosines", [a for a, _ in pairs], [b for _, b in pairs], atol=_COSINE_ATOL)

@@ -341,6 +341,12 @@ def sample(
     return z, evaluations
 
 
+def cosine_of(v: np.ndarray, before: np.ndarray) -> float:
+    """Returns the cosine of two velocities over the whole latent."""
+    norms = np.linalg.norm(v.ravel()) * np.linalg.norm(before.ravel())
+    return float(np.dot(v.ravel(), before.ravel()) / max(norms, TINY))
+
+
 class LeapState:
     """Whether a step leaps; for the dynamic rule, the best cosine so far and the patience left."""
 
@@ -354,8 +360,7 @@ class LeapState:
             return bool(step == self.leap["index"])
         if self.leap["mode"] == "off" or before is None or step < self.first:
             return False
-        norms = np.linalg.norm(v.ravel()) * np.linalg.norm(before.ravel())
-        cosine = float(np.dot(v.ravel(), before.ravel()) / max(norms, TINY))
+        cosine = cosine_of(v, before)
         if cosine > self.best + self.leap["tolerance"]:
             self.best, self.patience = cosine, self.leap["patience"]
         else:

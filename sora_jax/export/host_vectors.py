@@ -79,7 +79,12 @@ def write(
         "times": [_time_entry(steps, shift) for steps in (1, 7, 30) for shift in (1.0, 2.5, size["shift"])],
         "guidance": [_guidance_entry(scale) for scale in (0.0, 1.0, 7.0)],
         "loop": _loop_entry(),
-        "leap": [_leap_entry(Leap.dynamic(), 0), _leap_entry(Leap.dynamic(), 9), _leap_entry(Leap.static(5), 9)],
+        "leap": [
+            _leap_entry(Leap.dynamic(), 0, _turning()),
+            _leap_entry(Leap.dynamic(), 9, _turning()),
+            _leap_entry(Leap.static(5), 9, _turning()),
+            _leap_entry(Leap.dynamic(), 0, _vanishing()),
+        ],
         "pixels": _pixel_entry(),
         "clip": _clip_entry(folder, pipeline, settings, size) if clip else None,
     }
@@ -123,9 +128,8 @@ def _guidance_entry(scale: float) -> dict[str, Any]:
     return {"guidance": scale, "conditional": _floats(rows[0]), "unconditional": _floats(rows[1]), "guided": _floats(guided)}
 
 
-def _leap_entry(leap: Leap, merge_steps: int) -> dict[str, Any]:
-    """Returns those velocities with the sampler's decisions about them."""
-    velocities = _turning()
+def _leap_entry(leap: Leap, merge_steps: int, velocities: np.ndarray) -> dict[str, Any]:
+    """Returns velocities with the sampler's decisions about them."""
     num_steps = len(velocities)
     rule = leap.rule(num_steps)
     state, cosines, decisions = rule.start(1), [], []
@@ -163,6 +167,14 @@ def _turning() -> np.ndarray:
     """Returns fourteen velocities [14, 2] whose direction turns slower and slower and then faster."""
     angles = np.cumsum(np.concatenate([np.linspace(0.5, 0.1, 10), np.linspace(0.2, 0.4, 4)]))
     return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def _vanishing() -> np.ndarray:
+    """Returns those velocities, of which some are so small, or nothing, that the floor of the norms decides their cosines."""
+    sizes = np.ones(14, np.float32)
+    sizes[[7, 10]] = 0, 1e-5
+    sizes[[8, 9]] = 1e-4
+    return _turning() * sizes[:, None]
 
 
 def _loop_entry() -> dict[str, Any]:

@@ -56,8 +56,10 @@ def test_every_function_and_step_has_a_vector_that_passes(exported, capsys):
 def test_the_end_of_merging_delays_the_leap_of_the_same_velocities(exported):
     """The directions turn slowest in step 9, and the third comparison after that leaps; merging ends there and starts anew."""
     leaps = json.loads((exported / vectors.HOST_FILE).read_text())["leap"]
-    assert [one["leaps_at"] for one in leaps] == [12, 13, 5]
-    assert [sum(cosine is not None for cosine in one["cosines"]) for one in leaps] == [13, 12, 12]
+    assert [one["leaps_at"] for one in leaps] == [12, 13, 5, 12]
+    assert [sum(cosine is not None for cosine in one["cosines"]) for one in leaps] == [13, 12, 12, 13]
+    assert leaps[3]["cosines"][8] == 0
+    assert leaps[3]["cosines"][10] == pytest.approx(0.0980067, abs=1e-6)  # the product of the norms is 1e-9
 
 
 LISTS = ("_BEFORE_FILE_NAMES", "_AFTER_FILE_NAMES", "_LAST")
