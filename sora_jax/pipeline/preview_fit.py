@@ -14,6 +14,7 @@ from sora_jax.networks.vae.codec import chunks
 from sora_jax.pipeline.preview import PreviewMap, chunk_of, frame_features, shape_of
 
 CLIPS, SIDE_PX = 24, 64  # that a map is fitted on, each one chunk long
+AT_A_TIME = 4  # in memory: a budget for a generation has room for so many
 _RIDGE = 1e-4  # of a feature's mean square: neighbours say nearly the same
 _MAX_SHAPES = 4
 _SPEED, _RADII = 0.02, (0.06, 0.3)  # of shapes: a frame, and in sides of the picture
@@ -26,16 +27,17 @@ def fit(
     config: VAEConfig, encode: Callable[[Video], Latents], decode: Callable[[Latents, int], Video], clips: Video
 ) -> PreviewMap:
     """Returns the map whose pictures are nearest to what the autoencoder decodes from its own latents of the clips."""
-    latents = encode(clips)
-    decoded = np.clip(decode(latents, clips.shape[1]), -1, 1)
     frames = shown_frames(config, clips.shape[1])
     num_rows, num_columns = shape_of(config)
     moments, products = np.zeros((num_rows, num_rows)), np.zeros((num_rows, num_columns))
-    for features, frame in zip(frame_features(latents, chunk_of(config)), frames, strict=True):
-        rows = features.reshape(-1, features.shape[-1]).astype(np.float64)
-        rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
-        moments = moments + rows.T @ rows
-        products = products + rows.T @ _patches(decoded[:, frame], config.spatial.downsampling).reshape(len(rows), -1)
+    for start in range(0, len(clips), AT_A_TIME):
+        latents = encode(clips[start : start + AT_A_TIME])
+        decoded = np.clip(decode(latents, clips.shape[1]), -1, 1)
+        for features, frame in zip(frame_features(latents, chunk_of(config)), frames, strict=True):
+            rows = features.reshape(-1, features.shape[-1]).astype(np.float64)
+            rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+            moments = moments + rows.T @ rows
+            products = products + rows.T @ _patches(decoded[:, frame], config.spatial.downsampling).reshape(len(rows), -1)
     penalty = _RIDGE * np.diag(moments).copy()
     penalty[-1] = 0
     weights = np.linalg.solve(moments + np.diag(penalty), products)

@@ -73,7 +73,7 @@ class Previews:
         settings = dataclasses.replace(self._settings, height=height, width=width, num_frames=clips.shape[1], loop=1)
         plan = None
         if networks.budget is not None:
-            workload = workload_of(settings, len(clips), attention=networks.attention, encodes=True)
+            workload = workload_of(settings, preview_fit.AT_A_TIME, attention=networks.attention, encodes=True)
             plan = plan_memory(networks.manifests, workload, networks.budget)
         coders = Coders(networks, settings.dtype, Timings(), plan)
         found = preview_fit.fit(config, lambda video: coders.encode_videos([video])[0], coders.decode, clips)

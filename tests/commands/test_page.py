@@ -16,6 +16,7 @@ from sora_jax.commands.web.studio import Step, Studio
 from sora_jax.pipeline.clip_frames import read_frames
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.pipeline import Pipeline
+from sora_jax.pipeline.presets import FINER
 from sora_jax.pipeline.preview import PreviewMap, chunk_of, shape_of
 from sora_jax.streaming.profile import Interval
 
@@ -124,6 +125,24 @@ def test_two_ways_of_sampling_are_compared_on_the_same_noise(studio: Studio, vis
         *(("A", step, "fresh") for step in (1, 2)),
         *(("B", step, "fresh") for step in (1, 2, 3)),
     ]
+
+
+def test_two_ways_are_compared_with_a_finer_solution(studio: Studio, visitor: Gallery) -> None:
+    finest, two = request(**{name: str(value) for name, value in FINER.items()}), request(num_steps="2")
+    result = list(studio.steps(lambda watch: compare(studio, visitor, finest, two, watch, finer=True), visitor))[-1].made
+    (first, second) = result.rows
+    assert (first[1], first[4]) == ("119", "equal")
+    assert second[3] == second[4] != "equal"
+
+
+def test_a_streamed_clip_leaves_a_timeline(tiny_model: Path, tmp_path: Path) -> None:
+    studio = Studio(Pipeline.from_pretrained(tiny_model, memory_budget="800MB"), tmp_path)
+    visitor = studio.galleries.of(None)
+    assert list(studio.make(request(num_steps="1"), visitor))[-1].text.startswith("done")
+    shown = timeline.svg(visitor.profile.intervals)
+    lanes = {interval.lane for interval in visitor.profile.intervals}
+    assert {"load", "compute"} <= lanes
+    assert shown.count("<rect") == len(visitor.profile.intervals) > 5
 
 
 @pytest.mark.parametrize(
