@@ -101,12 +101,15 @@ def _search(asked: Arguments, model: ModelFile, settings: Settings, texts: Seque
         note_dtype(settings)
     say = (lambda _line: None) if asked.quiet else note
     left = None if asked.minutes is None else 60 * asked.minutes
-    missing = [number for number, path in paths.items() if asked.overwrite or not path.exists()]
+    kept = set() if asked.overwrite else {number for number, path in paths.items() if path.exists()}
     asked.output.mkdir(parents=True, exist_ok=True)
     with files.claimed(asked.output / LINES):
         tuning = Tuning(pipeline, settings, texts, asked.output, note=say, seconds=left)
-        for recipe in tuning.recipes(missing):
+        # A recipe that is there is found once more, from what was measured: later ones may begin where it ended.
+        for recipe in tuning.recipes(list(paths) if len(kept) < len(paths) else []):
             number = recipe.evaluations
+            if number in kept:
+                continue
             recipe.write(paths[number], overwrite=asked.overwrite)
             best = recipe.measured
             say(f"{number} evaluations: {best['name']}, {best['error_db']:.2f} dB on {best['prompts_measured']} other prompts")

@@ -10,7 +10,7 @@ Invariant: every plan it tries evaluates the first step in full and costs as muc
 import random
 from collections.abc import Callable, Sequence
 
-from sora_jax.sampling.reuse import FULL, HALF, KINDS, REUSE
+from sora_jax.sampling.reuse import FULL, HALF, KINDS, REUSE, Plan
 
 PROPOSALS = 160  # for each plan that is refined
 _REACH = 3  # steps that an evaluation is moved by, at most
@@ -42,6 +42,24 @@ def refined(
         if (found := error_db(proposal, num_prompts)) > reached + _BETTER_DB:
             best, reached = proposal, found
     return best
+
+
+def grown(
+    codes: Sequence[int], error_db: Callable[[tuple[int, ...], int], float], *, evaluations: int, num_prompts: int
+) -> tuple[int, ...]:
+    """Returns a plan with full steps in place of reused ones until it has so many evaluations, each where it helps most.
+
+    Args:
+      codes: a plan with fewer evaluations, by a whole number.
+      error_db: as for `refined`.
+      evaluations: of the plan that is wanted.
+      num_prompts: prompts that count, of which a part decides.
+    """
+    found, few = tuple(codes), max(2, num_prompts // 4)
+    while Plan(codes=found).evaluations < evaluations:
+        more = [(*found[:step], FULL, *found[step + 1 :]) for step in range(len(found)) if found[step] == REUSE]
+        found = max(more, key=lambda plan: error_db(plan, few))
+    return found
 
 
 def spelt(codes: Sequence[int]) -> str:

@@ -28,7 +28,7 @@ import numpy as np
 from sora_jax import files
 from sora_jax.pipeline.make_sampler import make_guidance, make_sampler, make_schedule
 from sora_jax.pipeline.pipeline import Pipeline
-from sora_jax.pipeline.plan_search import refined, spelt
+from sora_jax.pipeline.plan_search import grown, refined, spelt
 from sora_jax.pipeline.presets import Candidate, candidates, check_prompts, plain
 from sora_jax.pipeline.recipe import Recipe
 from sora_jax.pipeline.run import Generation
@@ -99,13 +99,14 @@ class Tuning:
             resolution_shift(height_px=settings.height, width_px=settings.width, num_frames=settings.num_frames)
         )
         self._plans: dict[tuple[int, float], Any] = {}
+        self._plans_found: dict[int, Candidate] = {}
         self._fine_db: list[float] = []
 
     def recipes(self, evaluations: Sequence[int]) -> Iterator[Recipe]:
-        """Yields the recipe of every number of evaluations; what is measured on the way is kept."""
+        """Yields the recipe of every number of evaluations, fewest first; what is measured on the way is kept."""
         with self._prepared():
             self._leave_out_unresolved()
-            for left, count in zip(range(len(evaluations), 0, -1), evaluations, strict=True):
+            for left, count in zip(range(len(evaluations), 0, -1), sorted(evaluations), strict=True):
                 now = time.monotonic()
                 self.deadline = now + (self.until - now) / left
                 yield self._recipe(count)
@@ -182,29 +183,39 @@ class Tuning:
             return sorted(pool, key=lambda each: (-self._mean(each, prompts, count), each.name))
 
     def _best_refined(self, ranked: Sequence[Candidate], count: int) -> Candidate:
-        """Returns the first way, or a reuse plan of the others that local search brought nearer, as far as time allows."""
+        """Returns the first way, or a reuse plan that local search brought nearer, as far as time allows.
+
+        It begins at the best plans of the search, and at the best one for fewer evaluations with some more.
+        """
         best = ranked[0]
+        planned = [each for each in ranked if each.planned is not None][:_REFINED_PLANS]
+        fewer = [self._plans_found[less] for less in sorted(self._plans_found) if less < count]
         try:
-            for base in [each for each in ranked if each.planned is not None][:_REFINED_PLANS]:
-                best = max(best, self._refined(base, count), key=lambda each: self._mean(each, self.searched, count))
+            for base in (*planned, *fewer[-1:]):
+                found = self._refined(base, count)
+                best = max(best, found, key=lambda each: self._mean(each, self.searched, count))
                 self.note(f"{count} evaluations, refined: {best.name}, {self._mean(best, self.searched, count):.2f} dB")
         except OutOfTime:
             self.note(f"{count} evaluations: the time is over before every plan was refined")
+        if "plan" in best.options:
+            self._plans_found[count] = best
         return best
 
     def _refined(self, base: Candidate, count: int) -> Candidate:
-        """Returns the way with a plan that local search finds from its own one on."""
+        """Returns a way like ``base`` with the plan of ``count`` evaluations that local search finds from its own one on."""
         options, guided = self._spelt(base), self.settings.guided
+        kind = base.name.partition(":")[0]
 
         def way(codes: Sequence[int]) -> Candidate:
             plan = {**options["plan"], "codes": list(codes), "halves": guided}
-            return Candidate(name=f"{base.name}: {spelt(codes)}", options={**options, "plan": plan})
+            return Candidate(name=f"{kind}: {spelt(codes)}", options={**options, "plan": plan})
 
         def error_db(codes: tuple[int, ...], prompts: int) -> float:
             return self._mean(way(codes), self.searched[:prompts], count)
 
-        codes = tuple(options["plan"]["codes"])
-        return way(refined(codes, error_db, num_prompts=len(self.searched), halves=guided))
+        num_prompts = len(self.searched)
+        codes = grown(options["plan"]["codes"], error_db, evaluations=count, num_prompts=num_prompts)
+        return way(refined(codes, error_db, num_prompts=num_prompts, halves=guided))
 
     def _mean(self, candidate: Candidate, prompts: Sequence[int], count: int) -> float:
         """Returns the mean error in dB; -inf where it costs more than allowed."""

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from sora_jax.pipeline.plan_search import neighbour, refined, spelt
+from sora_jax.pipeline.plan_search import grown, neighbour, refined, spelt
 from sora_jax.sampling.reuse import FULL, HALF, REUSE, Plan
 
 
@@ -45,3 +45,15 @@ def test_half_steps_are_found_where_they_are_better() -> None:
 
 def test_a_plan_in_letters() -> None:
     assert spelt((FULL, REUSE, HALF, REUSE)) == "FRHR"
+
+
+def test_a_plan_grows_where_it_helps_most() -> None:
+    start = Plan.evaluate_at([0, 4], 8).codes
+    worth = [0, 3, 0, 2, 0, 0, 1, 0]
+
+    def error_db(codes: tuple[int, ...], prompts: int) -> float:
+        return float(sum(w for w, code in zip(worth, codes, strict=True) if code == FULL))
+
+    found = grown(start, error_db, evaluations=4, num_prompts=4)
+    assert found == Plan.evaluate_at([0, 1, 3, 4], 8).codes
+    assert grown(start, lambda *_: 0.0, evaluations=2, num_prompts=4) == start
