@@ -36,7 +36,8 @@ def presets(asked: "Arguments") -> Listed:
 
 
 def _sampling(settings: Settings) -> Mapping[str, Any]:
-    return {"evaluations": settings.evaluations()[0], **{name: getattr(settings, name) for name in WAYS}}
+    plan = {} if settings.plan is None else {"plan": settings.plan.letters}
+    return {"evaluations": settings.evaluations()[0], **{name: getattr(settings, name) for name in WAYS}, **plan}
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ Invariant: every plan it tries evaluates the first step in full and costs as muc
 import random
 from collections.abc import Callable, Sequence
 
-from sora_jax.sampling.reuse import FULL, HALF, KINDS, REUSE, Plan
+from sora_jax.sampling.reuse import FULL, HALF, REUSE, Plan
 
 PROPOSALS = 160  # for each plan that is refined
 _REACH = 3  # steps that an evaluation is moved by, at most
@@ -60,11 +60,6 @@ def grown(
         more = [(*found[:step], FULL, *found[step + 1 :]) for step in range(len(found)) if found[step] == REUSE]
         found = max(more, key=lambda plan: error_db(plan, few))
     return found
-
-
-def spelt(codes: Sequence[int]) -> str:
-    """Returns a plan in letters: F for a full step, R for reuse, H for a half step."""
-    return "".join(KINDS[code][0].upper() for code in codes)
 
 
 def neighbour(codes: tuple[int, ...], draw: random.Random, *, halves: bool) -> tuple[int, ...]:

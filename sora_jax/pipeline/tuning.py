@@ -28,7 +28,7 @@ import numpy as np
 from sora_jax import files
 from sora_jax.pipeline.make_sampler import make_guidance, make_sampler, make_schedule
 from sora_jax.pipeline.pipeline import Pipeline
-from sora_jax.pipeline.plan_search import grown, refined, spelt
+from sora_jax.pipeline.plan_search import grown, refined
 from sora_jax.pipeline.presets import Candidate, candidates, check_prompts, plain
 from sora_jax.pipeline.recipe import Recipe
 from sora_jax.pipeline.run import Generation
@@ -36,6 +36,7 @@ from sora_jax.pipeline.settings import Settings, from_json
 from sora_jax.pipeline.velocity import Velocity
 from sora_jax.process import Timings
 from sora_jax.sampling.calibration import Calibration, calibrate
+from sora_jax.sampling.reuse import Plan
 from sora_jax.sampling.sampler import finish
 from sora_jax.sampling.schedule import resolution_shift
 
@@ -208,7 +209,7 @@ class Tuning:
 
         def way(codes: Sequence[int]) -> Candidate:
             plan = {**options["plan"], "codes": list(codes), "halves": guided}
-            return Candidate(name=f"{kind}: {spelt(codes)}", options={**options, "plan": plan})
+            return Candidate(name=f"{kind}: {Plan(codes=tuple(codes)).letters}", options={**options, "plan": plan})
 
         def error_db(codes: tuple[int, ...], prompts: int) -> float:
             return self._mean(way(codes), self.searched[:prompts], count)

@@ -88,6 +88,11 @@ class Plan:
         return dataclasses.replace(self, codes=codes)
 
     @property
+    def letters(self) -> str:
+        """A letter for each step: F full, R reuse, H half."""
+        return "".join(KINDS[code][0].upper() for code in self.codes)
+
+    @property
     def evaluations(self) -> float:
         """Velocity evaluations of the plan, a half step counting one half."""
         return sum(COSTS[code] for code in self.codes)

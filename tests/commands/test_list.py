@@ -21,9 +21,11 @@ def test_a_preset_is_listed_as_a_request_resolves_it(tiny_model: Path, capsys: p
         file = ModelFile.read(model)
         for name, fields in listed(capsys, "presets", "--model", model).items():
             settings = file.resolve({"preset": name})
+            assert fields.pop("evaluations") == settings.evaluations()[0]
+            assert fields.pop("plan", None) == (settings.plan and settings.plan.letters)
             assert fields == {key: getattr(settings, key) for key in fields}
     assert main.main(["list", "presets"]) == main.OK
-    assert "recommended: num_steps 16, solver ab2" in capsys.readouterr().out
+    assert "recommended: evaluations 16, num_steps 30, solver ab2" in capsys.readouterr().out
 
 
 def test_resolutions_are_those_of_the_table_with_the_frames_that_come_out(capsys: pytest.CaptureFixture[str]) -> None:

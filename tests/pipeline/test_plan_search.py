@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from sora_jax.pipeline.plan_search import grown, neighbour, refined, spelt
+from sora_jax.pipeline.plan_search import grown, neighbour, refined
 from sora_jax.sampling.reuse import FULL, HALF, REUSE, Plan
 
 
@@ -41,10 +41,6 @@ def test_half_steps_are_found_where_they_are_better() -> None:
     found = refined((FULL,) * 4 + (REUSE,) * 8, lambda codes, prompts: float(codes.count(HALF)), num_prompts=12, halves=True)
     assert Plan(codes=found).evaluations == 4
     assert found.count(HALF) == 6
-
-
-def test_a_plan_in_letters() -> None:
-    assert spelt((FULL, REUSE, HALF, REUSE)) == "FRHR"
 
 
 def test_a_plan_grows_where_it_helps_most() -> None:

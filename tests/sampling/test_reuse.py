@@ -138,6 +138,10 @@ def test_calibration_evaluates_where_reuse_is_barred() -> None:
     sample(VELOCITY, Z, SCHEDULE, plan=plan, merge_steps=2, frame_weights=weights)
 
 
+def test_a_plan_in_letters() -> None:
+    assert Plan(codes=(FULL, REUSE, HALF, REUSE)).letters == "FRHR"
+
+
 def test_a_step_in_which_a_frame_joins_is_evaluated_whatever_the_plan_says() -> None:
     weights = np.asarray([[1, 1, 0.5, 1]] * 2, np.float32)
     joins = int(np.argmax(SCHEDULE.visited <= 500))
