@@ -13,8 +13,8 @@ from sora_jax.config import VAEConfig
 from sora_jax.networks.vae.codec import chunks
 from sora_jax.pipeline.preview import PreviewMap, chunk_of, frame_features, shape_of
 
-CLIPS, SIDE_PX = 24, 64  # that a map is fitted on, each one chunk long
-AT_A_TIME = 4  # in memory: a budget for a generation has room for so many
+CLIPS, SIDE_PX = 16, 64  # that a map is fitted on, each one chunk long
+WITHIN_BUDGET = 4  # clips at a time: a budget for a generation has room for so many
 _RIDGE = 1e-4  # of a feature's mean square: neighbours say nearly the same
 _MAX_SHAPES = 4
 _SPEED, _RADII = 0.02, (0.06, 0.3)  # of shapes: a frame, and in sides of the picture
@@ -24,14 +24,19 @@ Latents = Float[np.ndarray, "B T H W C"]
 
 
 def fit(
-    config: VAEConfig, encode: Callable[[Video], Latents], decode: Callable[[Latents, int], Video], clips: Video
+    config: VAEConfig,
+    encode: Callable[[Video], Latents],
+    decode: Callable[[Latents, int], Video],
+    clips: Video,
+    *,
+    at_a_time: int = CLIPS,
 ) -> PreviewMap:
     """Returns the map whose pictures are nearest to what the autoencoder decodes from its own latents of the clips."""
     frames = shown_frames(config, clips.shape[1])
     num_rows, num_columns = shape_of(config)
     moments, products = np.zeros((num_rows, num_rows)), np.zeros((num_rows, num_columns))
-    for start in range(0, len(clips), AT_A_TIME):
-        latents = encode(clips[start : start + AT_A_TIME])
+    for start in range(0, len(clips), at_a_time):
+        latents = encode(clips[start : start + at_a_time])
         decoded = np.clip(decode(latents, clips.shape[1]), -1, 1)
         for features, frame in zip(frame_features(latents, chunk_of(config)), frames, strict=True):
             rows = features.reshape(-1, features.shape[-1]).astype(np.float64)

@@ -71,12 +71,15 @@ class Previews:
         clips = preview_fit.moving_shapes(config.micro_frame_size)
         height, width = clips.shape[2:4]
         settings = dataclasses.replace(self._settings, height=height, width=width, num_frames=clips.shape[1], loop=1)
-        plan = None
+        plan, at_a_time = None, len(clips)
         if networks.budget is not None:
-            workload = workload_of(settings, preview_fit.AT_A_TIME, attention=networks.attention, encodes=True)
+            at_a_time = preview_fit.WITHIN_BUDGET
+            workload = workload_of(settings, at_a_time, attention=networks.attention, encodes=True)
             plan = plan_memory(networks.manifests, workload, networks.budget)
         coders = Coders(networks, settings.dtype, Timings(), plan)
-        found = preview_fit.fit(config, lambda video: coders.encode_videos([video])[0], coders.decode, clips)
+        found = preview_fit.fit(
+            config, lambda video: coders.encode_videos([video])[0], coders.decode, clips, at_a_time=at_a_time
+        )
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             found.write(_kept(folder, digest_of(networks.manifests["vae"])), networks.manifests["vae"])
