@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: (--[a-z][a-z-]*)", message):
             known = [option for option in self._option_string_actions if option.startswith("--")]
             longer = [option for option in known if option.startswith(unknown[1])]
-            if near := longer or difflib.get_close_matches(unknown[1], known, n=2):
+            if near := longer or difflib.get_close_matches(unknown[1], known, n=2, cutoff=0.7):
                 message += f"; did you mean {' or '.join(near)}?"
         self.exit(BAD_INPUT, f"{NAME}: error: {printable(_one_line(message))} (see {self.prog} --help)\n")
 
