@@ -18,7 +18,7 @@ from sora_jax.streaming.profile import Profile
 SERVED = "served"  # the folder that the browser's files come from, inside the page's
 COOKIE = "sora_jax_visitor"
 MAX_VISITORS = 256  # that the page remembers; the clips of others stay in its folder
-_MAX_LISTED = 200  # clips of a visitor
+_MAX_LISTED = 100  # clips of a visitor
 _SECRET = re.compile(r"[\w-]{32,64}", re.ASCII)
 
 
