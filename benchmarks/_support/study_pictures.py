@@ -12,20 +12,22 @@ Row = Mapping[str, Any]
 
 # Families drawn, in the order of the legend, with their name there, colour and line.
 DRAWN = {
+    "recipe": ("recipes of this model", "black", "*"),
     "Euler": ("Euler", "black", "-"),
     "Euler shift 2": ("Euler, times shifted by 2", "grey", "--"),
     "Euler shift 6": ("Euler, times shifted by 6", "grey", ":"),
     "AB2": ("AB2", "tab:blue", "-"),
     "AB2 shift 4": ("AB2, times shifted by 4", "tab:blue", "--"),
-    "DPM++": ("DPM-Solver++", "tab:cyan", "-"),
+    "AB2 shift 6": ("AB2, times shifted by 6", "tab:blue", ":"),
+    "AB3 shift 6": ("AB3, times shifted by 6", "tab:cyan", ":"),
+    "UniPC shift 6": ("UniPC, times shifted by 6", "tab:brown", ":"),
+    "first block shift 6, extrapolated": ("first block, extrapolated, by 6", "tab:purple", ":"),
+    "TeaCache shift 6, extrapolated": ("TeaCache, extrapolated, by 6", "tab:pink", ":"),
+    "reuse": ("reuse plan, Euler", "tab:green", "-"),
+    "reuse AB2 shift 6, extrapolated": ("plan, AB2, extrapolated, by 6", "tab:olive", ":"),
     "LPL": ("LPL, static", "tab:red", "-"),
     "LPL shift 6": ("LPL, times shifted by 6", "tab:red", ":"),
-    "LPL extrapolated": ("LPL, extrapolated", "tab:orange", "-"),
     "LPL dynamic": ("LPL, dynamic", "tab:red", ""),
-    "LPL released": ("LPL, as released", "tab:pink", ""),
-    "reuse": ("reuse plan, Euler", "tab:green", "-"),
-    "reuse AB2": ("reuse plan, AB2", "tab:olive", "--"),
-    "guidance reuse": ("guidance reused", "tab:purple", "-"),
 }
 CEILING_DB = 70.0  # upper end of the picture: clips closer to the reference look the same
 
@@ -67,7 +69,9 @@ def draw_families(axis: Any, rows: Sequence[Row], measure: str) -> None:
     for family, (name, colour, style) in DRAWN.items():
         group = [row for row in rows if row["family"] == family and row[measure]["median"] < CEILING_DB]
         x, y = [row["evaluations"] for row in group], [row[measure]["median"] for row in group]
-        if group and style:
+        if group and style == "*":
+            axis.plot(x, y, "-", color=colour, marker="*", markersize=9, label=name, linewidth=1.2)
+        elif group and style:
             axis.plot(x, y, style, color=colour, marker=".", label=name, linewidth=1.2)
         elif group:
             axis.plot(x, y, "*", color=colour, markersize=10, label=name)
