@@ -83,7 +83,7 @@ def embedded(model: Path, num_clips: int, seed: int, folder: Path) -> dict[str, 
     features = np.concatenate(list(caption_features(exact, texts)))
     clips = [one.frames_thw3 for one in cases.clips(exact, asked)]
     attributes = [one.attributes for one in asked]
-    table: dict[str, Any] = {"float32": {"faithfulness": _rates(clips, attributes)}}
+    table: dict[str, Any] = {"float32": {"faithfulness": rates(clips, attributes)}}
     for name, (dtypes, compute) in VARIANTS.items():
         variant = stored_as(model, folder / f"variant{len(table)}", dtypes) if dtypes else exact
         sampling = {"dtype": compute}
@@ -91,16 +91,17 @@ def embedded(model: Path, num_clips: int, seed: int, folder: Path) -> dict[str, 
         noise = [psnr(a, b) for a, b in zip(made, clips, strict=True)]
         table[name] = {
             "psnr_db": {"median": float(np.median(noise)), "min": float(np.min(noise))},
-            "faithfulness": _rates(made, attributes),
+            "faithfulness": rates(made, attributes),
         }
         if "t5" in dtypes:
             table[name]["features"] = distance(np.concatenate(list(caption_features(variant, texts))), features)
     return table
 
 
-def _rates(clips: list[np.ndarray], attributes: list[Any]) -> dict[str, Any]:
-    rates = scores.score([measure(clip) for clip in clips], attributes)
-    return {name: rates[name].to_dict() for name in ("colour and motion", "all four")}
+def rates(clips: list[np.ndarray], attributes: list[Any]) -> dict[str, Any]:
+    """Returns the shares of clips that show what their captions ask for, with intervals."""
+    found = scores.score([measure(clip) for clip in clips], attributes)
+    return {name: found[name].to_dict() for name in ("colour and motion", "all four")}
 
 
 def real_widths() -> dict[str, Any]:

@@ -21,6 +21,8 @@ import jax
 import numpy as np
 
 from benchmarks._support.machine import environment, write_report
+from benchmarks.export.bits_frontier import round_to
+from benchmarks.quality.int8_error import rates
 from sora_jax.config import ModelConfig
 from sora_jax.export import capture, check, mixed_bits
 from sora_jax.export.program import Function, Stage
@@ -29,10 +31,9 @@ from sora_jax.export.stages import list_stages
 from sora_jax.metrics import psnr
 from sora_jax.pipeline.model_file import POCKET
 from sora_jax.pipeline.pipeline import Pipeline
-from sora_jax.pocket.judging import cases, scores
-from sora_jax.pocket.judging.measure import measure
+from sora_jax.pocket.judging import cases
 from sora_jax.storage.checkpoint import load_network, save_network
-from sora_jax.storage.quantisation import dequantise, is_quantised, quantise
+from sora_jax.storage.quantisation import is_quantised
 
 MEAN_BITS = {4: 0.6, 5: 0.75, 6: 0.9, 8: 1.2}  # gigabytes of the released shapes
 UNIFORM = (4, 6, 8)
@@ -73,7 +74,7 @@ def variants(model: Path) -> Iterator[tuple[dict[str, Any], Arrays]]:
     for bits in UNIFORM:
         rounded = {}
         for stage, params, _ in pairs:
-            rounded |= {stage.parameters[name]: round_to(name, params[name], bits) for name in matrices(params)}
+            rounded |= {stage.parameters[name]: round_to(params[name], bits, name) for name in matrices(params)}
         yield {"widths": "one", "bits": bits, "gigabytes_released": MEAN_BITS[bits]}, {**flat["stdit3"], **rounded}
     for mean, gigabytes in MEAN_BITS.items():
         rounded, counts = {}, dict.fromkeys(mixed_bits.WIDTHS, 0)
@@ -89,11 +90,6 @@ def variants(model: Path) -> Iterator[tuple[dict[str, Any], Arrays]]:
 def matrices(params: Arrays) -> list[str]:
     """Returns the names of the weights that are rounded."""
     return [name for name, array in params.items() if is_quantised(name, array.shape)]
-
-
-def round_to(name: str, matrix: np.ndarray, bits: int) -> np.ndarray:
-    """Returns a matrix as it is multiplied out of one width."""
-    return dequantise(name, *quantise(name, matrix)) if bits == 8 else mixed_bits.table_rounded(matrix, bits)
 
 
 def measured(model: Path, num_clips: int, seed: int, scratch: Path) -> list[dict[str, Any]]:
@@ -114,12 +110,6 @@ def measured(model: Path, num_clips: int, seed: int, scratch: Path) -> list[dict
         print(rows[-1], flush=True)
         shutil.rmtree(copy)
     return rows
-
-
-def rates(clips: list[np.ndarray], attributes: list[Any]) -> dict[str, Any]:
-    """Returns the shares of clips that show what their captions ask for, with intervals."""
-    found = scores.score([measure(clip) for clip in clips], attributes)
-    return {name: found[name].to_dict() for name in ("colour and motion", "all four")}
 
 
 def main() -> None:
