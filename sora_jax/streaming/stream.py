@@ -195,10 +195,17 @@ class BlockStream(abc.ABC):
                 self.retention.correct(self._needed)
 
     def _following(self, index: int) -> list[int]:
-        """Returns the next layers that have to be read after block ``index``, into the next evaluation."""
+        """Returns the next layers that have to be read after block ``index``, into the next evaluation.
+
+        After block 0 that is one, unless block 0 stays: where the rest is reused, block 0 comes next again, and would take the
+        place of a third layer, which would have been read in vain.
+        """
+        stays = self._holds(index) or index < self.retention.count
+        if index == 0 and not stays:
+            return [i for i in range(1, len(self.blocks)) if not self._holds(i)][:1]
         after = itertools.chain(range(index + 1, len(self.blocks)), range(index))
         following = list(itertools.islice((i for i in after if not self._holds(i)), 2))
-        return following if self._holds(index) or index < self.retention.count else [*following, index]
+        return following if stays else [*following, index]
 
     def _take(self, index: int) -> Slot:
         start = time.perf_counter()

@@ -16,6 +16,7 @@ from sora_jax.sampling.leap import Leap
 from sora_jax.sampling.reuse import REUSE, Plan
 from sora_jax.sampling.sampler import Result, Sampler, _run
 from sora_jax.streaming.network import STDiT3Stream
+from sora_jax.streaming.prefetch import LOADING
 from sora_jax.streaming.profile import Profile
 from tests.support import streamed
 from tests.support.streamed import MAP_FROM_BYTES, NUM_BLOCKS
@@ -99,6 +100,15 @@ def test_reused_steps_read_nothing_but_what_is_read_ahead(stream, retained):
     assert wanted <= read <= wanted + 2
 
 
+def wait_until_settled(stream: STDiT3Stream) -> None:
+    """Waits until nothing is being read, and nothing more to be read ahead."""
+    prefetcher = stream.blocks._prefetcher
+    with prefetcher._condition:
+        assert prefetcher._condition.wait_for(
+            lambda: prefetcher._next() is None and all(slot.state != LOADING for slot in prefetcher._slots), timeout=30
+        )
+
+
 # The rules reuse at some of the steps of this model: the thresholds were read off what a run measured.
 ADAPTIVE = {"input": Reuse.by_input(0.8, extrapolate=True), "first block": Reuse.by_first_block(0.38)}
 
@@ -113,9 +123,18 @@ def adaptive(request: pytest.FixtureRequest, directory: Path) -> tuple[Reuse, Re
 @pytest.mark.ci
 @pytest.mark.parametrize("stream", ["mmap", pytest.param("host", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("retained", [0, 1])
-def test_steps_that_reuse_by_a_rule_read_no_block_or_the_first_alone(stream, adaptive, retained):
+@pytest.mark.parametrize("slower", ["reading", "computing"])
+def test_steps_that_reuse_by_a_rule_read_no_block_or_the_first_alone(stream, adaptive, retained, slower, monkeypatch):
     rule, in_memory = adaptive
     stream.retention.count = retained
+    if slower == "computing":  # every block computes until everything that may be read ahead has been
+        arrive = stream.blocks.arrive
+
+        def arrive_late(index: int, outputs: Any) -> None:
+            wait_until_settled(stream)
+            arrive(index, outputs)
+
+        monkeypatch.setattr(stream.blocks, "arrive", arrive_late)
     options = {"num_steps": NUM_STEPS, "guidance": 3.0, "reuse": rule}
     result, read = blocks_read(stream, lambda network: streamed.sample(network, **options))
     np.testing.assert_array_equal(result.trace.why_N, in_memory.trace.why_N)
