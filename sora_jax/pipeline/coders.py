@@ -75,25 +75,27 @@ class Coders:
                 return [self._over_mesh.encode(vae, video) for video in videos]
             return [self._encode_video(vae, video) for video in videos]
 
-    def decode(self, z_BTHWC: Float[np.ndarray, "B T H W C"], num_frames: int) -> Float[np.ndarray, "B t h w 3"]:
-        """Returns the ``num_frames`` frames of latents.
+    def decode(
+        self, z_BTHWC: Float[np.ndarray, "B T H W C"], num_frames: int, shown: Sequence[int] | None = None
+    ) -> Float[np.ndarray, "B t h w 3"]:
+        """Returns the ``num_frames`` frames of latents, or those of them that are ``shown``, in ascending order.
 
         Raises:
           ModelDirectoryError: a parameter is missing or damaged.
         """
         if self._plan is not None:
-            return host_loop.decode(self._loop("vae", "decode"), z_BTHWC, num_frames)
+            return host_loop.decode(self._loop("vae", "decode"), z_BTHWC, num_frames, shown)
         if self._networks.mesh is not None:
             with self._networks.use("vae", self._dtype, self._timings) as vae:
-                return self._over_mesh.decode(vae, z_BTHWC, num_frames)
+                return self._over_mesh.decode(vae, z_BTHWC, num_frames, shown)
         config = self._networks.config.vae
         side = config.spatial.downsampling
         batch = frame_batch(z_BTHWC.shape[2] * side, z_BTHWC.shape[3] * side)
         clips = []
         with self._networks.use("vae", self._dtype, self._timings) as vae:
             for chunk in chunks(config, num_frames):
-                given = (chunk.num_frames, batch), vae, z_BTHWC[:, chunk.latents]
-                clips.append(np.asarray(call("decode", self._timings, decode_chunk, *given)))
+                static = chunk.num_frames, chunk.own(shown), batch
+                clips.append(np.asarray(call("decode", self._timings, decode_chunk, static, vae, z_BTHWC[:, chunk.latents])))
         return np.concatenate(clips, axis=1)
 
     def _encode_text(self, ids_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
@@ -156,6 +158,8 @@ def _encode_chunk(frame_batch: int, vae: VAE, video_Bthw3: Float[Array, "B t h w
     return vae.encode_chunk(video_Bthw3, frame_batch=frame_batch)
 
 
-def decode_chunk(num_frames: int, frame_batch: int, vae: VAE, z_BTHWC: Float[Array, "B T H W C"]) -> Float[Array, "B t h w 3"]:
+def decode_chunk(
+    num_frames: int, shown: Sequence[int] | None, frame_batch: int, vae: VAE, z_BTHWC: Float[Array, "B T H W C"]
+) -> Float[Array, "B t h w 3"]:
     """Returns the frames of one chunk of latents; the program of the stage ``decode``."""
-    return vae.decode_chunk(z_BTHWC, num_frames, frame_batch=frame_batch)
+    return vae.decode_chunk(z_BTHWC, num_frames, shown=shown, frame_batch=frame_batch)

@@ -40,13 +40,17 @@ class CodersOverMesh:
         """Returns the features of captions, each encoded on one device."""
         return self._dealt("text", _encode_text, (), t5, ids_BL, mask_BL)
 
-    def decode(self, vae: VAE, z_BTHWC: Float[np.ndarray, "B T H W C"], num_frames: int) -> Float[np.ndarray, "B t h w 3"]:
-        """Returns the frames of latents: over time by chunk, then every frame by itself."""
+    def decode(
+        self, vae: VAE, z_BTHWC: Float[np.ndarray, "B T H W C"], num_frames: int, shown: Sequence[int] | None = None
+    ) -> Float[np.ndarray, "B t h w 3"]:
+        """Returns the frames of latents, or those that are ``shown``: over time by chunk, then every frame by itself."""
         side = vae.config.spatial.downsampling
         parts = chunks(vae.config, num_frames)
         x_BtHWC = self._by_chunk(
             parts, lambda chunk: z_BTHWC[:, chunk.latents], lambda chunk, x: self._decode_latents(vae, chunk, x)
         )
+        if shown is not None:
+            x_BtHWC = x_BtHWC[:, shown]
         frames = x_BtHWC.reshape(-1, 1, *x_BtHWC.shape[2:])
         static = (self._frame_batch(x_BtHWC.shape[2] * side, x_BtHWC.shape[3] * side),)
         return self._dealt("decode", _decode_frames, static, vae, frames).reshape(

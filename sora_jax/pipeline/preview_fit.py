@@ -4,7 +4,7 @@ Invariant: the same autoencoder gives the same map; no clip of anybody's is need
 functions of host arrays, so that a memory budget holds for it as for a generation.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -13,10 +13,10 @@ from sora_jax.config import VAEConfig
 from sora_jax.networks.vae.codec import chunks
 from sora_jax.pipeline.preview import PreviewMap, chunk_of, frame_features, shape_of
 
-CLIPS, SIDE_PX = 16, 64  # that a map is fitted on, each one chunk long
+CLIPS, SIDE_PX = 12, 64  # that a map is fitted on, each one chunk long
 WITHIN_BUDGET = 4  # clips at a time: a budget for a generation has room for so many
 _RIDGE = 1e-4  # of a feature's mean square: neighbours say nearly the same
-_MAX_SHAPES = 4
+_MAX_SHAPES = 8
 _SPEED, _RADII = 0.02, (0.06, 0.3)  # of shapes: a frame, and in sides of the picture
 
 Video = Float[np.ndarray, "B t h w 3"]
@@ -26,23 +26,26 @@ Latents = Float[np.ndarray, "B T H W C"]
 def fit(
     config: VAEConfig,
     encode: Callable[[Video], Latents],
-    decode: Callable[[Latents, int], Video],
+    decode: Callable[[Latents, int, Sequence[int]], Video],
     clips: Video,
     *,
     at_a_time: int = CLIPS,
 ) -> PreviewMap:
-    """Returns the map whose pictures are nearest to what the autoencoder decodes from its own latents of the clips."""
+    """Returns the map whose pictures are nearest to what the autoencoder decodes from its own latents of the clips.
+
+    ``decode`` is asked for those frames of so many that pictures show.
+    """
     frames = shown_frames(config, clips.shape[1])
     num_rows, num_columns = shape_of(config)
     moments, products = np.zeros((num_rows, num_rows)), np.zeros((num_rows, num_columns))
     for start in range(0, len(clips), at_a_time):
         latents = encode(clips[start : start + at_a_time])
-        decoded = np.clip(decode(latents, clips.shape[1]), -1, 1)
-        for features, frame in zip(frame_features(latents, chunk_of(config)), frames, strict=True):
+        decoded_BThw3 = np.clip(decode(latents, clips.shape[1], frames), -1, 1)
+        for frame, features in enumerate(frame_features(latents, chunk_of(config))):
             rows = features.reshape(-1, features.shape[-1]).astype(np.float64)
             rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
             moments = moments + rows.T @ rows
-            products = products + rows.T @ _patches(decoded[:, frame], config.spatial.downsampling).reshape(len(rows), -1)
+            products = products + rows.T @ _patches(decoded_BThw3[:, frame], config.spatial.downsampling).reshape(len(rows), -1)
     penalty = _RIDGE * np.diag(moments).copy()
     penalty[-1] = 0
     weights = np.linalg.solve(moments + np.diag(penalty), products)

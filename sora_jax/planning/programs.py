@@ -212,7 +212,7 @@ class _Parts:
             what=f"the decoder on a chunk of {frames} frames, {batch} at a time",
             counted="one chunk",
             times=len(parts),
-            function=functools.partial(coders.decode_chunk, frames, batch),
+            function=functools.partial(coders.decode_chunk, frames, None, batch),
             arguments=(self.network("vae"), z),
         )
 

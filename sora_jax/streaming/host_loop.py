@@ -37,8 +37,12 @@ def encode_text(
     return np.asarray(loop.run("text", T5Encoder.segments(config), x_BLE, bias_1NLL, mask_BL))
 
 
-def decode(loop: SegmentLoop, z_BTHWC: Float[np.ndarray, "B T H W C"], num_frames: int) -> Float[np.ndarray, "B t h w 3"]:
+def decode(
+    loop: SegmentLoop, z_BTHWC: Float[np.ndarray, "B T H W C"], num_frames: int, shown: Sequence[int] | None = None
+) -> Float[np.ndarray, "B t h w 3"]:
     """Returns what `VAE.decode` returns: first the temporal decoder chunk by chunk, then the spatial one frame by frame.
+
+    Of the frames, only those that are ``shown`` are decoded and returned, if they are named.
 
     Raises:
       ModelDirectoryError: a parameter is missing or damaged.
@@ -47,7 +51,8 @@ def decode(loop: SegmentLoop, z_BTHWC: Float[np.ndarray, "B T H W C"], num_frame
     clips = []
     for chunk in chunks(config, num_frames):
         *over_time, by_frame = VAE.decode_segments(config, chunk.num_frames)
-        clips.append(np.asarray(loop.run("decode", over_time, z_BTHWC[:, chunk.latents])))
+        x_BtHWC, own = np.asarray(loop.run("decode", over_time, z_BTHWC[:, chunk.latents])), chunk.own(shown)
+        clips.append(x_BtHWC if own is None else x_BtHWC[:, own])
     pixels = config.spatial.downsampling**2 * z_BTHWC.shape[2] * z_BTHWC.shape[3]
     return _frame_by_frame(loop, "decode", by_frame, clips, pixels)
 

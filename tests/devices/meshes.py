@@ -221,7 +221,8 @@ def coders() -> dict[str, Any]:
         for networks in (alone, spread):
             coder = Coders(networks, "float32", Timings(), None)
             (latents,) = coder.encode_videos([video])
-            results.append([coder.encode_text(ids, mask), latents, coder.decode(latents, 20)])
+            decoded = [coder.decode(latents, 20), coder.decode(latents, 20, [0, 4, 16, 19])]
+            results.append([coder.encode_text(ids, mask), latents, *decoded])
     errors = [float(np.linalg.norm(got - expected) / np.linalg.norm(expected)) for expected, got in zip(*results, strict=True)]
     shapes = [[list(x.shape) for x in one] for one in results]
     return {"errors": errors, "shapes": shapes, "collectives": counted}

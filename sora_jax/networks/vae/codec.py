@@ -7,11 +7,12 @@ files, clips pixels or converts them to bytes.
 Source: Open-Sora v1.2 vae.py VideoAutoencoderPipeline.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -45,6 +46,12 @@ class Chunk(NamedTuple):
     frames: slice
     latents: slice
     num_frames: int
+
+    def own(self, frames: Sequence[int] | None) -> tuple[int, ...] | None:
+        """Returns those of a video's frames that lie in the chunk, counted from its first; all (None) of all."""
+        if frames is None:
+            return None
+        return tuple(frame - self.frames.start for frame in frames if self.frames.start <= frame < self.frames.stop)
 
 
 def chunks(config: VAEConfig, num_frames: int) -> list[Chunk]:
@@ -179,15 +186,21 @@ class VAE(nnx.Module):
         ]
 
     def decode_chunk(
-        self, z_BTHWC: Float[Array, "B T H W C"], num_frames: int, *, frame_batch: int | None = None
+        self,
+        z_BTHWC: Float[Array, "B T H W C"],
+        num_frames: int,
+        *,
+        shown: Sequence[int] | None = None,
+        frame_batch: int | None = None,
     ) -> Float[Array, "B t h w 3"]:
-        """Returns the ``num_frames`` frames of one chunk of normalised latents.
+        """Returns the ``num_frames`` frames of one chunk of normalised latents, or those of them that are ``shown``.
 
         Raises:
           ValueError: the chunk is longer than ``micro_frame_size`` frames, or does not have T latents.
         """
         self._check_chunk(num_frames)
-        return self.decode_frames(self.decode_latents(z_BTHWC, num_frames), frame_batch=frame_batch)
+        x_BtHWC = self.decode_latents(z_BTHWC, num_frames)
+        return self.decode_frames(x_BtHWC if shown is None else x_BtHWC[:, np.asarray(shown)], frame_batch=frame_batch)
 
     def decode_latents(self, z_BTHWC: Float[Array, "B T H W C"], num_frames: int) -> Float[Array, "B t H W C"]:
         """Returns scaled spatial latents of a chunk's normalised latents: the first half of ``decode_chunk``."""
