@@ -13,7 +13,7 @@ from sora_jax.config import VAEConfig
 from sora_jax.networks.vae.codec import chunks
 from sora_jax.pipeline.preview import PreviewMap, chunk_of, frame_features, shape_of
 
-CLIPS, SIDE_PX = 16, 48  # that a map is fitted on, each one chunk long
+CLIPS, SIDE_PX = 12, 48  # that a map is fitted on, each one chunk long
 WITHIN_BUDGET = 4  # clips at a time: a budget for a generation has room for so many
 _RIDGE = 1e-4  # of a feature's mean square: neighbours say nearly the same
 _MAX_SHAPES = 8
