@@ -75,25 +75,24 @@ class Server:
 
     def ask(self, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
         """Returns status and text of an answer to somebody who was never here."""
-        return Visitor(self).ask(path, body, **headers)
+        return Visitor(self.address).ask(path, body, **headers)
 
     def generate(self, prompt: str = PROMPT, seed: int = 0, **fields: Any) -> Any:
         """Returns what the page answers to a form that is filled in."""
-        return Visitor(self).generate(prompt, seed, **fields)
+        return Visitor(self.address).generate(prompt, seed, **fields)
 
 
 class Visitor:
     """Somebody who keeps their cookies, without a browser."""
 
-    def __init__(self, server: Server):
-        self.server = server
+    def __init__(self, address: str):
+        self.address = address.rstrip("/")
         self.opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar()))
 
     def ask(self, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
         """Returns status and text of an answer."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        address = self.server.address.rstrip("/") + path
-        asked = urllib.request.Request(address, data, {"Content-Type": "application/json", **headers})
+        asked = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json", **headers})
         try:
             with self.opener.open(asked, timeout=120) as answer:
                 return answer.status, answer.read().decode("utf-8", "replace")
@@ -107,13 +106,18 @@ class Visitor:
         return f"/gradio_api/call/{function}/{json.loads(text)['event_id']}"
 
     def call(self, function: str, *values: Any, **more: str) -> Any:
-        """Returns the last answer of a function of the page."""
+        """Returns the last answer of a function of the page; an output whose value alone is new is that value."""
         events = self.ask(self.begin(function, *values, **more))[1]
-        return [json.loads(line[6:]) for line in events.splitlines() if line.startswith("data: ")][-1]
+        last = [json.loads(line[6:]) for line in events.splitlines() if line.startswith("data: ")][-1]
+        return [_value(one) for one in last] if isinstance(last, list) else last
+
+    def parameters(self, function: str) -> list[dict[str, Any]]:
+        """Returns the parameters of a function of the page, each with its label and default."""
+        return json.loads(self.ask("/gradio_api/info")[1])["named_endpoints"][f"/{function}"]["parameters"]
 
     def form(self, prompt: str = PROMPT, seed: int = 0, **fields: Any) -> list[Any]:
         """Returns the values of the form, some of them filled in."""
-        config = json.loads(self.ask("/gradio_api/info")[1])["named_endpoints"]["/generate"]["parameters"]
+        config = self.parameters("generate")
         values = [one.get("parameter_default") for one in config]
         values[0] = prompt
         named = {one["label"].split(" ")[0].lower(): index for index, one in enumerate(config)}
@@ -124,6 +128,10 @@ class Visitor:
     def generate(self, prompt: str = PROMPT, seed: int = 0, **fields: Any) -> Any:
         """Returns what the page answers to a form that is filled in."""
         return self.call("generate", *self.form(prompt, seed, **fields))
+
+
+def _value(shown: Any) -> Any:
+    return shown["value"] if isinstance(shown, dict) and shown.keys() == {"__type__", "value"} else shown
 
 
 @pytest.fixture(scope="module")
@@ -429,7 +437,7 @@ def test_a_page_behind_a_password_keeps_its_visitors_apart(tiny_model: Path, tmp
     server = Server(tiny_model, tmp_path, "--auth", f"me:{tmp_path / 'password'}")
     assert server.ask("/gradio_api/call/generate", {"data": []})[0] == 401
     assert server.ask("/config")[0] == 401
-    one, other = Visitor(server), Visitor(server)
+    one, other = Visitor(server.address), Visitor(server.address)
     for visitor in (one, other):
         form = {"Content-Type": "application/x-www-form-urlencoded"}
         assert visitor.ask("/login", b"username=me&password=secret", **form)[0] == 200
@@ -459,7 +467,7 @@ def path_of(shown: Any) -> str:
 def test_a_full_queue_refuses_in_words_and_an_interrupt_ends_all_that_waits(tiny_model: Path, tmp_path: Path) -> None:
     """What is done after an interrupt is counted in CPU seconds: at most one second of two cores, of a clip of many minutes."""
     server = Server(tiny_model, tmp_path)
-    visitor = Visitor(server)
+    visitor = Visitor(server.address)
     running = visitor.begin("generate", *visitor.form(num_steps="100000"))
     with visitor.opener.open(server.address.rstrip("/") + running, timeout=120) as events:
         assert next(line for line in events if re.search(rb"step \d+ of 100000", line))
@@ -476,6 +484,30 @@ def test_a_full_queue_refuses_in_words_and_an_interrupt_ends_all_that_waits(tiny
     assert server.log.read_text().endswith("sora-jax: error: interrupted\n")
 
 
+@pytest.mark.parametrize("function", ["generate", "compare"])
+def test_a_session_keeps_no_more_components_after_more_clips(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    """Gradio keeps one more for each plain value that an output gets after an update of it, and a skip is an update."""
+    from sora_jax.commands.web import server
+    from sora_jax.commands.web.studio import Studio
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "served"))
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    studio = Studio(Pipeline.from_pretrained(tiny_model), tmp_path, previews=tmp_path)
+    page, address = server.serve(studio, host="127.0.0.1", port=port, auth=None)
+    visitor = Visitor(address)
+    values, kept = [one.get("parameter_default") for one in visitor.parameters(function)], []
+    for _ in range(3):
+        assert visitor.call(function, *values, session_hash="a" * 12)[0].startswith("done")
+        kept.append(len(list(page.app.state_holder["a" * 12].components)))
+    page.close()
+    assert kept == [kept[0]] * 3
+
+
 def used_s(process: int) -> float:
     """Returns the CPU seconds that a process has used."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -486,12 +518,12 @@ def used_s(process: int) -> float:
 @pytest.mark.parametrize("same", [True, False], ids=["one visitor", "a new visitor each"])
 def test_memory_stays_flat_over_two_hundred_clips(server: Server, same: bool) -> None:
     """What grows has limits, which are reached first: the clips a visitor has listed, the sessions Gradio keeps a copy for."""
-    visitor, more = Visitor(server), {"session_hash": "a" * 12} if same else {}
+    visitor, more = Visitor(server.address), {"session_hash": "a" * 12} if same else {}
     values = visitor.form()
 
     def make(count: int) -> None:
         for _ in range(count):
-            asked = visitor if same else Visitor(server)
+            asked = visitor if same else Visitor(server.address)
             assert asked.call("generate", *values, **more)[0].startswith("done")
 
     make(120)

@@ -103,15 +103,15 @@ def _generate_tab(page: gr.Blocks, studio: Studio) -> None:
             fields["recipe"] = form.read_recipe(fields["recipe"], studio.recipes)
             request = form.read(prompt=text, size=size, fields=fields, mode=mode, reference=reference, strategy=strategy)
         except ValueError as error:
-            yield f"error: {shell.describe(error)}", gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            yield _new(f"error: {shell.describe(error)}"), *[gr.skip()] * 5
             return
         for step in studio.make(request, gallery):
-            yield step.text, _picture(step), *_shown(gallery, step.made)
+            yield _new(step.text), _picture(step), *_shown(gallery, step.made)
 
     outputs = [status, preview, shown, listed, about, downloads]
     start.click(make, inputs, outputs, api_name="generate", show_progress="hidden", **_COMPUTES)
 
-    def stopped(visit: gr.Request) -> str:
+    def stopped(visit: gr.Request) -> Any:
         return _stopped(studio, visit)
 
     def chosen(visit: gr.Request, number: int | None) -> Sequence[Any]:
@@ -178,8 +178,17 @@ def _field(option: Declared, studio: Studio, suffix: str = "") -> gr.components.
     return gr.Textbox(value="", label=label, info=option.option.help, elem_id=identity)
 
 
+def _new(value: Any) -> Any:
+    """Returns an update of a component that sets its value alone.
+
+    Every output that is skipped at times gets its values this way.  A skip is an update too, and an update makes Gradio 6 build
+    the component anew; a plain value after it would keep that component, about 10 kB, for as long as the session lasts.
+    """
+    return gr.update(value=value)
+
+
 def _picture(step: Step) -> Any:
-    return gr.skip() if step.picture is None else step.picture
+    return gr.skip() if step.picture is None else _new(step.picture)
 
 
 def _shown(gallery: Gallery, made: Made | None) -> Sequence[Any]:
@@ -189,7 +198,7 @@ def _shown(gallery: Gallery, made: Made | None) -> Sequence[Any]:
     return [path, gr.update(choices=gallery.titles(), value=made.number), parameters, files]
 
 
-def _outputs(gallery: Gallery, made: Made) -> tuple[str, Any, list[str]]:
+def _outputs(gallery: Gallery, made: Made) -> tuple[Any, Any, Any]:
     """Returns the clip to play, its parameters, and the files to download; the GIF is made when it is first shown."""
     from sora_jax.pipeline import video
     from sora_jax.pipeline.clip_frames import read_frames
@@ -199,7 +208,7 @@ def _outputs(gallery: Gallery, made: Made) -> tuple[str, Any, list[str]]:
     parameters = dict(made.clip.parameters[0])
     if not animation.exists():
         video.save(read_frames(made.path), animation, fps=made.clip.fps, parameters=parameters, overwrite=True)
-    return str(shown), parameters, [str(shown), str(animation)]
+    return _new(str(shown)), _new(parameters), _new([str(shown), str(animation)])
 
 
 def _chosen(gallery: Gallery, number: int | None) -> Sequence[Any]:
@@ -216,7 +225,7 @@ def _listing(gallery: Gallery) -> Sequence[Any]:
 def _stopped(studio: Studio, visit: gr.Request) -> Any:
     """Returns the line of progress, which is left to the computation where there is one: its last word comes at any moment."""
     if not studio.cancel(_own(studio, visit)):
-        return "nothing of yours is being made."
+        return _new("nothing of yours is being made.")
     gr.Info("Cancelled at its next step.")
     return gr.skip()
 
@@ -230,7 +239,7 @@ def _again(gallery: Gallery, names: Sequence[str], number: int | None) -> Sequen
     """Returns the fields of the form as they were for a clip."""
     made = gallery.find(number)
     if made is None:
-        return [*[gr.skip()] * (5 + len(names)), "choose a clip of the list first."]
+        return [*[gr.skip()] * (5 + len(names)), _new("choose a clip of the list first.")]
     request, options = made.request, dict(made.request.options)
     size = f"{options['height']} x {options['width']}" if "height" in options else None
     if "resolution" in options:
@@ -238,15 +247,16 @@ def _again(gallery: Gallery, names: Sequence[str], number: int | None) -> Sequen
     if options.get("recipe") is not None:
         options["recipe"] = Path(options["recipe"]).name
     values = ["" if options.get(name) is None else str(options[name]) for name in names]
-    mode = form.mode_of(request)
-    return [request.prompt, size, request.reference or None, mode, form.own_strategy(request), *values, "as for that clip."]
+    reference = [request.reference or None, form.mode_of(request), form.own_strategy(request)]
+    return [request.prompt, size, *reference, *values, _new("as for that clip.")]
 
 
 def _extension(gallery: Gallery, number: int | None) -> Sequence[Any]:
     made = gallery.find(number)
     if made is None:
-        return gr.skip(), gr.skip(), "choose a clip of the list first."
-    return str(gallery.place(made.path)), form.CONTINUE, f"clip {made.number} will be continued; press Generate."
+        return gr.skip(), gr.skip(), _new("choose a clip of the list first.")
+    status = _new(f"clip {made.number} will be continued; press Generate.")
+    return str(gallery.place(made.path)), form.CONTINUE, status
 
 
 def _compare_tab(studio: Studio) -> None:
@@ -289,13 +299,13 @@ def _compare_tab(studio: Studio) -> None:
                 fields["recipe"] = form.read_recipe(fields["recipe"], studio.recipes)
                 both.append(form.read(prompt=text, size=None, fields=fields))
         except ValueError as error:
-            yield f"error: {shell.describe(error)}", *[gr.skip()] * 6
+            yield _new(f"error: {shell.describe(error)}"), *[gr.skip()] * 6
             return
         work = functools.partial(comparing.compare, studio, gallery, both[0], both[1], finer=finer)
         for step in studio.steps(work, gallery):
-            yield step.text, *_compared(gallery, step.made)
+            yield _new(step.text), *_compared(gallery, step.made)
 
-    def stopped(visit: gr.Request) -> str:
+    def stopped(visit: gr.Request) -> Any:
         return _stopped(studio, visit)
 
     outputs = [status, *videos, table, plot, steps]
@@ -311,7 +321,7 @@ def _compared(gallery: Gallery, found: comparing.Comparison | None) -> Sequence[
     rows = pandas.DataFrame(found.traces, columns=["clip", "step", "cosine", "time", "evaluations", "kind"])
     details = rows[["clip", "step", "time", "evaluations", "kind"]].values.tolist()
     paths = [str(gallery.place(path)) for path in (found.first.path, found.second.path, found.difference)]
-    return [*paths, found.rows, rows.dropna(subset=["cosine"]), details]
+    return [_new(value) for value in (*paths, found.rows, rows.dropna(subset=["cosine"]), details)]
 
 
 def _memory_tab(studio: Studio) -> None:
