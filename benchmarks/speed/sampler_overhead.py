@@ -14,6 +14,7 @@ counts denoising alone, with programs that are compiled already.
 import argparse
 import dataclasses
 import functools
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -137,9 +138,19 @@ def _lowered(sampler: Sampler, start: Any) -> Any:
 
 
 def _work(lowered: Any) -> dict[str, int]:
-    """Returns bytes and operations of a program whose loop counts once, as XLA counts them."""
-    analysis = lowered.compile().cost_analysis()
-    return {"bytes_a_step": int(analysis["bytes accessed"]), "operations_a_step": int(analysis["flops"])}
+    """Returns bytes and operations of a program whose loop counts once, as XLA counts them, and its copies of whole latents.
+
+    XLA copies an array of the loop's state that takes another's place, or whose place is written before it was last read.
+    """
+    compiled = lowered.compile()
+    analysis, text = compiled.cost_analysis(), compiled.as_text()
+    shape = ",".join(map(str, SHAPE[1:]))
+    copies = re.findall(rf"= f32\[\d+,{shape}\]\S* copy\(", text[: text.index("\nENTRY ")])
+    return {
+        "bytes_a_step": int(analysis["bytes accessed"]),
+        "operations_a_step": int(analysis["flops"]),
+        "copies_a_step": len(copies),
+    }
 
 
 def drift(z: jax.Array, t_B: jax.Array) -> jax.Array:

@@ -136,7 +136,10 @@ def _put(z_THWC: np.ndarray, mask_T: np.ndarray, references: Sequence[np.ndarray
 def _start(start: int, num_frames: int, align: int | None, what: str) -> int:
     index = start + num_frames if start < 0 else start
     if not 0 <= index < num_frames:
-        raise ValueError(f"the mask strategy starts at latent frame {start} of a {what} of {num_frames}; expected one of them.")
+        raise ValueError(
+            f"the mask strategy starts at latent frame {start} of a {what} of {num_frames}; "
+            f"expected {-num_frames} to {num_frames - 1}, below 0 counted from the end."
+        )
     return index if align is None else nearest_point(index, align, num_frames)
 
 

@@ -75,3 +75,4 @@ def test_bookkeeping_is_counted_in_processor_time_and_in_work(tmp_path: Path) ->
     assert kinds.keys() == {**sampler_overhead.KINDS, **sampler_overhead.WATCHED}.keys()
     passes = {name: row["bytes_a_step"] / report["latents_bytes"] for name, row in kinds.items()}
     assert 0 < passes["plain"] < passes["everything"]
+    assert 0 < kinds["plain"]["copies_a_step"] < kinds["everything"]["copies_a_step"]

@@ -103,10 +103,10 @@ def _generate_tab(page: gr.Blocks, studio: Studio) -> None:
             fields["recipe"] = form.read_recipe(fields["recipe"], studio.recipes)
             request = form.read(prompt=text, size=size, fields=fields, mode=mode, reference=reference, strategy=strategy)
         except ValueError as error:
-            yield _new(f"error: {shell.describe(error)}"), *[gr.skip()] * 5
+            yield f"error: {shell.describe(error)}", *[gr.skip()] * 5
             return
         for step in studio.make(request, gallery):
-            yield _new(step.text), _picture(step), *_shown(gallery, step.made)
+            yield step.text, _picture(step), *_shown(gallery, step.made)
 
     outputs = [status, preview, shown, listed, about, downloads]
     start.click(make, inputs, outputs, api_name="generate", show_progress="hidden", **_COMPUTES)
@@ -181,8 +181,8 @@ def _field(option: Declared, studio: Studio, suffix: str = "") -> gr.components.
 def _new(value: Any) -> Any:
     """Returns an update of a component that sets its value alone.
 
-    Every output that is skipped at times gets its values this way.  A skip is an update too, and an update makes Gradio 6 build
-    the component anew; a plain value after it would keep that component, about 10 kB, for as long as the session lasts.
+    What is skipped while something is computed gets its values this way.  A skip is an update too, and an update makes Gradio 6
+    build the component anew; a plain value after it would keep that component, about 10 kB, for as long as the session lasts.
     """
     return gr.update(value=value)
 
@@ -225,7 +225,7 @@ def _listing(gallery: Gallery) -> Sequence[Any]:
 def _stopped(studio: Studio, visit: gr.Request) -> Any:
     """Returns the line of progress, which is left to the computation where there is one: its last word comes at any moment."""
     if not studio.cancel(_own(studio, visit)):
-        return _new("nothing of yours is being made.")
+        return "nothing of yours is being made."
     gr.Info("Cancelled at its next step.")
     return gr.skip()
 
@@ -239,7 +239,7 @@ def _again(gallery: Gallery, names: Sequence[str], number: int | None) -> Sequen
     """Returns the fields of the form as they were for a clip."""
     made = gallery.find(number)
     if made is None:
-        return [*[gr.skip()] * (5 + len(names)), _new("choose a clip of the list first.")]
+        return [*[gr.skip()] * (5 + len(names)), "choose a clip of the list first."]
     request, options = made.request, dict(made.request.options)
     size = f"{options['height']} x {options['width']}" if "height" in options else None
     if "resolution" in options:
@@ -248,15 +248,14 @@ def _again(gallery: Gallery, names: Sequence[str], number: int | None) -> Sequen
         options["recipe"] = Path(options["recipe"]).name
     values = ["" if options.get(name) is None else str(options[name]) for name in names]
     reference = [request.reference or None, form.mode_of(request), form.own_strategy(request)]
-    return [request.prompt, size, *reference, *values, _new("as for that clip.")]
+    return [request.prompt, size, *reference, *values, "as for that clip."]
 
 
 def _extension(gallery: Gallery, number: int | None) -> Sequence[Any]:
     made = gallery.find(number)
     if made is None:
-        return gr.skip(), gr.skip(), _new("choose a clip of the list first.")
-    status = _new(f"clip {made.number} will be continued; press Generate.")
-    return str(gallery.place(made.path)), form.CONTINUE, status
+        return gr.skip(), gr.skip(), "choose a clip of the list first."
+    return str(gallery.place(made.path)), form.CONTINUE, f"clip {made.number} will be continued; press Generate."
 
 
 def _compare_tab(studio: Studio) -> None:
@@ -299,11 +298,11 @@ def _compare_tab(studio: Studio) -> None:
                 fields["recipe"] = form.read_recipe(fields["recipe"], studio.recipes)
                 both.append(form.read(prompt=text, size=None, fields=fields))
         except ValueError as error:
-            yield _new(f"error: {shell.describe(error)}"), *[gr.skip()] * 6
+            yield f"error: {shell.describe(error)}", *[gr.skip()] * 6
             return
         work = functools.partial(comparing.compare, studio, gallery, both[0], both[1], finer=finer)
         for step in studio.steps(work, gallery):
-            yield _new(step.text), *_compared(gallery, step.made)
+            yield step.text, *_compared(gallery, step.made)
 
     def stopped(visit: gr.Request) -> Any:
         return _stopped(studio, visit)
