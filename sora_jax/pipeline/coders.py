@@ -94,8 +94,10 @@ class Coders:
         clips = []
         with self._networks.use("vae", self._dtype, self._timings) as vae:
             for chunk in chunks(config, num_frames):
-                static = chunk.num_frames, chunk.own(shown), batch
-                clips.append(np.asarray(call("decode", self._timings, decode_chunk, static, vae, z_BTHWC[:, chunk.latents])))
+                if own := chunk.own(shown):
+                    static = chunk.num_frames, None if len(own) == chunk.num_frames else own, batch
+                    given = static, vae, z_BTHWC[:, chunk.latents]
+                    clips.append(np.asarray(call("decode", self._timings, decode_chunk, *given)))
         return np.concatenate(clips, axis=1)
 
     def _encode_text(self, ids_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:

@@ -51,8 +51,9 @@ def decode(
     clips = []
     for chunk in chunks(config, num_frames):
         *over_time, by_frame = VAE.decode_segments(config, chunk.num_frames)
-        x_BtHWC, own = np.asarray(loop.run("decode", over_time, z_BTHWC[:, chunk.latents])), chunk.own(shown)
-        clips.append(x_BtHWC if own is None else x_BtHWC[:, own])
+        if own := chunk.own(shown):
+            x_BtHWC = np.asarray(loop.run("decode", over_time, z_BTHWC[:, chunk.latents]))
+            clips.append(x_BtHWC if shown is None else x_BtHWC[:, own])
     pixels = config.spatial.downsampling**2 * z_BTHWC.shape[2] * z_BTHWC.shape[3]
     return _frame_by_frame(loop, "decode", by_frame, clips, pixels)
 

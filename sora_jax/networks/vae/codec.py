@@ -47,10 +47,10 @@ class Chunk(NamedTuple):
     latents: slice
     num_frames: int
 
-    def own(self, frames: Sequence[int] | None) -> tuple[int, ...] | None:
-        """Returns those of a video's frames that lie in the chunk, counted from its first; all (None) of all."""
+    def own(self, frames: Sequence[int] | None) -> tuple[int, ...]:
+        """Returns those of a video's frames (None: all) that lie in the chunk, counted from its first."""
         if frames is None:
-            return None
+            return tuple(range(self.num_frames))
         return tuple(frame - self.frames.start for frame in frames if self.frames.start <= frame < self.frames.stop)
 
 
