@@ -1,4 +1,4 @@
-"""What the page makes, refuses and shows, without a browser and without Gradio; test_page_browser.py has the rest."""
+"""What the page makes, refuses and shows, without Gradio; test_page_http.py and test_page_browser.py have the rest."""
 
 import asyncio
 import itertools
