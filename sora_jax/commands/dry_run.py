@@ -13,10 +13,11 @@ from sora_jax.commands.jobs import Job
 from sora_jax.config import ModelConfig
 from sora_jax.inputs.sizes import frames_of_latents
 from sora_jax.networks.vae.codec import latent_size
+from sora_jax.pipeline.clip_options import Options
 from sora_jax.pipeline.frame_size import frames_size
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.samples import Sample, read_samples, refuse_idle
-from sora_jax.pipeline.settings import Options, Settings
+from sora_jax.pipeline.settings import Settings
 from sora_jax.pipeline.workload import workload_of
 from sora_jax.shell import counted
 from sora_jax.streaming.budget import parse_budget

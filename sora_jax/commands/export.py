@@ -15,8 +15,8 @@ from sora_jax import files, shell
 from sora_jax.commands import options
 from sora_jax.export.entries import TargetName, Weights
 from sora_jax.pipeline import command_line
+from sora_jax.pipeline.clip_options import OPTIONS, Options
 from sora_jax.pipeline.option import Option, declared
-from sora_jax.pipeline.settings import OPTIONS, Options
 from sora_jax.shell import note
 
 if TYPE_CHECKING:

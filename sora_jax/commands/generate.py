@@ -25,11 +25,12 @@ from sora_jax.devices import guard
 from sora_jax.devices.axes import check_mesh_request, parse_axes
 from sora_jax.devices.shares import ALL, Share, parse_share
 from sora_jax.pipeline import command_line
+from sora_jax.pipeline.clip_options import OPTIONS, ClipOptions, Options, SamplingOptions
 from sora_jax.pipeline.frame_size import frames_size
 from sora_jax.pipeline.latents_file import check_latents_target, read_parameters
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Option, declared
-from sora_jax.pipeline.settings import OPTIONS, ClipOptions, Options, SamplingOptions, Settings
+from sora_jax.pipeline.settings import Settings
 from sora_jax.shell import counted, note
 from sora_jax.streaming.budget import parse_budget
 

@@ -15,9 +15,9 @@ from sora_jax import shell
 from sora_jax.commands import options
 from sora_jax.config import NETWORKS
 from sora_jax.pipeline import command_line
+from sora_jax.pipeline.clip_options import Options
 from sora_jax.pipeline.model_file import ModelFile, model_path
 from sora_jax.pipeline.option import Option, declared
-from sora_jax.pipeline.settings import Options
 from sora_jax.storage import directory
 from sora_jax.storage.directory import Manifest
 from sora_jax.storage.location import Address, Location, Named, local_path

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from sora_jax import shell
 from sora_jax.commands.generate import GROUPS
 from sora_jax.pipeline import command_line
+from sora_jax.pipeline.clip_options import OPTIONS
 from sora_jax.pipeline.option import Declared
-from sora_jax.pipeline.settings import OPTIONS
 
 _HEAD = ("option", "in Python", "value", "Open-Sora", "meaning")
 

@@ -14,8 +14,8 @@ from sora_jax import files, shell
 from sora_jax.commands import options
 from sora_jax.devices.axes import WEIGHTS
 from sora_jax.pipeline import command_line
+from sora_jax.pipeline.clip_options import Options
 from sora_jax.pipeline.option import Option, declared
-from sora_jax.pipeline.settings import Options
 from sora_jax.planning.request import DEFAULT_PROGRAMS, OPTIMISATIONS, PRESETS, PROGRAMS, Model, Request
 from sora_jax.planning.targets import CHIPS
 

@@ -15,8 +15,8 @@ from sora_jax.commands import options
 from sora_jax.commands.export import LEAP
 from sora_jax.inputs import prompt
 from sora_jax.pipeline import command_line, video
+from sora_jax.pipeline.clip_options import Options
 from sora_jax.pipeline.option import Option, declared
-from sora_jax.pipeline.settings import Options
 from sora_jax.process import peak_bytes
 from sora_jax.shell import counted, note
 

@@ -7,8 +7,8 @@ import dataclasses
 from typing import Annotated, Any
 
 from sora_jax.networks.merge_rule import Merge
+from sora_jax.pipeline.clip_options import Options
 from sora_jax.pipeline.option import OFF, Option
-from sora_jax.pipeline.settings import Options
 
 _ATTENTIONS = ("spatial", "temporal", "cross")
 

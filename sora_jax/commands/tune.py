@@ -15,11 +15,12 @@ from sora_jax.commands.generate import note_dtype
 from sora_jax.commands.prompts import read_prompts
 from sora_jax.commands.user_cache import use_compile_cache
 from sora_jax.pipeline import command_line
+from sora_jax.pipeline.clip_options import Options
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Option, declared
 from sora_jax.pipeline.presets import check_prompts
 from sora_jax.pipeline.recipe import Recipe
-from sora_jax.pipeline.settings import Options, Settings
+from sora_jax.pipeline.settings import Settings
 from sora_jax.shell import note
 from sora_jax.streaming.budget import parse_budget
 

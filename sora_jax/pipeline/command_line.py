@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from sora_jax.pipeline.clip_options import OPTIONS
 from sora_jax.pipeline.option import Declared, Option, declared
-from sora_jax.pipeline.settings import OPTIONS
 from sora_jax.shell import Parser
 
 Value = TypeVar("Value")

@@ -13,11 +13,12 @@ from typing import Any, Self
 
 from sora_jax.config import NETWORKS
 from sora_jax.pipeline import frame_size
+from sora_jax.pipeline.clip_options import OPTIONS, RECIPE_OPTIONS
 from sora_jax.pipeline.option import said
 from sora_jax.pipeline.presets import PRESETS, RECOMMENDED, RECOMMENDED_EVALUATIONS, tuned_evaluations
 from sora_jax.pipeline.recipe import Recipe
 from sora_jax.pipeline.recipe_file import PlanFile
-from sora_jax.pipeline.settings import OPTIONS, RECIPE_OPTIONS, Settings
+from sora_jax.pipeline.settings import Settings
 from sora_jax.storage import directory as model_directory
 from sora_jax.storage import manifest_file
 from sora_jax.storage.directory import Manifest, ModelDirectoryError

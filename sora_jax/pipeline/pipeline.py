@@ -22,6 +22,7 @@ from sora_jax.networks.vae.codec import latent_size
 from sora_jax.pipeline import video
 from sora_jax.pipeline.caption_cache import CaptionCache
 from sora_jax.pipeline.clip import Clip
+from sora_jax.pipeline.clip_options import Options
 from sora_jax.pipeline.html import model_html
 from sora_jax.pipeline.latents_file import check_latents_target, load_latents, save_latents
 from sora_jax.pipeline.model_file import ModelFile
@@ -30,7 +31,7 @@ from sora_jax.pipeline.previews import Previews
 from sora_jax.pipeline.recipe_file import CALIBRATED, PlanFile
 from sora_jax.pipeline.run import Callback, Generation, planned
 from sora_jax.pipeline.samples import Sample, read_samples, refuse_idle
-from sora_jax.pipeline.settings import Options, Settings
+from sora_jax.pipeline.settings import Settings
 from sora_jax.pipeline.workload import attention_used
 from sora_jax.process import Timings
 from sora_jax.sampling.reuse import Keep

@@ -70,7 +70,7 @@ class Candidate:
 
     Attributes:
       name: unique for a number of evaluations.
-      options: options of `settings.Options`, JSON-ready.
+      options: options of `clip_options.Options`, JSON-ready.
       planned: evaluations of the calibrated plan that goes with them; None: no plan.
     """
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from sora_jax import files
-from sora_jax.pipeline.settings import RECIPE_OPTIONS, Settings, from_json
+from sora_jax.pipeline.clip_options import RECIPE_OPTIONS
+from sora_jax.pipeline.settings import Settings, from_json
 
 _FORMAT = "sora_jax recipe 1"
 _KINDS: Mapping[str, type] = {
@@ -33,7 +34,7 @@ class Recipe:
       width: columns of pixels.
       num_frames: frames of a clip.
       evaluations: what it may cost at most.
-      options: options of `settings.Options` that differ from Open-Sora's, JSON-ready.
+      options: options of `clip_options.Options` that differ from Open-Sora's, JSON-ready.
       measured: errors, seconds and counts, JSON-ready.
       compared: names and errors of other methods on the same prompts, none of them better, JSON-ready.
     """

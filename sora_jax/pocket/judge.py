@@ -16,9 +16,9 @@ from typing import Annotated, Any
 
 from sora_jax import files, shell
 from sora_jax.pipeline import command_line
+from sora_jax.pipeline.clip_options import Options
 from sora_jax.pipeline.model_file import model_path
 from sora_jax.pipeline.option import Option, declared
-from sora_jax.pipeline.settings import Options
 from sora_jax.pocket.world.words import ATTRIBUTES, NUM_FRAMES
 from sora_jax.storage.location import local_path
 

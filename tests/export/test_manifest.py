@@ -12,7 +12,8 @@ import pytest
 from sora_jax.export import describe, entries, host_program, manifest
 from sora_jax.export.contents import ExportFileError
 from sora_jax.export.host_program import ExportedModel
-from sora_jax.pipeline.settings import OPTIONS, Settings
+from sora_jax.pipeline.clip_options import OPTIONS
+from sora_jax.pipeline.settings import Settings
 from tests.support.exports import complete_manifest, rewrite, write_folder
 
 pytest.importorskip("jsonschema", reason="manifests are validated with jsonschema (extra stablehlo, onnx or coreml)")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from sora_jax.networks.merge_rule import Merge
+from sora_jax.pipeline.clip_options import OPTIONS, Options
 from sora_jax.pipeline.make_sampler import make_guidance, make_plan, make_reuse
 from sora_jax.pipeline.option import declared
-from sora_jax.pipeline.settings import OPTIONS, Options, Settings
+from sora_jax.pipeline.settings import Settings
 from sora_jax.sampling.adaptive import Reuse
 from sora_jax.sampling.guidance import Guidance
 from sora_jax.sampling.reuse import Plan

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from sora_jax.pipeline.settings import Options
+from sora_jax.pipeline.clip_options import Options
 from sora_jax.pocket import judge
 from sora_jax.pocket.judging import cases
 from sora_jax.pocket.judging import tables as kinds

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sora_jax.pipeline.clip_options import OPTIONS, SamplingOptions
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import declared
-from sora_jax.pipeline.settings import OPTIONS, SamplingOptions
 
 # Fields of the form in addition to prompt, size, length, seed and preset; most are folded away.
 USUAL = ("num_steps", "guidance")

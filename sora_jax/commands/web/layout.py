@@ -20,10 +20,10 @@ from sora_jax.commands.web.made import Made
 from sora_jax.commands.web.studio import Step, Studio
 from sora_jax.inputs.references import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from sora_jax.inputs.tokenizer import listed_words
+from sora_jax.pipeline.clip_options import OPTIONS
 from sora_jax.pipeline.model_file import ModelFile
 from sora_jax.pipeline.option import Declared
 from sora_jax.pipeline.recipe import Recipe
-from sora_jax.pipeline.settings import OPTIONS
 from sora_jax.storage.location import Location
 
 _COMPUTES: dict[str, Any] = {"concurrency_id": "computes", "concurrency_limit": 1}

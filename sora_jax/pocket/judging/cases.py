@@ -24,9 +24,9 @@ from sora_jax.devices.names import AUTO
 from sora_jax.inputs.sizes import FRAMES_PER_CHUNK, LATENTS_PER_CHUNK
 from sora_jax.networks.vae.codec import VAE
 from sora_jax.pipeline import video
+from sora_jax.pipeline.clip_options import Options
 from sora_jax.pipeline.model_file import model_path
 from sora_jax.pipeline.pipeline import Pipeline
-from sora_jax.pipeline.settings import Options
 from sora_jax.pocket.world.captions import caption
 from sora_jax.pocket.world.scenes import Scenes, all_frames, render_uint8, sample_scenes
 from sora_jax.pocket.world.words import FPS, NUM_FRAMES, SIZE_PX

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sora_jax.inputs.sizes import FRAMES_PER_CHUNK
 from sora_jax.metrics import decibels
-from sora_jax.pipeline.settings import Options
+from sora_jax.pipeline.clip_options import Options
 from sora_jax.pocket.judging import cases
 from sora_jax.pocket.judging.cases import Made, ModelPath
 from sora_jax.pocket.judging.cleanliness import clean, cleanliness, extremes
