@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sora_jax import Leap, Plan, Schedule, integrate, sample
-from tests.support.sampler_oracle import FULL, HALF, REUSE, Wavy
+from tests.support.oracle_state import FULL, HALF, REUSE
+from tests.support.oracle_velocity import Wavy
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
 

@@ -13,7 +13,7 @@ import pytest
 from sora_jax import Guidance, Leap, Plan, Schedule, calibrate, sample
 from sora_jax.sampling.guidance import GuidanceRule
 from sora_jax.sampling.reuse import FULL, HALF, KINDS, REUSE
-from tests.support.sampler_oracle import Wavy
+from tests.support.oracle_velocity import Wavy
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
 

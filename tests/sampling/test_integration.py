@@ -16,7 +16,8 @@ from sora_jax import Leap, Pipeline, Plan, Schedule, integrate, sample
 from sora_jax.pipeline.run import Generation
 from sora_jax.process import Timings
 from sora_jax.sampling.sampler import Sampler
-from tests.support.sampler_oracle import FULL, HALF, REUSE, Wavy
+from tests.support.oracle_state import FULL, HALF, REUSE
+from tests.support.oracle_velocity import Wavy
 
 SHAPE = (2, 4, 3, 4, 2)
 Z = jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), jnp.float32)

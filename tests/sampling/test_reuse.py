@@ -18,7 +18,7 @@ from sora_jax.sampling.calibration import Calibration, calibrate
 from sora_jax.sampling.reuse import FULL, HALF, REUSE, Plan
 from sora_jax.sampling.sampler import sample
 from sora_jax.sampling.schedule import Schedule
-from tests.support.sampler_oracle import Wavy
+from tests.support.oracle_velocity import Wavy
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
 

@@ -16,7 +16,8 @@ from sora_jax.sampling.reuse import Plan
 from sora_jax.sampling.sampler import Sampler, finish
 from sora_jax.sampling.schedule import Schedule
 from tests.support import sampler_oracle
-from tests.support.sampler_oracle import AFTER_HALF, BELOW, FULL, HALF, REUSE, REUSE_ONE, Case, Wavy
+from tests.support.oracle_state import AFTER_HALF, BELOW, FULL, HALF, REUSE, REUSE_ONE, Case, Outcome
+from tests.support.oracle_velocity import Wavy
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
 
@@ -221,7 +222,7 @@ def test_compiled_equals_plain_loop(name: str) -> None:
     assert not any(traces[1:]), "changed values compiled anew"
 
 
-def compare(result: Any, expected: sampler_oracle.Outcome, times: np.ndarray) -> None:
+def compare(result: Any, expected: Outcome, times: np.ndarray) -> None:
     trace, taken = result.trace, len(expected.kinds)
     np.testing.assert_array_equal(trace.time_N, times[:taken])
     np.testing.assert_array_equal(trace.evaluations_N, expected.costs)

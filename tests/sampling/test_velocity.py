@@ -16,7 +16,7 @@ from sora_jax import Plan, Schedule, sample, sampling
 from sora_jax.sampling.captured import captured, restored
 from sora_jax.sampling.sampler import Sampler
 from sora_jax.sampling.velocity import ReusableVelocity, VideoVelocity
-from tests.support.sampler_oracle import Wavy
+from tests.support.oracle_velocity import Wavy
 
 Z = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 2, 3, 2)), jnp.float32)
 SCHEDULE = Schedule.uniform(3)
