@@ -65,9 +65,15 @@ def little_optimised() -> Iterator[None]:
     For tests of behaviour, and of numbers within a tolerance.  Tests of bits, of agreement with the reference, of memory and of
     compiled texts take the compiler as users have it.
     """
+    from sora_jax.pipeline import open_model
+    from sora_jax.streaming import segment_loop
+
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # no other module's tests meet these programs
+    for programs in (open_model._compiled, segment_loop._compiled):
+        programs.cache_clear()
 
 
 @pytest.fixture
