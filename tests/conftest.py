@@ -11,6 +11,7 @@ import gc
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers of pytest-xdist inh
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sora_jax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"]
+LITTLE_OPTIMISED_LEFT = threading.Event()  # their programs are in this process, see `little_optimised`
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 jax.config.update("jax_compilation_cache_dir", COMPILED)
@@ -65,13 +67,18 @@ def little_optimised() -> Iterator[None]:
     For tests of behaviour, and of numbers within a tolerance.  Tests of bits, of agreement with the reference, of memory and of
     compiled texts take the compiler as users have it.
     """
-    from sora_jax.pipeline import open_model
-    from sora_jax.streaming import segment_loop
-
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()  # no other module's tests meet these programs
+    LITTLE_OPTIMISED_LEFT.set()
+
+
+def forget_programs() -> None:
+    """Forgets every program of this process, those that the package keeps itself too."""
+    from sora_jax.pipeline import open_model
+    from sora_jax.streaming import segment_loop
+
+    jax.clear_caches()
     for programs in (open_model._compiled, segment_loop._compiled):
         programs.cache_clear()
 
@@ -97,6 +104,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if LITTLE_OPTIMISED_LEFT.is_set() and "little_optimised" not in item.fixturenames:
+        forget_programs()
+        LITTLE_OPTIMISED_LEFT.clear()
     if item.get_closest_marker("torch"):
         pytest.importorskip("torch", reason="the reference extra (torch, transformers, diffusers) is not installed")
     if item.get_closest_marker("gpu") and jax.default_backend() == "cpu":
