@@ -135,6 +135,7 @@ def test_two_ways_are_compared_with_a_finer_solution(studio: Studio, visitor: Ga
     assert second[3] == second[4] != "equal"
 
 
+@pytest.mark.ci
 def test_a_streamed_clip_leaves_a_timeline(tiny_model: Path, tmp_path: Path) -> None:
     studio = Studio(Pipeline.from_pretrained(tiny_model, memory_budget="800MB"), tmp_path)
     visitor = studio.galleries.of(None)

@@ -108,6 +108,7 @@ def test_a_picture_shows_the_last_frame_that_its_latent_frame_encodes() -> None:
     assert preview_fit.shown_frames(pocket.vae, 1) == [0]
 
 
+@pytest.mark.ci
 def test_frames_that_are_shown_are_decoded_alone(tiny_model: Path) -> None:
     coders = Coders(Networks.open(ModelFile.read(tiny_model).manifests, keep=False), "float32", Timings(), None)
     z = np.random.default_rng(0).normal(size=(1, 6, 2, 2, 4)).astype(np.float32)
