@@ -149,8 +149,8 @@ def append_generated(
     latents_BTHWC: Float[np.ndarray, "B T H W C"],
     loop: int,
     *,
-    condition_frame_length: int,
-    condition_frame_edit: int | float,
+    length: int,
+    edit_ratio: int | float,
 ) -> tuple[list[list[Latents]], list[str]]:
     """Returns references and strategies by which clip ``loop`` begins with the end of the clip before it.
 
@@ -159,14 +159,14 @@ def append_generated(
       strategies: for each sample its mask strategy.
       latents_BTHWC: the previous clip, decoded and encoded again.
       loop: number of the clip to be generated.
-      condition_frame_length: how many latent frames the clips share.
-      condition_frame_edit: edit ratio of the shared frames.
+      length: how many latent frames the clips share.
+      edit_ratio: edit ratio of the shared frames.
 
     Source: Open-Sora v1.2 opensora/utils/inference_utils.py append_generated.
     """
     appended, conditions = [], []
     for given, strategy, latents_THWC in zip(references, strategies, latents_BTHWC, strict=True):
-        entry = f"{loop},{len(given)},-{condition_frame_length},0,{condition_frame_length},{condition_frame_edit}"
+        entry = f"{loop},{len(given)},-{length},0,{length},{edit_ratio}"
         appended.append([*given, latents_THWC])
         conditions.append(f"{strategy};{entry}" if strategy else entry)
     return appended, conditions

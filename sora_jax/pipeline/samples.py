@@ -133,8 +133,8 @@ def continued(
         strategies,
         latents_BTHWC,
         loop,
-        condition_frame_length=settings.condition_frame_length,
-        condition_frame_edit=settings.condition_frame_edit,
+        length=settings.condition_frame_length,
+        edit_ratio=settings.condition_frame_edit,
     )
 
 

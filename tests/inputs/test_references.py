@@ -58,7 +58,7 @@ def test_the_next_clip_begins_with_the_end_of_the_last() -> None:
     given_references, given_strategies = [[latents(1, 2, 2, 4)], []], ["0", ""]
     previous = latents(2, 15, 2, 2, 4, seed=3)
     references, strategies = conditioning.append_generated(
-        given_references, given_strategies, previous, 1, condition_frame_length=5, condition_frame_edit=0.25
+        given_references, given_strategies, previous, 1, length=5, edit_ratio=0.25
     )
     out, mask = conditioning.apply_mask_strategy(latents(2, 15, 2, 2, 4, seed=4), references, strategies, 1, align=5)
     np.testing.assert_array_equal(out[:, :5], previous[:, 10:])

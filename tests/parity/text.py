@@ -87,8 +87,8 @@ def _appended(entry: dict[str, Any], latents: np.ndarray) -> tuple[list[list[np.
         entry["mask_strategy_before"],
         latents,
         entry["loop_i"],
-        condition_frame_length=entry["condition_frame_length"],
-        condition_frame_edit=entry["condition_frame_edit"],
+        length=entry["condition_frame_length"],
+        edit_ratio=entry["condition_frame_edit"],
     )
 
 

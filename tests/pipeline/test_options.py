@@ -146,7 +146,7 @@ def test_a_new_option_needs_its_declaration_and_its_setting_alone() -> None:
         command_line.read(parser, ["--sharpness", "2"], Arguments, group)
 
 
-@pytest.mark.parametrize(("name", "most"), [("condition_frame_edit", 5), ("solver", 8)])
+@pytest.mark.parametrize(("name", "most"), [("condition_frame_edit", 4), ("solver", 8)])
 def test_few_files_name_an_option(name: str, most: int) -> None:
     """An option is its declaration, its setting, its use and a test; each file more is a place to forget.
 
